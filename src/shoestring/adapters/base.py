@@ -1,0 +1,527 @@
+"""Weight adapters: what every method that changes one layer has in common, written once on Hugging Face peft.
+
+A method is a small `nn.Module` with the parameters of one adapter on one layer. It overrides one of
+
+    delta_weight()            W' = W + delta       merged exactly; computed beside the base layer
+    new_weight(W)             W' = f(W)            merged exactly; W' is rebuilt in backward, never kept
+    new_output(x, y, base)    y' = g(x, y)         cannot be merged
+
+Injection, active adapters, merging, dtypes, devices, quantised bases, shared state and saving are here or in peft.
+Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv1D keeps [in, out]).
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from ..technique import Events
+
+
+class MethodName(str):
+    """A `peft_type` beside peft's closed enum; `.value` is what peft's messages read."""
+
+    @property
+    def value(self) -> str:
+        """The name as plain text."""
+        return str(self)
+
+
+@dataclass(kw_only=True)
+class AdapterConfig(PeftConfig, Events):
+    """Fields every weight adapter takes; a method's config adds only its own. Names are peft's.
+
+    target_modules: names or a regular expression of the layers to adapt; None: the usual ones of the architecture.
+    exclude_modules: names or a regular expression of layers to leave out.
+    layers_to_transform: indices of blocks to adapt; needs target_modules as a list.
+    layers_pattern: name of the block list, where it cannot be guessed.
+    modules_to_save: other modules trained and saved whole, such as a classification head.
+    bias: which biases train too: "none", "all" or "<method>_only".
+    init_weights: True starts as the pretrained model; False starts at random, for tests.
+    """
+
+    method: ClassVar[type["Adapter"]]
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    init_weights: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MethodName(self.method.name.upper())  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError(
+                "layers_to_transform and layers_pattern need target_modules as a list of names, "
+                f"got the regular expression {self.target_modules!r}."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform; give both or neither.")
+        if self.bias not in ("none", "all", f"{self.method.name}_only"):
+            raise ValueError(
+                f"bias of {self.method.name} must be 'none', 'all' or '{self.method.name}_only', got {self.bias!r}."
+            )
+
+    def default_targets(self, model: nn.Module) -> set[str] | str | None:
+        """The layers to adapt when target_modules is None; None leaves the choice to peft's table."""
+        return None
+
+    def tap(self, model: nn.Module, key: str) -> str | None:
+        """The name of the module whose input the adapter at `key` reads beside its own; None: it reads no other."""
+        return None
+
+
+class Adapter(nn.Module):
+    """The trainable part of one method on one layer. Subclasses override exactly one of the three updates.
+
+    layer_types: classes of layers the method can adapt.
+    tapped: the input of the module that `AdapterConfig.tap` names, during one forward; else None.
+    """
+
+    name: ClassVar[str]
+    layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+
+    tapped: Tensor | None = None
+    tap_hook: tuple[RemovableHandle, ...] = ()
+    shared_state: tuple[nn.Module, ...] = ()  # a tuple, so that the shared module is not registered once a layer
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.update not in ("new_output", "new_weight", "delta_weight"):
+            raise TypeError(f"{type(self).__name__} overrides none of delta_weight, new_weight, new_output.")
+
+    @classmethod
+    def shared(cls, model: nn.Module, config: Any) -> nn.Module | None:
+        """What all layers of one adapter share (factors, frozen projections, routers); None: nothing."""
+        return None
+
+    def start(self, weight: Float[Tensor, "out in"]) -> None:
+        """Set start values that depend on the pretrained weight; not called when values are about to be loaded."""
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """What is added to the pretrained weight."""
+        raise NotImplementedError(type(self).__name__)
+
+    def delta_output(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """`x @ delta_weight().T`; override where a factored product is cheaper than building the delta."""
+        return linear_with_rebuilt_weight(x, self.delta_weight, adapter_parameters(self))
+
+    def new_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The weight to use in place of the pretrained one. Must give the same result each time it is called."""
+        return weight + self.delta_weight()
+
+    def new_output(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """The output to use in place of `y = base(x)`."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def update(self) -> str:
+        """Which of the three updates the method overrides."""
+        for kind in ("new_output", "new_weight", "delta_weight"):
+            if getattr(type(self), kind) is not getattr(Adapter, kind):
+                return kind
+        return "none"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters."""
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+    def read_tap(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook on the tapped module: remember its input until the adapted layer has run."""
+        self.tapped = args[0] if args else next(iter(kwargs.values()))
+
+
+class _RebuiltWeight(torch.autograd.Function):
+    """y = x W'^T with W' = make(): W' is built again in backward instead of being kept from forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(x, *parameters)
+        return F.linear(x, make().to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        trained = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
+        with torch.enable_grad():
+            weight = ctx.make()
+        dx = (dy @ weight.detach().to(dy.dtype)) if ctx.needs_input_grad[0] else None
+        given = iter(())
+        if trained:
+            d_weight = dy.flatten(0, -2).T @ x.flatten(0, -2)
+            given = iter(torch.autograd.grad(weight, trained, d_weight.to(weight.dtype), allow_unused=True))
+        return dx, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
+
+
+def linear_with_rebuilt_weight(
+    x: Float[Tensor, "*batch in"], make: Callable[[], Float[Tensor, "out in"]], parameters: list[Tensor]
+) -> Float[Tensor, "*batch out"]:
+    """`x @ make().T` in x's dtype, keeping x and `parameters` for backward but not the weight `make` builds.
+
+    parameters: every tensor that may need a gradient through `make`. Backward builds the weight a second time and
+    holds one dense [out, in] gradient for a moment; second derivatives are not available.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            return F.linear(x, make().to(x.dtype))
+        vector = x.dim() == 1
+        y = _RebuiltWeight.apply(x[None] if vector else x, make, *parameters)
+        return y[0] if vector else y
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A layer with named adapters that change its output: `y = base(x)`, then each active adapter's update in turn."""
+
+    def __init__(self, base_layer: nn.Module, prefix: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer_names = (prefix,)
+        setattr(self, prefix, nn.ModuleDict())
+        self.merged_adapters: list[str] = []
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters on this layer by name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    def add(self, adapter_name: str, adapter: Adapter, inference_mode: bool, started: bool) -> None:
+        """Put one more adapter on the layer. started: its values stand already or are about to be loaded."""
+        self.adapters[adapter_name] = adapter
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if not started:
+            with torch.no_grad():
+                adapter.start(self.weight_out_in())
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def weight_out_in(self) -> Tensor:
+        """The base layer's weight as [out, in], dequantised where the base is quantised."""
+        weight = self.get_base_weight()
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    def active(self) -> list[Adapter]:
+        """The adapters in effect, in order."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]  # type: ignore[misc]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with the active adapters applied."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                f"{type(self).__name__} takes one set of adapters a batch; adapter_names is not supported."
+            )
+        return self._adapted(x, self.active(), *args, **kwargs)
+
+    def _adapted(self, x: Tensor, adapters: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            y = adapter.new_output(x, y, self.base_layer).to(y.dtype)
+            adapter.tapped = None
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the update is not a change of a weight."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.adapters:
+                self._refuse_merge(self.adapters[name])  # type: ignore[arg-type]
+
+    def unmerge(self) -> None:
+        """Nothing to do: such adapters are never merged."""
+        warnings.warn("Already unmerged. Nothing to do.")
+
+    @staticmethod
+    def _refuse_merge(adapter: Adapter) -> None:
+        raise ValueError(f"{adapter.name} changes a layer's output, not its weight: it cannot be merged.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every adapter here is a change of a weight."""
+        return all(adapter.update != "new_output" for adapter in self.adapters.values())  # type: ignore[union-attr]
+
+
+class AdaptedLinear(AdaptedLayer):
+    """A linear layer with named adapters of any of the three forms."""
+
+    def __init__(self, base_layer: nn.Module, prefix: str):
+        super().__init__(base_layer, prefix)
+        self._unmerged_weight: Tensor | None = None
+        self.out_features, self.in_features = linear_sizes(self.get_base_layer())
+
+    def _adapted(self, x: Tensor, adapters: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
+        if any(adapter.update == "new_weight" for adapter in adapters):
+            y = self._with_new_weight(x, [a for a in adapters if a.update != "new_output"])
+            adapters = [a for a in adapters if a.update == "new_output"]
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+            if self.quantization_backend is not None:
+                y = self.quantization_backend.maybe_clone_base_result(y)
+        for adapter in adapters:
+            if adapter.update == "delta_weight":
+                y = y + adapter.delta_output(self._cast_input_dtype(x, adapter.dtype)).to(y.dtype)
+            else:
+                y = adapter.new_output(x, y, self.base_layer).to(y.dtype)
+                adapter.tapped = None
+        return y
+
+    def _with_new_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
+        def make() -> Tensor:
+            return self._new_weight(adapters)
+
+        base = self.get_base_layer()
+        if base is not self.base_layer:
+            raise TypeError(
+                f"{adapters[0].name} rebuilds the weight of a layer that {type(self.base_layer).__name__} of another adapter "
+                "already changes; put it first in the recipe or on other layers."
+            )
+        if self.quantization_backend is None:
+            x = x.to(base.weight.dtype)  # type: ignore[arg-type]
+        parameters: list[Tensor] = [p for adapter in adapters for p in adapter_parameters(adapter)]
+        if base.weight.requires_grad:  # type: ignore[union-attr]
+            parameters.append(base.weight)  # type: ignore[arg-type]
+        y = linear_with_rebuilt_weight(x, make, parameters)
+        return y if base.bias is None else y + base.bias.to(y.dtype)  # type: ignore[operator, union-attr]
+
+    def _new_weight(self, adapters: list[Adapter]) -> Tensor:
+        """The base weight after `adapters`, [out, in], in the wider of the dtypes of weight and adapters."""
+        weight = self.weight_out_in()
+        for adapter in adapters:
+            weight = adapter.new_weight(weight.to(torch.promote_types(weight.dtype, adapter.dtype)))
+        return weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters' change into the weight; a copy of the pretrained weight is kept so that unmerge is exact.
+
+        Raises ValueError if an adapter changes the output, or if safe_merge finds NaN or Inf.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
+        adapters: list[Adapter] = [self.adapters[name] for name in names]  # type: ignore[misc]
+        for adapter in adapters:
+            if adapter.update == "new_output":
+                self._refuse_merge(adapter)
+        if self.get_base_layer() is not self.base_layer:
+            raise ValueError("Adapters stacked on one layer cannot be merged one by one; remove the outer one first.")
+        before = self.get_base_weight()
+        with torch.no_grad():
+            after = self._new_weight(adapters).to(before.dtype)
+            after = after.T if isinstance(self.get_base_layer(), Conv1D) else after
+        if safe_merge and not torch.isfinite(after).all():
+            raise ValueError(f"NaNs detected: merging {names} gives NaN or Inf in the weight; nothing was changed.")
+        if self._unmerged_weight is None:
+            self._unmerged_weight = before.detach().clone()
+        self.set_base_weight(after.contiguous())
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the pretrained weight back."""
+        if not self.merged or self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self.set_base_weight(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change of the weight by one adapter, in the layer's own layout."""
+        weight = self.weight_out_in()
+        delta = self._new_weight([self.adapters[adapter_name]]) - weight  # type: ignore[list-item]
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+
+def adapter_parameters(adapter: Adapter) -> list[Tensor]:
+    """Every tensor of the adapter that may need a gradient, those it shares with other layers included."""
+    return [*adapter.parameters(), *(p for module in adapter.shared_state for p in module.parameters())]
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, quantised ones and Conv1D included."""
+    if isinstance(layer, Conv1D):
+        rows, columns = layer.weight.shape
+        return columns, rows
+    return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+class AdapterTuner(BaseTuner):
+    """Puts an `AdaptedLayer` over every targeted layer. One class serves all methods."""
+
+    tuner_layer_cls = AdaptedLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in peft, with the state that all layers share made first and the taps set last."""
+        config = self.peft_config[adapter_name]
+        autocast = kwargs.get("autocast_adapter_dtype", args[0] if args else True)
+        if config.target_modules is None:
+            config.target_modules = config.default_targets(model)
+        if (shared := config.method.shared(model, config)) is not None:
+            if not hasattr(self, self._shared_name):
+                setattr(self, self._shared_name, nn.ModuleDict())
+            shared.requires_grad_(not config.inference_mode)
+            getattr(self, self._shared_name)[adapter_name] = shared
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if shared is not None and autocast:
+            for parameter in shared.parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+        if shared is not None and adapter_name not in self.active_adapters:
+            shared.requires_grad_(False)
+
+    @property
+    def _shared_name(self) -> str:
+        return f"{self.prefix}shared"
+
+    def _shared_states(self) -> nn.ModuleDict:
+        return getattr(self, self._shared_name, nn.ModuleDict())
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        config = peft_config
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        check_layer(config.method, base, parent, current_key)
+        shared = self._shared_states()
+        extra = (shared[adapter_name],) if adapter_name in shared else ()
+        try:
+            adapter = config.method(base, config, *extra)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{current_key}: {error}") from error
+        if extra:
+            adapter.shared_state = extra
+        loading = any(p.is_meta for p in adapter.parameters()) or not config.init_weights
+        if isinstance(target, AdaptedLayer) and self.prefix in target.adapter_layer_names:
+            layer = target
+        else:
+            wrapper = AdaptedLinear if has_linear_weight(base) else AdaptedLayer
+            layer = wrapper(target, self.prefix)
+            layer._active_adapter = adapter_name
+        if extra and not loading:
+            self._move_shared(extra[0], layer)
+        layer.add(adapter_name, adapter, config.inference_mode, started=loading)
+        if (tap := config.tap(self.model, current_key)) is not None:
+            hook = self.model.get_submodule(tap).register_forward_pre_hook(adapter.read_tap, with_kwargs=True)
+            adapter.tap_hook = (hook,)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _move_shared(shared: nn.Module, layer: AdaptedLayer) -> None:
+        device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+        if device is None or any(p.is_meta for p in shared.parameters()):
+            return
+        shared.to(device, dtype if dtype is not None and dtype.is_floating_point else None)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft, for the shared state too."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._set_shared_requires_grad(adapter_name, not inference_mode, others=False)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """As in peft, for the shared state too."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._set_shared_requires_grad(adapter_names, requires_grad)
+
+    def _set_shared_requires_grad(self, names: Any, requires_grad: bool, others: bool | None = None) -> None:
+        chosen = {names} if isinstance(names, str) else set(names)
+        for name, shared in self._shared_states().items():
+            if name in chosen:
+                shared.requires_grad_(requires_grad)
+            elif others is not None:
+                shared.requires_grad_(others)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft, with its taps and shared state."""
+        for adapter in self._adapters(adapter_name):
+            remove_tap(adapter)
+        super().delete_adapter(adapter_name)
+        if adapter_name in self._shared_states():
+            del self._shared_states()[adapter_name]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        adapters = self._adapters()
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for adapter in adapters:
+            remove_tap(adapter)
+        return model
+
+    def _adapters(self, adapter_name: str | None = None) -> list[Adapter]:
+        layers = [
+            m for m in self.model.modules() if isinstance(m, AdaptedLayer) and self.prefix in m.adapter_layer_names
+        ]
+        return [a for layer in layers for name, a in layer.adapters.items() if adapter_name in (None, name)]  # type: ignore[misc]
+
+
+def remove_tap(adapter: Adapter) -> None:
+    """Take the adapter's hook off the module it reads."""
+    for hook in adapter.tap_hook:
+        hook.remove()
+
+
+def has_linear_weight(layer: nn.Module) -> bool:
+    """Whether the layer is linear, quantised ones included."""
+    return isinstance(layer, (nn.Linear, Conv1D)) or resolve_quantization_backend(layer) is not None
+
+
+def check_layer(method: type[Adapter], layer: nn.Module, parent: nn.Module, key: str) -> None:
+    """Refuse a layer that the method cannot adapt, naming it.
+
+    Raises TypeError.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"{key} belongs to nn.MultiheadAttention, which reads its weight without calling it: an adapter there "
+            "would have no effect. List it in exclude_modules."
+        )
+    quantised = nn.Linear in method.layer_types and resolve_quantization_backend(layer) is not None
+    if not isinstance(layer, method.layer_types) and not quantised:
+        takes = " and ".join(t.__name__ for t in method.layer_types)
+        raise TypeError(
+            f"{method.name} adapts {takes} only, but target module {key} is of type {type(layer).__name__}, which is "
+            "not supported; leave it out of target_modules or list it in exclude_modules."
+        )
+
+
+def register(config_cls: type[AdapterConfig]) -> type[AdapterConfig]:
+    """Make a method known to peft under its name; a class decorator, the one registration line of a method file."""
+    name = config_cls.method.name
+    key, prefix = MethodName(name.upper()), f"{name}_"
+    if key in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise ValueError(f"An adapter method named {name!r} is already registered.")
+    tuner = type(f"{config_cls.method.__name__}Tuner", (AdapterTuner,), {"prefix": prefix})
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_cls  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[key] = prefix  # type: ignore[index]
+    return config_cls

@@ -1,0 +1,128 @@
+r"""S2-LoRA: sparsely shared LoRA.
+
+Source   Liu, Qin, Peng, Lee 2023, arXiv:2309.11756
+Update   W'_m = W_m + (alpha / r) B diag(l_m) A, with A and B shared by all layers of one shape
+Shapes   W_m [out, in], A [r, in], B [out, r], l_m [r]
+Start    kaiming: A Kaiming, B = 0, l = 1; adalora: A and B Gaussian, l = 0; both give W' = W
+Trains   r (in + out) numbers a shape and r a layer
+Costs    x and two [tokens, r] tensors kept at each layer
+Differs  the paper leaves open how l becomes sparse and how shapes share; we share by (out, in) and shrink l by a
+         proximal step after each optimizer step, which gives exact zeros; an L1 term in the loss is the alternative.
+         Shrinking l while A and B grow would leave the update unchanged: decay A and B (weight_decay 0.01)
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..technique import Moment
+from .base import Adapter, AdapterConfig, linear_sizes, register
+
+
+class SharedFactors(nn.Module):
+    """One pair A, B for each (out, in) among the adapted layers, made when the first such layer asks for it."""
+
+    def __init__(self, config: "S2LoRAConfig"):
+        super().__init__()
+        self.r, self.init = config.r, config.init if config.init_weights else "random"
+
+    def pair(self, out_features: int, in_features: int) -> tuple[str, str]:
+        """The names of A [r, in] and B [out, r] for layers of this shape."""
+        names = f"a_{out_features}x{in_features}", f"b_{out_features}x{in_features}"
+        if names[0] not in self._parameters:
+            a = torch.empty(self.r, in_features)
+            b = torch.zeros(out_features, self.r)
+            nn.init.kaiming_uniform_(a, a=5**0.5)
+            if self.init != "kaiming":
+                nn.init.normal_(b, std=0.02)
+            self.register_parameter(names[0], nn.Parameter(a))
+            self.register_parameter(names[1], nn.Parameter(b))
+        return names
+
+
+class S2LoRA(Adapter):
+    """The coefficients l of one layer; A and B stand once for all layers of its shape."""
+
+    name = "s2_lora"
+
+    @classmethod
+    def shared(cls, model: nn.Module, config: "S2LoRAConfig") -> nn.Module:
+        """The factors of all shapes, empty at first."""
+        return SharedFactors(config)
+
+    def __init__(self, base: nn.Module, config: "S2LoRAConfig", factors: SharedFactors):
+        super().__init__()
+        self.names = factors.pair(*linear_sizes(base))
+        self.scale = (config.r if config.alpha is None else config.alpha) / config.r
+        zero = config.init_weights and config.init == "adalora"
+        self.coefficients = nn.Parameter(torch.zeros(config.r) if zero else torch.ones(config.r))
+
+    def factors(self) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+        """A and B on this layer's device."""
+        a, b = (self.shared_state[0].get_parameter(name) for name in self.names)
+        return a.to(self.coefficients.device), b.to(self.coefficients.device)
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """(alpha / r) B diag(l) A."""
+        a, b = self.factors()
+        return self.scale * (b * self.coefficients) @ a
+
+    def delta_output(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The same through r numbers a token, without the [out, in] product."""
+        a, b = self.factors()
+        return F.linear(F.linear(x, a) * (self.scale * self.coefficients), b)
+
+
+@register
+@dataclass(kw_only=True)
+class S2LoRAConfig(AdapterConfig):
+    """S2-LoRA: one LoRA pair for all layers of a shape, and a sparse vector of coefficients a layer.
+
+    r: inner size of the shared pair, 1 <= r.
+    alpha: the update is scaled by alpha / r; None: alpha = r.
+    sparsity: weight of the L1 norm of all coefficients, 0 <= sparsity; 1e-5 to 1e-3 is usual.
+    sparsity_by: "proximal" shrinks coefficients after each step and reaches exact zeros; "penalty" adds to the loss.
+    init: "kaiming" or "adalora".
+
+    Raises ValueError if r < 1, sparsity < 0, or a word is unknown.
+    """
+
+    method: ClassVar = S2LoRA
+    r: int = 32
+    alpha: float | None = None
+    sparsity: float = 1e-4
+    sparsity_by: Literal["proximal", "penalty"] = "proximal"
+    init: Literal["kaiming", "adalora"] = "kaiming"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise ValueError(f"r of s2_lora must be at least 1, got {self.r}.")
+        if self.sparsity < 0:
+            raise ValueError(f"sparsity of s2_lora must be at least 0, got {self.sparsity}.")
+        if self.sparsity_by not in ("proximal", "penalty"):
+            raise ValueError(f"sparsity_by of s2_lora must be 'proximal' or 'penalty', got {self.sparsity_by!r}.")
+        if self.init not in ("kaiming", "adalora"):
+            raise ValueError(f"init of s2_lora must be 'kaiming' or 'adalora', got {self.init!r}.")
+
+    def on_step_end(self, moment: Moment) -> None:
+        """The proximal step of the L1 norm: l <- sign(l) max(|l| - learning_rate * sparsity, 0)."""
+        if self.sparsity_by == "proximal" and self.sparsity:
+            with torch.no_grad():
+                for vector in coefficients(moment.model):
+                    vector.copy_(F.softshrink(vector, moment.learning_rate * self.sparsity))
+
+    def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
+        """sparsity * sum |l|, where that is asked for in place of the proximal step."""
+        if self.sparsity_by != "penalty" or not self.sparsity:
+            return None
+        return self.sparsity * torch.stack([vector.abs().sum() for vector in coefficients(model)]).sum()
+
+
+def coefficients(model: nn.Module) -> list[nn.Parameter]:
+    """The vectors l that train, one a layer."""
+    return [m.coefficients for m in model.modules() if isinstance(m, S2LoRA) and m.coefficients.requires_grad]

@@ -1,0 +1,502 @@
+"""A recipe: an ordered, printable, loadable list of techniques, attached to a model and undone again."""
+
+import copy
+import json
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pydantic
+import torch
+import yaml
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import adapters as _adapters  # noqa: F401  registers our methods with peft
+from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
+from .errors import SettingError, did_you_mean
+from .technique import TECHNIQUES, Moment, Phase, Technique
+
+__all__ = [
+    "Attached",
+    "Moment",
+    "Phase",
+    "Recipe",
+    "Technique",
+    "TechniqueInfo",
+    "attached_to",
+    "known_techniques",
+    "load",
+]
+
+RECIPE_FILE = "recipe.yaml"
+TRAINED_FILE = "trained.safetensors"
+STATE_FILE, STATE_TENSORS_FILE = "techniques.json", "techniques.safetensors"
+
+
+class Recipe:
+    """Techniques and peft configs to train a model with, sorted by phase.
+
+    Raises SettingError if two of them cannot go together.
+
+    >>> from peft import LoraConfig
+    >>> recipe = Recipe(LoraConfig(r=4, target_modules=["q_proj"]))
+    >>> recipe
+    Recipe(lora(r=4, target_modules=['q_proj']))
+    """
+
+    def __init__(self, *techniques: Technique | PeftConfig):
+        for technique in techniques:
+            if not isinstance(technique, (Technique, PeftConfig)):
+                raise SettingError(
+                    f"A recipe takes techniques and peft configs, got {technique!r} of type {type(technique).__name__}."
+                )
+        wrapped = [PeftTechnique(t) if isinstance(t, PeftConfig) else t for t in techniques]
+        self.techniques: tuple[Technique, ...] = tuple(sorted(wrapped, key=lambda t: t.phase))
+        _refuse_conflicts(self.techniques)
+
+    def __repr__(self) -> str:
+        parts = (f"{t.name}({', '.join(f'{k}={v!r}' for k, v in t.settings().items())})" for t in self.techniques)
+        return f"Recipe({', '.join(parts)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_list() == other.to_list()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every technique after the adapters leaves gradients as they were."""
+        return all(t.exact for t in self.techniques if t.phase > Phase.SELECTION)
+
+    def to_list(self) -> list[dict[str, dict[str, Any]]]:
+        """As a run file's `recipe` has it: `[{"lora": {"r": 8}}, ...]`."""
+        return [{t.name: t.settings()} for t in self.techniques]
+
+    def to_yaml(self) -> str:
+        """As YAML text."""
+        return yaml.safe_dump(self.to_list(), sort_keys=False)
+
+    @classmethod
+    def from_list(cls, entries: Iterable[Any]) -> "Recipe":
+        """Build from names and settings.
+
+        entries: each a mapping of one technique name to its settings, or a bare name.
+
+        Raises SettingError naming the entry, the setting and what is allowed.
+        """
+        if isinstance(entries, (str, dict)):
+            raise SettingError(f"recipe must be a list such as [{{lora: {{r: 8}}}}], got {entries!r}.")
+        return cls(*(_build(index, entry) for index, entry in enumerate(entries)))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Recipe":
+        """Build from YAML text that `to_yaml` wrote or a user did."""
+        return cls.from_list(yaml.safe_load(text) or [])
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Attach for the length of a with-block; yields the model to train, and undoes everything after."""
+        attached = Attached(self, model)
+        try:
+            yield attached.model
+        finally:
+            attached.detach()
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Attach until `remove`; returns the model to train."""
+        return Attached(self, model).model
+
+    @staticmethod
+    def remove(model: nn.Module) -> nn.Module:
+        """Undo `apply`; returns the base model as it was.
+
+        Raises ValueError if no recipe is attached to `model`.
+        """
+        return attached_to(model).detach()
+
+
+class Attached:
+    """A recipe at work on one model: its own copies of the techniques, their events, what trains, saving and undo."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module):
+        if find_attached(model) is not None:
+            raise ValueError("This model has a recipe attached already; call Recipe.remove(model) first.")
+        self.recipe = recipe
+        self.base_model = model
+        # copies, because peft fills configs in and techniques keep state: a recipe stays what the user wrote
+        self.techniques: tuple[Technique, ...] = copy.deepcopy(recipe.techniques)
+        self.accumulation_steps = 1
+        self._base_parameters = dict(model.named_parameters())
+        self._undo = ExitStack()
+        self._undo.callback(_Snapshot(model).restore)
+        addresses = {name: p.data_ptr() for name, p in self._base_parameters.items()}
+        try:
+            for technique in self.techniques:
+                model = self._undo.enter_context(technique.attach(model))
+            self.model = model
+            self._replaced = [name for name, p in self._base_parameters.items() if p.data_ptr() != addresses[name]]
+            hook = model.register_forward_hook(self._add_losses, with_kwargs=True)
+            self._undo.callback(hook.remove)
+        except BaseException:
+            self._undo.close()
+            raise
+        _ATTACHED[model] = self
+
+    def detach(self) -> nn.Module:
+        """Undo everything; returns the base model as it was, but for base weights that were trained.
+
+        Raises ValueError, with the adapters gone, if one of them had put other values in place of pretrained weights.
+        """
+        self._undo.close()
+        _ATTACHED.pop(self.model, None)
+        if self._replaced:
+            raise ValueError(
+                f"{self.recipe} replaced {len(self._replaced)} pretrained weights ({self._replaced[0]} first) when it "
+                "was attached: the base model is not what it was. Load it again."
+            )
+        return self.base_model
+
+    def event(self, name: str, moment: Moment) -> None:
+        """Call one event, such as "on_step_end", of every technique in order."""
+        for technique in self.techniques:
+            getattr(technique, name)(moment)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters with optimizer options of their own, over all techniques.
+
+        Raises SettingError if two techniques claim one parameter.
+        """
+        groups = [group for technique in self.techniques for group in technique.parameter_groups(self.model)]
+        seen: set[int] = set()
+        for group in groups:
+            group["params"] = list(group["params"])
+            twice = [p for p in group["params"] if id(p) in seen]
+            if twice:
+                raise SettingError(
+                    "Two techniques of the recipe give one parameter optimizer options; keep one of them."
+                )
+            seen.update(id(p) for p in group["params"])
+        return groups
+
+    def idle_parameters(self) -> set[str]:
+        """Names of trainable parameters that may go without a gradient."""
+        return set().union(*(technique.idle_parameters(self.model) for technique in self.techniques))
+
+    def trained_base(self) -> dict[str, nn.Parameter]:
+        """The base model's own parameters that train, by their names in the base model."""
+        return {name: p for name, p in self._base_parameters.items() if p.requires_grad}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the recipe, the adapters as peft does, base weights that train, and the techniques' own state.
+
+        folder: made if needed; files of the same name are replaced. Every file is written beside its place first.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, technique in enumerate(self.techniques):
+            technique.save(self.model, self._folder(folder, index))
+        if trained := self.trained_base():
+            tensors = {name: p.detach().contiguous() for name, p in trained.items()}
+            _write(folder / TRAINED_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        plain_state, tensors = _split({str(i): t.state_dict() for i, t in enumerate(self.techniques)})
+        _write(folder / STATE_FILE, lambda path: path.write_text(json.dumps(plain_state, indent=1)))
+        if tensors:
+            _write(folder / STATE_TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        text = yaml.safe_dump(
+            {
+                "version": 1,
+                "base_model": getattr(getattr(self.base_model, "config", None), "name_or_path", "") or None,
+                "recipe": self.recipe.to_list(),
+            },
+            sort_keys=False,
+        )
+        _write(folder / RECIPE_FILE, lambda path: path.write_text(text))
+
+    def restore(self, folder: str | Path) -> None:
+        """Take over everything that `save` wrote, in place.
+
+        Raises SettingError if the folder was saved by another recipe.
+        """
+        folder = Path(folder)
+        saved = read_recipe(folder)
+        if saved != self.recipe:
+            raise SettingError(f"{folder} was saved by {saved}, but the recipe here is {self.recipe}.")
+        for index, technique in enumerate(self.techniques):
+            technique.restore(self.model, self._folder(folder, index))
+        self._restore_shared_files(folder)
+
+    def _folder(self, folder: Path, index: int) -> Path:
+        """Where technique `index` keeps its files: the folder itself for the only peft config, else one of its own."""
+        adapters = [i for i, t in enumerate(self.techniques) if isinstance(t, PeftTechnique)]
+        return folder if adapters in ([], [index]) else folder / f"{index}-{self.techniques[index].name}"
+
+    def _restore_shared_files(self, folder: Path) -> None:
+        if (folder / TRAINED_FILE).exists():
+            tensors = load_file(folder / TRAINED_FILE)
+            if unknown := sorted(set(tensors) - set(self._base_parameters)):
+                raise SettingError(f"{folder / TRAINED_FILE} holds {unknown[0]!r}, which the base model does not have.")
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    self._base_parameters[name].copy_(tensor)
+        state = json.loads((folder / STATE_FILE).read_text())
+        tensors = load_file(folder / STATE_TENSORS_FILE) if (folder / STATE_TENSORS_FILE).exists() else {}
+        for index, own in _join(state, tensors).items():
+            self.techniques[int(index)].load_state_dict(own)
+
+    def _add_losses(self, model: nn.Module, args: tuple, batch: dict[str, Any], outputs: Any) -> Any:
+        if not (model.training and torch.is_grad_enabled()):
+            return None
+        terms = [term for t in self.techniques if (term := t.added_loss(model, batch, outputs)) is not None]
+        if not terms:
+            return None
+        if getattr(outputs, "loss", None) is None:
+            raise ValueError(
+                "The recipe adds to the loss, but this forward returned none: pass labels to the model, and leave "
+                "label smoothing and custom loss functions of the trainer off."
+            )
+        added = torch.stack([term.to(outputs.loss) for term in terms]).sum()
+        # given the number of items of the whole accumulated batch, a model's loss is a share of it: so is what is added
+        shares = self.accumulation_steps if batch.get("num_items_in_batch") is not None else 1
+        outputs.loss = outputs.loss + added / shares
+        return outputs
+
+
+_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+
+
+def find_attached(model: nn.Module) -> Attached | None:
+    """The recipe at work on `model` or on the model inside it; None if there is none."""
+    return next((_ATTACHED[m] for m in model.modules() if m in _ATTACHED), None)
+
+
+def attached_to(model: nn.Module) -> Attached:
+    """The recipe at work on `model`.
+
+    Raises ValueError if there is none.
+    """
+    if (attached := find_attached(model)) is None:
+        raise ValueError(f"No recipe is attached to this {type(model).__name__}; call Recipe.apply(model) first.")
+    return attached
+
+
+def load(base_model: nn.Module, folder: str | Path) -> nn.Module:
+    """The base model with the recipe and the weights that `Attached.save` wrote; undo with `Recipe.remove`.
+
+    Raises SettingError if the folder holds no recipe, or one that this version cannot read.
+    """
+    attached = Attached(read_recipe(Path(folder)), base_model)
+    try:
+        attached.restore(folder)
+    except BaseException:
+        attached.detach()
+        raise
+    return attached.model
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe saved in a folder.
+
+    Raises SettingError if there is none, or one that this version cannot read.
+    """
+    try:
+        data = yaml.safe_load((folder / RECIPE_FILE).read_text())
+    except FileNotFoundError:
+        raise SettingError(f"{folder} holds no {RECIPE_FILE}: it was not saved by a recipe.") from None
+    if not isinstance(data, dict) or data.get("version") != 1 or "recipe" not in data:
+        raise SettingError(f"{folder / RECIPE_FILE} is damaged or of another version of this package.")
+    return Recipe.from_list(data["recipe"])
+
+
+@dataclass(frozen=True)
+class TechniqueInfo:
+    """What there is to say about a technique before it is built.
+
+    name: how run files call it. kind: its folder in this package, or "adapters" or "prompts" for peft's own.
+    origin: "shoestring" or "peft". summary: one line. doc: the whole text. exact: None where it changes the model.
+    """
+
+    name: str
+    kind: str
+    origin: str
+    summary: str
+    settings_class: type
+    doc: str
+    exact: bool | None
+
+
+def known_techniques() -> dict[str, TechniqueInfo]:
+    """Everything a recipe can name, by name."""
+    known = {}
+    for name, cls in sorted({**peft_configs(), **TECHNIQUES}.items()):
+        ours = cls.__module__.split(".")[0] == __name__.split(".")[0]
+        module_doc = __import__(cls.__module__, fromlist=["_"]).__doc__ or ""
+        doc = module_doc if ours else (cls.__doc__ or "")
+        if issubclass(cls, PeftConfig):
+            kind, exact = ("prompts" if "Prompt" in cls.__mro__[1].__name__ else "adapters"), None
+        else:
+            kind, exact = cls.__module__.split(".")[-2], cls.exact
+        summary = next((line.strip() for line in doc.splitlines() if line.strip()), "")
+        known[name] = TechniqueInfo(name, kind, "shoestring" if ours else "peft", summary, cls, doc, exact)
+    return known
+
+
+def _build(index: int, entry: Any) -> Technique | PeftConfig:
+    where = f"recipe[{index}]"
+    if isinstance(entry, (Technique, PeftConfig)):
+        return entry
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise SettingError(
+            f"{where} must be one technique with its settings, such as {{lora: {{r: 8}}}}, got {entry!r}."
+        )
+    ((name, settings),) = entry.items()
+    known: dict[str, Any] = {**peft_configs(), **TECHNIQUES}
+    if name not in known:
+        raise SettingError(f"{where}: unknown technique {name!r}. {did_you_mean(str(name), known)}")
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise SettingError(f"{where}.{name} must be a mapping of settings, got {settings!r}.")
+    cls = known[name]
+    checked = _checked_settings(cls, settings, f"{where}.{name}")
+    try:
+        return cls(**checked)
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"{where}.{name}: {error}") from error
+
+
+def _checked_settings(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """`settings` with every name known to the dataclass `cls` and every value of its type."""
+    if not is_dataclass(cls):
+        raise TypeError(f"{cls.__name__} must be a dataclass, so that its settings can be checked.")
+    own = {f.name: f for f in fields(cls) if f.init and f.name not in FILLED_BY_PEFT}
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # a type that is imported for checkers only
+        hints = {}
+    checked = {}
+    for key, value in settings.items():
+        if key not in own:
+            raise SettingError(f"{where}: unknown setting {key!r}. {did_you_mean(str(key), own)}")
+        try:
+            adapter = pydantic.TypeAdapter(hints.get(key, Any), config={"arbitrary_types_allowed": True})
+            adapter.validate_python(value)
+        except pydantic.ValidationError as error:
+            wanted = getattr(hints[key], "__name__", None) or str(hints[key]).replace("typing.", "")
+            raise SettingError(f"{where}.{key} must be {wanted}, got {value!r} ({error.errors()[0]['msg']}).") from None
+        except (pydantic.errors.PydanticUserError, TypeError):
+            pass  # an annotation pydantic cannot check: the class checks its own values
+        checked[key] = value
+    required = [
+        n for n, f in own.items() if f.default is MISSING and f.default_factory is MISSING and n not in settings
+    ]
+    if required:
+        raise SettingError(f"{where} needs the setting {required[0]!r}.")
+    return checked
+
+
+def _refuse_conflicts(techniques: tuple[Technique, ...]) -> None:
+    for phase in Phase:
+        here = [t for t in techniques if t.phase == phase]
+        if len(here) > 1 and any(t.alone_in_phase for t in here):
+            raise SettingError(
+                f"{' and '.join(t.name for t in here)} cannot be combined: at most one of them may act in the "
+                f"{phase.name.lower()} phase."
+            )
+    names = [t.name for t in techniques]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise SettingError(f"{twice[0]} stands twice in the recipe; give it once, with all its layers.")
+    claimed: dict[str, str] = {}
+    for technique in techniques:
+        for claim in technique.claims:
+            if claim in claimed:
+                raise SettingError(f"{claimed[claim]} and {technique.name} cannot be combined: both act on {claim}.")
+            claimed[claim] = technique.name
+    for technique in techniques:
+        if technique.needs and not any(t.phase in technique.needs for t in techniques if t is not technique):
+            kinds = " or ".join(sorted(phase.name.lower() for phase in technique.needs))
+            raise SettingError(f"{technique.name} needs a technique of the phase {kinds} beside it in the recipe.")
+
+
+class _Snapshot:
+    """What attaching may change of a model: its modules, hooks, modes, new attributes and which weights train."""
+
+    TABLES = (
+        "_modules",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    )
+
+    def __init__(self, model: nn.Module):
+        self.parameters = [(p, p.requires_grad) for p in model.parameters()]
+        self.modules = [
+            (
+                m,
+                m.training,
+                set(m.__dict__),
+                {name: dict(m.__dict__[name]) for name in self.TABLES if name in m.__dict__},
+            )
+            for m in model.modules()
+        ]
+
+    def restore(self) -> None:
+        for module, training, names, tables in self.modules:
+            module.training = training
+            for name in set(module.__dict__) - names:
+                del module.__dict__[name]
+            for name, entries in tables.items():
+                table = module.__dict__[name]  # changed in place: removal handles of hooks refer to it
+                if list(table.items()) != list(entries.items()):
+                    table.clear()
+                    table.update(entries)
+        for parameter, requires_grad in self.parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path` first, then rename, so that a reader never sees half a file."""
+    beside = path.with_name(path.name + ".partial")
+    write(beside)
+    beside.replace(path)
+
+
+def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Nested state as plain data, with every tensor replaced by `{"tensor": key}`, and the tensors by key."""
+    out: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().contiguous()
+            out[key] = {"tensor": path}
+        elif isinstance(value, dict):
+            out[key], inner = _split(value, f"{path}/")
+            tensors.update(inner)
+        else:
+            out[key] = value
+    return out, tensors
+
+
+def _join(state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `_split`."""
+
+    def joined(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if set(value) == {"tensor"} and value["tensor"] in tensors:
+            return tensors[value["tensor"]]
+        return {key: joined(inner) for key, inner in value.items()}
+
+    return {key: joined(value) for key, value in state.items()}

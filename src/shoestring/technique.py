@@ -1,0 +1,164 @@
+"""What every technique declares and may do: its phase, its promises, its events, how it attaches and what it saves.
+
+The kinds (adapters, blocks, selection, ...) build on this file; `recipe.py` puts techniques together.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Phase(IntEnum):
+    """The order in which techniques attach. A recipe sorts by it, so users cannot get it wrong."""
+
+    PRUNING = 10  # what of the model is there at all
+    ADAPTER = 20  # new weights in or beside layers
+    PROMPT = 30  # learned vectors in the sequence
+    SIDE = 40  # a small network beside the model
+    SELECTION = 50  # which weights get gradients, and when
+    BLOCK = 60  # how a block runs forward and backward
+    ACTIVATION = 70  # how a tensor kept for backward is stored
+    OBJECTIVE = 80  # the loss
+    OPTIMIZER = 90  # the update
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a training run stands when an event is called.
+
+    model: the model in training, with the recipe attached.
+    optimizer: the optimizer, or None before it is made.
+    step: optimizer steps finished; 0 before and during the first.
+    epoch: passes over the data, a fraction within an epoch.
+    num_steps: optimizer steps of the whole run, or 0 where unknown.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | None = None
+    step: int = 0
+    epoch: float = 0.0
+    num_steps: int = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first parameter group; 0 without an optimizer."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 0.0
+
+
+class Events:
+    """What a technique or an adapter config may do during training. Every event does nothing unless overridden."""
+
+    def on_step_begin(self, moment: Moment) -> None:
+        """Before the first forward of an optimizer step."""
+
+    def on_gradients(self, moment: Moment) -> None:
+        """All gradients of the step are there; the optimizer has not run."""
+
+    def on_step_end(self, moment: Moment) -> None:
+        """After the optimizer has run and gradients are still there; `moment.step` counts the step just done."""
+
+    def on_epoch_end(self, moment: Moment) -> None:
+        """After the last step of an epoch."""
+
+    def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
+        """A scalar to add to the loss of one forward in training, or None."""
+        return None
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameters with optimizer options of their own, `[{"params": [...], "lr": 1e-4}]`."""
+        return []
+
+    def idle_parameters(self, model: nn.Module) -> set[str]:
+        """Names of trainable parameters that may go without a gradient, such as experts nobody was routed to."""
+        return set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's weights: tensors, numbers, strings, lists, dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but was given {', '.join(sorted(state))}.")
+
+
+class Technique(Events):
+    """One way to train in less memory or with fewer weights. Subclasses are dataclasses whose fields are the settings.
+
+    name: how run files call it.
+    phase: when it attaches.
+    exact: gradients equal those without it; the contract tests hold it to that.
+    alone_in_phase: no second technique of the same phase may stand beside it.
+    needs: phases of which at least one other technique must be in the recipe.
+    claims: parts of the model or of autograd that only one technique may act on, as plain words.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[Phase]
+    exact: ClassVar[bool] = False
+    alone_in_phase: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Phase]] = frozenset()
+    claims: ClassVar[frozenset[str]] = frozenset()
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Act on `model` inside the context and leave it as it was after; yields the model to go on with."""
+        yield model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write weights of its own that neither the base model nor `state_dict` holds into `folder`."""
+
+    def restore(self, model: nn.Module, folder: Path) -> None:
+        """Read what `save` wrote into the attached model."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain data for a run file."""
+        return settings_of(self)
+
+
+def settings_of(config: Any, hidden: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, as plain data; `hidden` names are left out."""
+    if not is_dataclass(config):
+        return {}
+    blank = {}
+    for field in fields(config):
+        if field.default_factory is not None and callable(field.default_factory):
+            blank[field.name] = field.default_factory()
+        else:
+            blank[field.name] = field.default
+    changed = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in hidden}
+    return {name: value for name, value in changed.items() if value != plain(blank[name])}
+
+
+def plain(value: Any) -> Any:
+    """`value` as YAML and JSON can hold it: sets become sorted lists, tuples lists, enums and dtypes words."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, str):
+        return str(getattr(value, "value", value))
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(getattr(value, "value", value))
+
+
+TECHNIQUES: dict[str, type[Technique]] = {}
+
+
+def register_technique(cls: type[Technique]) -> type[Technique]:
+    """Make a technique known to run files and the command line under its `name`; a class decorator."""
+    if TECHNIQUES.get(cls.name, cls) is not cls:
+        raise ValueError(f"A technique named {cls.name!r} is already registered: {TECHNIQUES[cls.name].__module__}.")
+    TECHNIQUES[cls.name] = cls
+    return cls
