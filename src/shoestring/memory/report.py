@@ -1,0 +1,42 @@
+"""What a ledger reports: the peak, its parts, and what was kept for backward."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Phase = Literal["forward", "backward", "optimizer", "other"]
+PARTS = ("weights", "gradients", "optimizer_state", "saved_for_backward", "temporary", "inputs")
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Where the memory of one ledger went; every quantity in bytes of storages on `device`.
+
+    peak_bytes: the largest sum of live storages.
+    peak_phase: what was running then.
+    at_peak: the peak by part; the values sum to `peak_bytes`.
+    saved_bytes: kept for backward when it began, without weights, inputs and outputs; the most over several forwards.
+    largest: each part's own maximum over time, not all at the same moment.
+    trainable_bytes, frozen_bytes: parameters that train; all other weights, with buffers and quantization constants.
+    by_module: `saved_bytes` by the module in which a storage was born; "" is code outside the named modules.
+    cuda_max_allocated_bytes: the CUDA allocator's own maximum over the same time; None elsewhere.
+    """
+
+    peak_bytes: int
+    peak_phase: Phase
+    at_peak: dict[str, int]
+    saved_bytes: int
+    largest: dict[str, int]
+    trainable_bytes: int
+    frozen_bytes: int
+    by_module: dict[str, int]
+    device: str
+    cuda_max_allocated_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+    def table(self) -> list[tuple[str, int, int]]:
+        """Rows of part, bytes at the peak, bytes at the part's own maximum; the last row is the total at the peak."""
+        rows = [(part, self.at_peak[part], self.largest[part]) for part in PARTS]
+        return [*rows, ("total", self.peak_bytes, self.peak_bytes)]
