@@ -132,6 +132,7 @@ class Attached:
         # copies, because peft fills configs in and techniques keep state: a recipe stays what the user wrote
         self.techniques: tuple[Technique, ...] = copy.deepcopy(recipe.techniques)
         self.accumulation_steps = 1
+        self.add_losses_in_forward = True  # a trainer that adds them by itself switches it off
         self._base_parameters = dict(model.named_parameters())
         self._undo = ExitStack()
         self._undo.callback(_Snapshot(model).restore)
@@ -249,21 +250,24 @@ class Attached:
         for index, own in _join(state, tensors).items():
             self.techniques[int(index)].load_state_dict(own)
 
+    def added_loss(self, batch: dict[str, Any], outputs: Any) -> Tensor | None:
+        """The sum of what the techniques add to the loss of one forward in training; None if nothing."""
+        terms = [term for t in self.techniques if (term := t.added_loss(self.model, batch, outputs)) is not None]
+        return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
+
     def _add_losses(self, model: nn.Module, args: tuple, batch: dict[str, Any], outputs: Any) -> Any:
-        if not (model.training and torch.is_grad_enabled()):
+        if not (self.add_losses_in_forward and model.training and torch.is_grad_enabled()):
             return None
-        terms = [term for t in self.techniques if (term := t.added_loss(model, batch, outputs)) is not None]
-        if not terms:
+        if (added := self.added_loss(batch, outputs)) is None:
             return None
         if getattr(outputs, "loss", None) is None:
             raise ValueError(
-                "The recipe adds to the loss, but this forward returned none: pass labels to the model, and leave "
-                "label smoothing and custom loss functions of the trainer off."
+                "The recipe adds to the loss, but this forward returned none: pass labels to the model, or train with "
+                "shoestring.training.RecipeTrainer or recipe_sft_trainer(), which add to any loss."
             )
-        added = torch.stack([term.to(outputs.loss) for term in terms]).sum()
         # given the number of items of the whole accumulated batch, a model's loss is a share of it: so is what is added
         shares = self.accumulation_steps if batch.get("num_items_in_batch") is not None else 1
-        outputs.loss = outputs.loss + added / shares
+        outputs.loss = outputs.loss + added.to(outputs.loss) / shares
         return outputs
 
 

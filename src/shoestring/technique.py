@@ -117,6 +117,10 @@ class Technique(Events):
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read what `save` wrote into the attached model."""
 
+    def set_task(self, peft_task_type: str) -> bool:
+        """Learn what the run's task is in peft's words; True if that makes a new head of the model train with it."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain data for a run file."""
         return settings_of(self)

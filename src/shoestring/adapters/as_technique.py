@@ -80,6 +80,12 @@ class PeftTechnique(Technique):
                 raise SettingError(f"{folder} {what} {sorted(names)[0]} ({len(names)} in all) for {self.name}.")
         set_peft_model_state_dict(self.wrapped, weights, adapter_name=self.adapter_name)
 
+    def set_task(self, peft_task_type: str) -> bool:
+        """Fill in the config's task_type where it is open, so that peft trains and saves the head."""
+        if self.config.task_type is None:
+            self.config.task_type = peft_task_type  # type: ignore[assignment]
+        return True
+
     def settings(self) -> dict[str, Any]:
         """The config's fields that differ from peft's defaults."""
         return settings_of(self.config, hidden=FILLED_BY_PEFT)

@@ -1,1 +1,9 @@
+"""Tasks: what is learned, and so which model class, data columns, trainer and measures a run uses. One file a task."""
 
+from .base import Task
+from .causal_lm import CausalLM
+from .text_classification import TextClassification
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, CausalLM)}
+
+__all__ = ["TASKS", "CausalLM", "Task", "TextClassification"]

@@ -1,0 +1,81 @@
+"""A callback that lets a recipe ride along in a trainer of transformers or TRL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..recipe import Attached, attached_to
+from ..technique import Moment
+
+
+class RecipeCallback(TrainerCallback):
+    """Passes a trainer's events on to the recipe attached to its model, saves it in checkpoints and restores it.
+
+        model = recipe.apply(model)
+        Trainer(model=model, ..., callbacks=[RecipeCallback()])
+
+    With techniques that add to the loss under TRL, or give parameters learning rates of their own, use RecipeTrainer or
+    `recipe_sft_trainer()`, which do more than a callback can; this one refuses them when training begins.
+    """
+
+    in_recipe_trainer = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Find the recipe, check that this trainer can run it, and restore it when the run is resumed."""
+        self.attached: Attached = attached_to(model)
+        self.attached.accumulation_steps = args.gradient_accumulation_steps
+        if not self.in_recipe_trainer and self.attached.parameter_groups():
+            raise ValueError(
+                f"{self.attached.recipe} gives parameters optimizer options of their own, which a callback cannot set; "
+                "use shoestring.training.RecipeTrainer in place of Trainer."
+            )
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.global_step and not self.in_recipe_trainer and folder.is_dir():
+            self.attached.restore(folder)
+
+    def _moment(self, state: TrainerState, kwargs: dict[str, Any], step: int) -> Moment:
+        optimizer = kwargs.get("optimizer")
+        return Moment(
+            self.attached.model, getattr(optimizer, "optimizer", optimizer), step, state.epoch or 0.0, state.max_steps
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first forward of a step."""
+        self.attached.event("on_step_begin", self._moment(state, kwargs, state.global_step))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are there, accumulated and clipped."""
+        self.attached.event("on_gradients", self._moment(state, kwargs, state.global_step))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer has run; gradients are still there."""
+        self.attached.event("on_step_end", self._moment(state, kwargs, state.global_step + 1))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last step of an epoch."""
+        self.attached.event("on_epoch_end", self._moment(state, kwargs, state.global_step))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the recipe and its state into the checkpoint that was just written."""
+        if not self.in_recipe_trainer and state.is_world_process_zero:
+            self.attached.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+class _RecipeTrainerCallback(RecipeCallback):
+    """The same inside RecipeTrainer, which saves, restores and makes the optimizer by itself."""
+
+    in_recipe_trainer = True

@@ -1,0 +1,82 @@
+"""Checkpoints that are whole or not there: a manifest with hashes, checked before a run is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingError
+
+MANIFEST = "checkpoint.json"
+BESIDE = ".checkpoint-in-progress"
+
+
+def finish(written: Path, place: Path, identity: dict[str, Any]) -> None:
+    """Add the manifest to the files in `written` and move the folder to `place`.
+
+    identity: what a run must agree on to go on from here.
+    """
+    files = {
+        str(path.relative_to(written)): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        for path in sorted(written.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"version": 1, "identity": identity, "files": files}
+    (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*(written / name for name in files), written / MANIFEST]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # a power cut must not leave a renamed folder of empty files
+    if place.exists():
+        shutil.rmtree(place)
+    written.rename(place)
+    written.parent.rmdir()
+
+
+def find(folder: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of this run in `folder`, None if there is none; and what is wrong with newer ones.
+
+    Raises SettingError if the newest whole checkpoint belongs to another run, naming where they differ.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    problems = []
+    if (folder / BESIDE).exists():
+        problems.append(f"{folder / BESIDE} was being written when the run ended; it is left out.")
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        if (problem := damage(path)) is not None:
+            problems.append(f"{path} is damaged: {problem}; it is left out.")
+            continue
+        theirs = json.loads((path / MANIFEST).read_text())["identity"]
+        for key in identity.keys() | theirs.keys():
+            if identity.get(key) != theirs.get(key):
+                raise SettingError(
+                    f"{path} belongs to another run: its {key} is {theirs.get(key)!r}, here {identity.get(key)!r}. "
+                    "Change it back, choose another output_dir, or start over with --overwrite."
+                )
+        return path, problems
+    return None, problems
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files, _ = manifest["files"], manifest["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable, so it was not written to the end or not by Shoestring"
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != expected["bytes"]:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
+        if _hash(path / name) != expected["sha256"]:
+            return f"{name} does not hold what was written"
+    return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,90 @@
+"""Data of a run: splits from a hub id, csv, jsonl or parquet files, or `packaged:NAME`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SettingError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from .settings import DataSettings
+
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+PACKAGED = "packaged:"
+
+
+def load_splits(data: DataSettings, seed: int) -> DatasetDict:
+    """The splits "train", "validation" and "test" that the settings name or that the source of `train` brings along.
+
+    seed: for the choice of rows where max_train_rows or max_eval_rows asks for fewer.
+
+    Raises SettingError naming what is missing or empty.
+    """
+    from datasets import DatasetDict
+
+    found = _read(data.train, "train")
+    splits = DatasetDict({name: found[name] for name in ("train", "validation", "test") if name in found})
+    for name in ("validation", "test"):
+        if (source := getattr(data, name)) is not None:
+            splits[name] = _read(source, name)[name]
+    for name, dataset in splits.items():
+        limit = data.max_train_rows if name == "train" else data.max_eval_rows
+        if len(dataset) == 0:
+            raise SettingError(f"The {name} data ({getattr(data, name) or data.train}) is empty: it has no rows.")
+        if limit is not None and limit < len(dataset):
+            splits[name] = dataset.shuffle(seed=seed).select(range(limit))
+    return splits
+
+
+def need_columns(split: str, dataset: Dataset, *names: str | None) -> None:
+    """Refuse a data set without one of the columns.
+
+    Raises SettingError with the columns there are.
+    """
+    for name in names:
+        if name is not None and name not in dataset.column_names:
+            raise SettingError(
+                f"The {split} data has no column {name!r}. {did_you_mean(name, dataset.column_names)} "
+                "Name yours under data."
+            )
+
+
+def _read(source: str, split: str) -> DatasetDict:
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if source.startswith(PACKAGED):
+        from .. import assets
+
+        found = assets.load_data(source.removeprefix(PACKAGED))
+        if split not in found:
+            raise SettingError(f"{source} has no split {split!r}; it has {', '.join(found)}.")
+        return found
+    path = Path(source).expanduser()
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise SettingError(f"The {split} data file {source} does not exist.")
+        if path.stat().st_size == 0:
+            raise SettingError(f"The {split} data file {source} is empty.")
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        try:
+            return DatasetDict(
+                {split: load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)}
+            )
+        except (DatasetGenerationError, ValueError) as error:
+            raise SettingError(
+                f"The {split} data file {source} cannot be read as {path.suffix[1:]}: {error}"
+            ) from error
+    try:
+        found = load_dataset(source) if split == "train" else DatasetDict({split: load_dataset(source, split=split)})
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SettingError(
+            f"The {split} data {source!r} is no hub id that can be reached, no {', '.join(READERS)} file and no "
+            f"packaged:NAME. `shoestring assets list` shows the packaged data. ({type(error).__name__}: {error})"
+        ) from error
+    if "train" not in found and split == "train":
+        raise SettingError(f"{source} has no split 'train'; it has {', '.join(found)}.")
+    return found

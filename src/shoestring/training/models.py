@@ -1,0 +1,63 @@
+"""Pretrained models of a run: from a hub id, a folder, a GGUF file, or `packaged:NAME`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .settings import ModelSettings
+
+PACKAGED = "packaged:"
+
+
+def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tuple[nn.Module, Any]:
+    """The model as `auto_class` makes it, and its tokenizer or processor.
+
+    config: settings of the model's configuration, such as num_labels.
+
+    Raises SettingError if it is not there, or is of another kind than the task needs.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    source, files = _source(model.name)
+    files |= {"revision": model.revision} if model.revision else {}
+    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    if model.dtype is not None:
+        options["dtype"] = getattr(torch, model.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        loaded = auto_class.from_pretrained(source, **files, **options, **config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(f"The model {model.name!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
+    return loaded, tokenizer
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` reads, and further arguments for it."""
+    if name.startswith(PACKAGED):
+        from .. import assets
+
+        return str(assets.model_folder(name.removeprefix(PACKAGED))), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SettingError(f"The model file {name} does not exist.")
+        return str(path.parent), {"gguf_file": path.name}
+    if name.startswith((".", "/", "~")) and not path.is_dir():
+        raise SettingError(f"The model folder {name} does not exist.")
+    return str(path) if path.is_dir() else name, {}
+
+
+def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
+    """The most tokens the model takes, special ones included; None where it says nothing."""
+    config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
+    positions = getattr(config, "max_position_embeddings", None)
+    known = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None and 0 < n < 10**7]
+    return min(known, default=None)

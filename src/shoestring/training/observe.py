@@ -1,0 +1,116 @@
+"""Callbacks that look at a run without changing it: memory of one step, time, and a wish to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..memory import Ledger, MemoryReport
+
+
+class StepMemory(TrainerCallback):
+    """The ledger over one step: the second of this process, when the optimizer's state is there, or the only one."""
+
+    def __init__(self) -> None:
+        self.report: MemoryReport | None = None
+        self.watching = False
+        self.steps = 0
+        self._ledger: Ledger | None = None
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Start before the chosen step."""
+        self.steps += 1
+        if self.steps == 2 or state.max_steps - state.global_step == 1 == self.steps:
+            self._ledger = Ledger(model, getattr(optimizer, "optimizer", optimizer))
+            self._ledger.start()
+            self.watching = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop after it."""
+        if self.watching and self._ledger is not None:
+            self._ledger.stop()
+            self.report, self._ledger, self.watching = self._ledger.report(), None, False
+
+    def abandon(self) -> None:
+        """Stop in the middle of a step that failed."""
+        if self.watching and self._ledger is not None:
+            self._ledger.stop()
+            self.watching = False
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step, evaluation and saving left out, and of the step that the ledger slowed."""
+
+    def __init__(self, memory: StepMemory):
+        self.seconds: list[float] = []
+        self.tokens = 0
+        self._memory = memory
+        self._began: tuple[float, int] | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the time; runs after StepMemory, so that the step it watches is known."""
+        self._began = None if self._memory.watching else (time.perf_counter(), int(state.num_input_tokens_seen))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step."""
+        if self._began is not None:
+            began, tokens = self._began
+            self.seconds.append(time.perf_counter() - began)
+            self.tokens += int(state.num_input_tokens_seen) - tokens
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends a run after the current step, with a checkpoint, once ctrl-C was pressed; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop where that was asked for."""
+        if self.asked:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do not save twice: the end of the loop calls this too."""
+        if self.asked:
+            control.should_save = control.should_evaluate = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch ctrl-C for the length of a with-block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

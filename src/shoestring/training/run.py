@@ -1,0 +1,303 @@
+"""A run from a run file to its report: data, model, recipe, training, and what comes of it."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+
+from .. import __version__
+from ..errors import RunFailed, SettingError
+from ..memory import Ledger, MemoryReport
+from ..recipe import Attached, Recipe, attached_to
+from . import checkpoints, output
+from .checks import GradientCheck
+from .data import load_splits
+from .observe import StepMemory, StepTimes, StopWhenAsked
+from .report import Report, median
+from .tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from .settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that is ready to train."""
+
+    settings: RunSettings
+    task: Task
+    data: DatasetDict
+    attached: Attached
+    trainer: Trainer
+
+
+def train(
+    settings: RunSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    say: Callable[[str], None] = lambda text: None,
+    on_ready: Callable[[Ready], None] = lambda ready: None,
+) -> Report:
+    """Train as the settings say; leaves checkpoints, the trained weights and report.json in their output_dir.
+
+    resume: go on from the newest whole checkpoint. overwrite: throw away a run that is there.
+    callbacks: of transformers' Trainer, for progress and the like. say: told of each stage and of damaged checkpoints.
+    on_ready: called once before the first step.
+
+    Raises SettingError for what the user must change, before anything is written, and RunFailed if training fails.
+    """
+    folder = Path(settings.output_dir)
+    with output.output_folder(folder, resume=resume, overwrite=overwrite):
+        checkpoint = None
+        if resume:
+            checkpoint, problems = checkpoints.find(folder, identity(settings))
+            for problem in problems:
+                say(problem)
+            say(f"Going on from {checkpoint}." if checkpoint else f"{folder} holds no whole checkpoint; starting over.")
+        shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
+        memory, stop = StepMemory(), StopWhenAsked()
+        times = StepTimes(memory)
+        ready = prepare(settings, say=say, callbacks=[stop, memory, times, GradientCheck(), *callbacks])
+        on_ready(ready)
+        (folder / output.SETTINGS).write_text(settings.to_yaml())
+        try:
+            with stop.listening():
+                result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            quality = {} if stop.asked else evaluate(ready, say)
+            saved = {"checkpoints": str(folder)}
+            if not stop.asked:
+                saved["weights"] = str(_save_final(ready, folder))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RunFailed):
+                raise
+            raise _failure(error, folder) from error
+        finally:
+            memory.abandon()
+        report = Report(
+            status="interrupted" if stop.asked else "finished",
+            steps=ready.trainer.state.global_step,
+            quality=quality,
+            trained_parameters=sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad),
+            total_parameters=sum(p.numel() for p in ready.attached.model.parameters()),
+            memory=memory.report.to_dict() if memory.report else None,
+            process_peak_bytes=process_peak_bytes(),
+            step_seconds=median(times.seconds),
+            train_seconds=float(result.metrics["train_runtime"]),
+            tokens_a_second=times.tokens / sum(times.seconds) if times.tokens else None,
+            saved=saved,
+            settings=settings.to_yaml(),
+            versions=versions(),
+            losses=[(row["step"], row["loss"]) for row in ready.trainer.state.log_history if "loss" in row],
+        )
+        if report.status == "finished":
+            report.write(folder / output.REPORT)
+        return report
+
+
+def prepare(
+    settings: RunSettings, *, say: Callable[[str], None] = lambda text: None, callbacks: Sequence[TrainerCallback] = ()
+) -> Ready:
+    """Load data and model, attach the recipe and make the trainer; nothing is trained or written.
+
+    Raises SettingError naming what does not fit together.
+    """
+    task = TASKS[settings.task](settings)
+    recipe = settings.build_recipe()
+    task.set_up_recipe(recipe)
+    seed = int(settings.train.get("seed", 42))
+    say(f"Loading data {settings.data.train}")
+    data = load_splits(settings.data, seed)
+    for split, dataset in data.items():
+        task.check_columns(split, dataset)
+    say(f"Loading model {settings.model.name}")
+    set_seed(seed)  # a new head, then adapters, take their start values from it
+    model, processor = task.load(data)
+    data = task.prepare(data, model, processor)
+    arguments = training_arguments(settings, task, data)
+    set_seed(seed)
+    model = _attach(recipe, model)
+    try:
+        trainer = task.trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data["train"],
+            eval_dataset=data.get("validation"),
+            processing_class=processor,
+            callbacks=list(callbacks),
+            run_identity=identity(settings),
+        )
+        if settings.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    except (ValueError, TypeError, ImportError) as error:
+        Recipe.remove(model)
+        raise SettingError(f"The trainer refuses these settings: {error}") from error
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    return Ready(settings, task, data, attached_to(model), trainer)
+
+
+def measure(
+    settings: RunSettings, *, module_depth: int | None = None, say: Callable[[str], None] = print
+) -> MemoryReport:
+    """Run two real steps and count the second with the ledger; nothing is written.
+
+    module_depth: also say which modules keep what for backward, their names cut after this many parts.
+    """
+    ready = prepare(settings, say=say)
+    trainer = ready.trainer
+    loader = iter(trainer.get_train_dataloader())
+    optimizer = trainer.create_optimizer()
+    model = ready.attached.model.train()
+    micro_batches = trainer.args.gradient_accumulation_steps
+    trainer.current_gradient_accumulation_steps = micro_batches
+    ledger = Ledger(model, optimizer, module_depth=module_depth)
+    for step in range(2):
+        batches, count = trainer.get_batch_samples(loader, micro_batches, trainer.args.device)
+        if not batches:
+            raise SettingError("measure needs two batches of training data; lower the batch size or add rows.")
+        if step == 1:
+            ledger.start()
+        try:
+            for batch in batches:
+                trainer.training_step(model, batch, count)
+            optimizer.step()
+            model.zero_grad()
+        finally:
+            if step == 1:
+                ledger.stop()
+    return ledger.report()
+
+
+def identity(settings: RunSettings) -> dict[str, Any]:
+    """What a checkpoint and a run must agree on for the one to go on with the other."""
+    keys = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "optim")
+    return {
+        "model": settings.model.name,
+        "task": settings.task,
+        "data.train": settings.data.train,
+        "data.max_length": settings.data.max_length,
+        "data.max_train_rows": settings.data.max_train_rows,
+        "recipe": settings.build_recipe().to_list(),
+        **{f"train.{key}": settings.train.get(key) for key in keys},
+    }
+
+
+def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> Any:
+    """The trainer's arguments: the user's, over defaults that suit a run whose data has or lacks a validation split."""
+    defaults: dict[str, Any] = {
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    if "validation" in data:
+        strategy = settings.train.get("eval_strategy", "epoch")
+        defaults |= {"eval_strategy": strategy, "save_strategy": strategy}
+        if settings.train.get("save_strategy", strategy) == strategy != "no":
+            defaults |= {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": task.metric,
+                "greater_is_better": task.higher_is_better,
+            }
+    elif settings.train.get("eval_strategy", "no") != "no":
+        raise SettingError("train.eval_strategy needs a validation split; name one as data.validation.")
+    elif settings.early_stopping_patience is not None:
+        raise SettingError("early_stopping_patience needs a validation split; name one as data.validation.")
+    if settings.task == "causal-lm":
+        defaults |= {"max_length": settings.data.max_length or 1024}
+    return settings.training_arguments(**{**defaults, **settings.train, "output_dir": settings.output_dir})
+
+
+def evaluate(ready: Ready, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Quality on the held-out splits, and before training where the run evaluated first."""
+    quality = {}
+    first = next((row for row in ready.trainer.state.log_history if "eval_loss" in row), None)
+    if ready.trainer.args.eval_on_start and first is not None:
+        numbers = {name: value for name, value in first.items() if name not in ("step", "epoch")}
+        quality["before"] = ready.task.quality(numbers, "eval")
+    for split in ("validation", "test"):
+        if split in ready.data:
+            say(f"Evaluating on {split}")
+            dataset = ready.trainer.eval_dataset if split == "validation" else ready.data[split]
+            metrics = ready.trainer.evaluate(dataset, metric_key_prefix=split)
+            quality[split] = ready.task.quality(metrics, split)
+    return quality
+
+
+def process_peak_bytes() -> int:
+    """The largest resident size of this process so far; kilobytes on Linux, bytes on macOS, say the systems."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """What the run ran on."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
+    found = {name: _version(name) for name in names}
+    return {"shoestring": __version__, "python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _attach(recipe: Recipe, model: Any) -> Any:
+    try:
+        return recipe.apply(model)
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"The recipe does not fit the model: {error}") from error
+
+
+def _save_final(ready: Ready, folder: Path) -> Path:
+    """Write the trained weights beside their place, then rename."""
+    final, beside = folder / output.FINAL, folder / f".{output.FINAL}-in-progress"
+    shutil.rmtree(beside, ignore_errors=True)
+    ready.trainer.save_model(str(beside))
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    return final
+
+
+def _failure(error: Exception, folder: Path) -> Exception:
+    """What to raise for an error in the middle of a run."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return RunFailed(
+            f"The disk is full: writing to {folder} failed. Checkpoints that are there are whole; make room and go on "
+            "with --resume."
+        )
+    if isinstance(error, PermissionError):
+        return RunFailed(
+            f"No permission any more to write to {error.filename or folder}; go on with --resume once there is."
+        )
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return RunFailed(
+            f"The GPU ran out of memory ({text.splitlines()[0]}). Lower train.per_device_train_batch_size or "
+            "data.max_length, or set train.gradient_checkpointing: true."
+        )
+    return error

@@ -1,0 +1,76 @@
+"""The base of tasks: loading a model, turning rows into model inputs, and measuring quality."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+    from ...recipe import Recipe
+    from ..settings import DataSettings, RunSettings
+
+
+class Task(ABC):
+    """One task of one run. `columns` and the class methods are known before anything is loaded.
+
+    name: how run files call it.
+    peft_task_type: what peft calls it, so that heads are trained and saved with adapters.
+    metric: the measure a best model is chosen by, as Trainer logs it; higher_is_better says which way.
+    """
+
+    name: ClassVar[str]
+    peft_task_type: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    def __init__(self, settings: RunSettings):
+        self.settings = settings
+
+    @classmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        """The dataclass whose fields a run file's `train` may hold."""
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+    @abstractmethod
+    def check_columns(self, split: str, dataset: Dataset) -> None:
+        """Refuse a data set that lacks a column, holds no rows, or has values the task cannot use.
+
+        Raises SettingError naming the split, the column and what there is.
+        """
+
+    @abstractmethod
+    def load(self, data: DatasetDict) -> tuple[nn.Module, Any]:
+        """The pretrained model and its tokenizer or processor, fit for the labels in `data`."""
+
+    def prepare(self, data: DatasetDict, model: nn.Module, processor: Any) -> DatasetDict:
+        """The rows as model inputs."""
+        return data
+
+    @abstractmethod
+    def trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer of transformers or TRL in which a recipe rides along."""
+
+    def quality(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        """The measures to report, out of what the trainer's `evaluate` gave under `prefix`."""
+        return {
+            name.removeprefix(f"{prefix}_"): value
+            for name, value in metrics.items()
+            if name.startswith(f"{prefix}_") and not name.endswith(("_runtime", "_per_second", "_num_tokens"))
+        }
+
+    def set_up_recipe(self, recipe: Recipe) -> None:
+        """Tell the outermost technique that can train a new head what the task is."""
+        for technique in reversed(recipe.techniques):
+            if technique.set_task(self.peft_task_type):
+                break
+
+    @property
+    def data(self) -> DataSettings:
+        """The `data` section of the run file."""
+        return self.settings.data

@@ -1,0 +1,102 @@
+"""Causal language modelling: continue a prompt, a chat or plain text, through TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ...errors import SettingError
+from ..data import need_columns
+from ..models import load_pretrained, max_positions
+from .base import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+
+class CausalLM(Task):
+    """Reads data.messages (chats), or data.prompt and data.completion, or data.text: the first of them the data has.
+
+    The loss counts completions only where there are prompts. `data.chat: true` writes prompt and completion as turns of
+    the model's chat template.
+    """
+
+    name = "causal-lm"
+    peft_task_type = "CAUSAL_LM"
+    metric = "loss"
+    higher_is_better = False
+
+    @classmethod
+    def arguments_class(cls) -> type[TrainingArguments]:
+        try:
+            from trl import SFTConfig
+        except ImportError:
+            raise SettingError(
+                "The task causal-lm trains with trl, which is missing: pip install 'shoestring[trl]'"
+            ) from None
+        return SFTConfig
+
+    def _columns(self, dataset: Dataset) -> dict[str, str]:
+        """The columns that are read, with the names TRL knows them by."""
+        for form in (("messages",), ("prompt", "completion"), ("text",)):
+            columns = {getattr(self.data, name): name for name in form}
+            if all(column in dataset.column_names for column in columns):
+                return columns
+        return {}
+
+    def check_columns(self, split: str, dataset: Dataset) -> None:
+        columns = self._columns(dataset)
+        if not columns:
+            data = self.data
+            raise SettingError(
+                f"The {split} data needs a column {data.messages!r}, or {data.prompt!r} and {data.completion!r}, or "
+                f"{data.text!r}; it has {', '.join(dataset.column_names)}. Name yours under data."
+            )
+        need_columns(split, dataset, *columns)
+
+    def load(self, data: DatasetDict) -> tuple[nn.Module, Any]:
+        from transformers import AutoModelForCausalLM
+
+        model, tokenizer = load_pretrained(self.settings.model, AutoModelForCausalLM)
+        chats = self.data.chat or "messages" in self._columns(data["train"]).values()
+        if chats and tokenizer.chat_template is None:
+            raise SettingError(
+                f"{self.settings.model.name} has no chat template, which chats need; use prompt and completion columns "
+                "without data.chat, or set train.chat_template_path."
+            )
+        limit = max_positions(model, tokenizer)
+        length = self.data.max_length
+        if length is not None and limit is not None and length > limit:
+            raise SettingError(f"data.max_length must be at most {limit}, the positions of this model, got {length}.")
+        return model, tokenizer
+
+    def prepare(self, data: DatasetDict, model: nn.Module, processor: Any) -> DatasetDict:
+        for split, dataset in data.items():
+            columns = self._columns(dataset)
+            dataset = dataset.select_columns(list(columns)).rename_columns(
+                {mine: trl for mine, trl in columns.items() if mine != trl}
+            )
+            if self.data.chat and "prompt" in dataset.column_names:
+                dataset = dataset.map(as_turns, remove_columns=dataset.column_names, desc=f"chats of {split}")
+            data[split] = dataset
+        return data
+
+    def trainer(self, **kwargs: Any) -> Trainer:
+        from ..trainer import recipe_sft_trainer
+
+        return recipe_sft_trainer()(**kwargs)
+
+    def quality(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        found = super().quality(metrics, prefix)
+        found.pop("entropy", None)
+        return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
+
+
+def as_turns(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    """A prompt and its completion as the turns of a chat."""
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }

@@ -1,0 +1,139 @@
+"""Trainers of transformers and TRL with a recipe: loss terms, parameter groups, whole checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..errors import RunFailed
+from ..recipe import attached_to
+from . import checkpoints
+from .callback import _RecipeTrainerCallback
+
+
+class RecipeTrainerMixin(Trainer):
+    """What a recipe needs of a Trainer beyond callbacks. The model must have a recipe attached.
+
+    run_identity: what a checkpoint must agree on to be resumed here, kept in each checkpoint.
+    """
+
+    run_identity: dict[str, Any]
+
+    def __init__(self, *args: Any, run_identity: dict[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.run_identity = run_identity or {}
+        self.attached = attached_to(self.model)
+        self.attached.add_losses_in_forward = False
+        self.add_callback(_RecipeTrainerCallback)
+        self._saving_in: Path | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's loss, and in training what the recipe's techniques add to it."""
+        batch = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and (added := self.attached.added_loss(batch, outputs)) is not None:
+            # a loss normalised over the whole accumulated batch is a share of the step's loss, others are divided later
+            whole_batch = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + added.to(loss) / (self.current_gradient_accumulation_steps if whole_batch else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward; ends the run at a loss that is no number."""
+        loss = super().training_step(model, *args, **kwargs)
+        if not math.isfinite(value := float(loss)):
+            raise RunFailed(
+                f"The loss became {value} at step {self.state.global_step + 1}. Lower train.learning_rate "
+                f"({self.args.learning_rate:g} now), set train.max_grad_norm, or use bf16 in place of fp16."
+            )
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer, with the parameters that have options of their own in groups of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and (groups := self.attached.parameter_groups()):
+            own = {id(p) for group in groups for p in group["params"]}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            for group in groups:
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The recipe's weights; the whole model for full fine-tuning; and the tokenizer."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.attached.techniques:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+        self.attached.save(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.attached.techniques:
+            self.attached.restore(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.attached.techniques and self.state.best_model_checkpoint is not None:
+            self.attached.restore(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_in) if self._saving_in is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint under another name, then rename it: a checkpoint that is there is whole."""
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._saving_in = folder / checkpoints.BESIDE
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_in = None
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_global_step
+            best_folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            if best and (best == self.state.global_step or best_folder.is_dir()):
+                self.state.best_model_checkpoint = str(best_folder)
+            written = folder / checkpoints.BESIDE / name
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            checkpoints.finish(written, folder / name, self.run_identity)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class RecipeTrainer(RecipeTrainerMixin, Trainer):
+    """transformers' Trainer, for a model that a recipe is attached to."""
+
+
+@functools.cache
+def recipe_sft_trainer() -> type[Trainer]:
+    """TRL's SFTTrainer, for a model that a recipe is attached to; imported when first asked for."""
+    from trl import SFTTrainer
+
+    return type("RecipeSFTTrainer", (RecipeTrainerMixin, SFTTrainer), {"__doc__": recipe_sft_trainer.__doc__})
