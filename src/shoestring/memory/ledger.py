@@ -7,7 +7,8 @@ Saved    Kept for backward is what was born since the forward began and is alive
          model returned and what was made after it returned (the loss) counts only if the graph holds it too.
 Sees     Views and shared storages once; tensors in `ctx` attributes; autocast's weight copies; recomputation; resizes.
 Misses   Workspaces inside one kernel, the allocator's rounding and fragments, memory outside tensors. A tensor that an
-         operation reads and none made counts from the start of the ledger, as if it had been there before.
+         operation reads and none made counts from the start of the ledger, as if it had been there before. torch does
+         not compile under a dispatch mode: compiled models run uncompiled, flex_attention refuses.
 Fake     Storages are known by identity, never by address, so the same step under `FakeTensorMode` (entered first) is
          counted the same way. Meta tensors work too.
 """
@@ -26,8 +27,17 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from .report import PARTS, MemoryReport, Phase
-from .storages import held_beyond, main_device, operands, storage_sizes, storages_of, tensors_in, weight_tensors
+from .report import MemoryReport, Phase, replay
+from .storages import (
+    held_beyond,
+    main_device,
+    operands,
+    resizes_told_to,
+    storage_sizes,
+    storages_of,
+    tensors_in,
+    weight_tensors,
+)
 
 
 class _Record:
@@ -156,27 +166,20 @@ class Ledger:
                 by_module[record.module] = by_module.get(record.module, 0) + size
 
         kept = {record for window in windows for record in window}
-        now = dict.fromkeys(PARTS, 0)
-        part_of = {r: r.part or ("saved_for_backward" if r in kept else "temporary") for r, *_ in self._log}
-        part_of |= {r: r.part or "inputs" for r, _ in self._existing}
-        for record, size in self._existing:
-            now[part_of[record]] += size
-        at_peak, largest = dict(now), dict(now)
-        peak_phase: Phase = "other"
-        total = peak = sum(now.values())
-        for record, change, phase in self._log:
-            part = part_of[record]
-            total += change
-            now[part] += change
-            largest[part] = max(largest[part], now[part])
-            if total > peak:
-                peak, at_peak, peak_phase = total, dict(now), phase
+
+        def part(record: _Record) -> str:
+            return record.part or ("saved_for_backward" if record in kept else "temporary")
+
+        peak = replay(
+            ((part(record), size) for record, size in self._existing),
+            ((part(record), change, phase) for record, change, phase in self._log),
+        )
         return MemoryReport(
-            peak_bytes=peak,
-            peak_phase=peak_phase,
-            at_peak=at_peak,
+            peak_bytes=sum(peak.parts.values()),
+            peak_phase=peak.phase,
+            at_peak=peak.parts,
             saved_bytes=sum(saved.values()),
-            largest=largest,
+            largest=peak.largest,
             trainable_bytes=self._trainable_bytes,
             frozen_bytes=self._frozen_bytes,
             by_module=by_module,
@@ -200,17 +203,7 @@ class Ledger:
         for handle in handles:
             undo.callback(handle.remove)
 
-        resize = torch.UntypedStorage.resize_  # resizing a storage is no operation, so no dispatch mode sees it
-
-        def resize_and_tell(storage: Any, size: int) -> Any:
-            result = resize(storage, size)
-            if record := self._live.get(id(storage)):
-                self._resize(record, storage.nbytes(), self._phase())
-            return result
-
-        inherited = "resize_" not in vars(torch.UntypedStorage)
-        torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[assignment, method-assign]
-        undo.callback(lambda: _restore(torch.UntypedStorage, "resize_", None if inherited else resize))
+        undo.enter_context(resizes_told_to(self._resized))
         if self._watches_cuda():
             torch.cuda.reset_peak_memory_stats(self.device)
         self._mode = undo.enter_context(_Watch(self))
@@ -306,7 +299,7 @@ class Ledger:
             record = self._live.get(key)
             if record is not None:
                 if size != record.size:
-                    self._resize(record, size, phase)
+                    self._resized(storage)
                 continue
             module = self._paths[id(self._modules[-1])] if self._modules else ""
             record = _Record(size, -1 if existing else len(self._log), module, "inputs" if existing else None)
@@ -321,9 +314,11 @@ class Ledger:
                 if not self._modules:
                     record.holders = [weakref.ref(tensor)]
 
-    def _resize(self, record: _Record, size: int, phase: Phase) -> None:
-        self._log.append((record, size - record.size, phase))
-        record.size = size
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        record, size = self._live.get(id(storage)), storage.nbytes()
+        if record is not None and size != record.size:
+            self._log.append((record, size - record.size, self._phase()))
+            record.size = size
 
     def _records(self, tensor: Tensor) -> list[_Record]:
         """Records of the tensor's storages, those made on sight included; none on another device."""
@@ -366,8 +361,6 @@ class Ledger:
 
 
 class _Watch(TorchDispatchMode):
-    supports_higher_order_operators = True
-
     def __init__(self, ledger: Ledger):
         super().__init__()
         self.ledger = ledger
@@ -380,10 +373,3 @@ class _Watch(TorchDispatchMode):
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _restore(owner: type, name: str, original: Any) -> None:
-    if original is None:
-        delattr(owner, name)
-    else:
-        setattr(owner, name, original)

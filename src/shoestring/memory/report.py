@@ -1,5 +1,6 @@
 """What a ledger reports: the peak, its parts, and what was kept for backward."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -40,3 +41,33 @@ class MemoryReport:
         """Rows of part, bytes at the peak, bytes at the part's own maximum; the last row is the total at the peak."""
         rows = [(part, self.at_peak[part], self.largest[part]) for part in PARTS]
         return [*rows, ("total", self.peak_bytes, self.peak_bytes)]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part at the highest total, the phase it was in, and each part's own maximum."""
+
+    parts: dict[str, int]
+    phase: Phase
+    largest: dict[str, int]
+
+
+def replay(existing: Iterable[tuple[str, int]], log: Iterable[tuple[str, int, Phase]]) -> Peak:
+    """The peak of a log of (part, change in bytes, phase) that began with the existing (part, bytes).
+
+    >>> replay([("weights", 8)], [("temporary", 4, "forward"), ("temporary", -4, "other")]).phase
+    'forward'
+    """
+    now = dict.fromkeys(PARTS, 0)
+    for part, size in existing:
+        now[part] += size
+    peak = total = sum(now.values())
+    parts, largest = dict(now), dict(now)
+    peak_phase: Phase = "other"
+    for part, change, phase in log:
+        total += change
+        now[part] += change
+        largest[part] = max(largest[part], now[part])
+        if total > peak:
+            peak, parts, peak_phase = total, dict(now), phase
+    return Peak(parts, peak_phase, largest)

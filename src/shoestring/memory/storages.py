@@ -1,6 +1,7 @@
 """Storages behind tensors: which there are, how large, and where tensors hide in other objects."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,3 +90,24 @@ def held_beyond(tensors: Iterable[Tensor]) -> bool:
             return True
     storage = next(iter(held.values())).untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) > len(held) + 1  # `storage` itself is the one
+
+
+@contextmanager
+def resizes_told_to(tell: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Calls `tell` after each `storage.resize_`, which is no operation, so that no dispatch mode sees it."""
+    own = vars(torch.UntypedStorage).get("resize_")
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_tell(storage: Any, size: int) -> Any:
+        result = resize(storage, size)
+        tell(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        if own is None:  # it was inherited
+            del torch.UntypedStorage.resize_
+        else:
+            torch.UntypedStorage.resize_ = own  # type: ignore[method-assign]
