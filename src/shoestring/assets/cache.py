@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from ..errors import SettingError
 
@@ -32,6 +33,10 @@ def disk_errors_named() -> Iterator[None]:
     """Turns a full disk or a missing permission inside the block into a SettingError that names the file."""
     try:
         yield
+    except SafetensorError as error:  # it reports input and output errors as text
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise SettingError(f"The disk of {cache_folder()} is full. {MOVE_THE_CACHE}") from error
     except OSError as error:
         where = error.filename or cache_folder()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -79,7 +79,10 @@ def download_debian(asset: Asset, folder: Path) -> Path:
 
 def could_not_download(asset: Asset, wanted: str, tool: str, said: str, by_hand: str) -> str:
     if "No space left on device" in said:
-        return f"The disk filled up while {tool} downloaded {wanted} for {asset.name}. {MOVE_THE_CACHE}"
+        return (
+            f"The disk filled up while {tool} downloaded {wanted} for {asset.name}. {MOVE_THE_CACHE} "
+            f"{tool} also needs room in the folder for temporary files, which TMPDIR names."
+        )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "e:"))] or lines[-2:]
     reason = " ".join(errors[:3]) or "it gave no reason"

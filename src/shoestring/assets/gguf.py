@@ -31,7 +31,7 @@ def convert(file: Path, folder: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
 
-    # A model that came from GGUF calls itself quantised for good, and can be neither trained nor saved: make a plain one.
+    # A model that came from GGUF calls itself quantised for good, and cannot be trained or saved: make a plain one.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
