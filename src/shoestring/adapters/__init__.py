@@ -1,7 +1,18 @@
 """Weight adapters: new weights on a layer, through peft. One file a method."""
 
 from .base import Adapter, AdapterConfig, register
+from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
 
-__all__ = ["HUT", "Adapter", "AdapterConfig", "HUTConfig", "S2LoRA", "S2LoRAConfig", "register"]
+__all__ = [
+    "HUT",
+    "Adapter",
+    "AdapterConfig",
+    "Bottleneck",
+    "BottleneckConfig",
+    "HUTConfig",
+    "S2LoRA",
+    "S2LoRAConfig",
+    "register",
+]

@@ -11,8 +11,9 @@ Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -53,8 +54,8 @@ class AdapterConfig(PeftConfig, Events):
     """
 
     method: ClassVar[type["Adapter"]]
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -91,12 +92,19 @@ class AdapterConfig(PeftConfig, Events):
 class Adapter(nn.Module):
     """The trainable part of one method on one layer. Subclasses override exactly one of the three updates.
 
+    Built as `Method(base, config)`, followed by the shared state where `shared` makes some, and by `tap=module` where
+    `AdapterConfig.tap` names one.
+
     layer_types: classes of layers the method can adapt.
+    cannot: names of contract checks the method cannot pass, each with the reason.
+    alone: no second adapter may be active on the same layer.
     tapped: the input of the module that `AdapterConfig.tap` names, during one forward; else None.
     """
 
     name: ClassVar[str]
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+    cannot: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    alone: bool = False
 
     tapped: Tensor | None = None
     tap_hook: tuple[RemovableHandle, ...] = ()
@@ -106,6 +114,12 @@ class Adapter(nn.Module):
         super().__init__()
         if self.update not in ("new_output", "new_weight", "delta_weight"):
             raise TypeError(f"{type(self).__name__} overrides none of delta_weight, new_weight, new_output.")
+
+    @classmethod
+    def can_adapt(cls, layer: nn.Module) -> bool:
+        """Whether the method has a place on this layer: by class, and quantised layers as linear ones."""
+        quantised = nn.Linear in cls.layer_types and resolve_quantization_backend(layer) is not None
+        return isinstance(layer, cls.layer_types) or quantised
 
     @classmethod
     def shared(cls, model: nn.Module, config: Any) -> nn.Module | None:
@@ -211,7 +225,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Put one more adapter on the layer. started: its values stand already or are about to be loaded."""
         self.adapters[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        if not started:
+        if not started and type(adapter).start is not Adapter.start:
             with torch.no_grad():
                 adapter.start(self.weight_out_in())
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -221,11 +235,27 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight()
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        """As in peft; for layers without a `weight`, such as layer scales, those of their first parameter."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None and (first := next(base_layer.parameters(), None)) is not None:
+            return first.device, first.dtype
+        return device, dtype
+
     def active(self) -> list[Adapter]:
-        """The adapters in effect, in order."""
+        """The adapters in effect, in order.
+
+        Raises ValueError if one of several must be alone on its layer.
+        """
         if self.disable_adapters or self.merged:
             return []
-        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]  # type: ignore[misc]
+        chosen: list[Adapter] = [self.adapters[name] for name in self.active_adapters if name in self.adapters]  # type: ignore[misc]
+        if len(chosen) > 1 and any(adapter.alone for adapter in chosen):
+            raise ValueError(
+                f"{chosen[0].name} cannot have several active adapters on one {type(self.get_base_layer()).__name__}; "
+                f"activate one of {', '.join(self.active_adapters)}."
+            )
+        return chosen
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output with the active adapters applied."""
@@ -235,13 +265,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"{type(self).__name__} takes one set of adapters a batch; adapter_names is not supported."
             )
-        return self._adapted(x, self.active(), *args, **kwargs)
+        try:
+            return self._adapted(x, self.active(), *args, **kwargs)
+        finally:  # of adapters out of effect too, and when checkpointing stops a recomputation early
+            for adapter in self.adapters.values():
+                adapter.tapped = None  # type: ignore[assignment]
 
     def _adapted(self, x: Tensor, adapters: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             y = adapter.new_output(x, y, self.base_layer).to(y.dtype)
-            adapter.tapped = None
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -284,7 +317,6 @@ class AdaptedLinear(AdaptedLayer):
                 y = y + adapter.delta_output(self._cast_input_dtype(x, adapter.dtype)).to(y.dtype)
             else:
                 y = adapter.new_output(x, y, self.base_layer).to(y.dtype)
-                adapter.tapped = None
         return y
 
     def _with_new_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
@@ -294,8 +326,8 @@ class AdaptedLinear(AdaptedLayer):
         base = self.get_base_layer()
         if base is not self.base_layer:
             raise TypeError(
-                f"{adapters[0].name} rebuilds the weight of a layer that {type(self.base_layer).__name__} of another adapter "
-                "already changes; put it first in the recipe or on other layers."
+                f"{adapters[0].name} rebuilds the weight of a layer that {type(self.base_layer).__name__} of another "
+                "adapter already changes; put it first in the recipe or on other layers."
             )
         if self.quantization_backend is None:
             x = x.to(base.weight.dtype)  # type: ignore[arg-type]
@@ -413,8 +445,10 @@ class AdapterTuner(BaseTuner):
         check_layer(config.method, base, parent, current_key)
         shared = self._shared_states()
         extra = (shared[adapter_name],) if adapter_name in shared else ()
+        tap = config.tap(self.model, current_key)
+        tapped = {} if tap is None else {"tap": self.model.get_submodule(tap)}
         try:
-            adapter = config.method(base, config, *extra)
+            adapter = config.method(base, config, *extra, **tapped)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         if extra:
@@ -429,9 +463,8 @@ class AdapterTuner(BaseTuner):
         if extra and not loading:
             self._move_shared(extra[0], layer)
         layer.add(adapter_name, adapter, config.inference_mode, started=loading)
-        if (tap := config.tap(self.model, current_key)) is not None:
-            hook = self.model.get_submodule(tap).register_forward_pre_hook(adapter.read_tap, with_kwargs=True)
-            adapter.tap_hook = (hook,)
+        for module in tapped.values():
+            adapter.tap_hook = (module.register_forward_pre_hook(adapter.read_tap, with_kwargs=True),)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -505,8 +538,7 @@ def check_layer(method: type[Adapter], layer: nn.Module, parent: nn.Module, key:
             f"{key} belongs to nn.MultiheadAttention, which reads its weight without calling it: an adapter there "
             "would have no effect. List it in exclude_modules."
         )
-    quantised = nn.Linear in method.layer_types and resolve_quantization_backend(layer) is not None
-    if not isinstance(layer, method.layer_types) and not quantised:
+    if not method.can_adapt(layer):
         takes = " and ".join(t.__name__ for t in method.layer_types)
         raise TypeError(
             f"{method.name} adapts {takes} only, but target module {key} is of type {type(layer).__name__}, which is "
