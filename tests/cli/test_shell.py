@@ -102,6 +102,7 @@ class TestErrors:
         ("arguments", "message"),
         [
             (["method"], "error: No such command 'method'. Did you mean 'methods'? See shoestring --help."),
+            (["assets"], "error: A command is missing. See shoestring assets --help."),
             (["methods", "--jsn"], "error: No such option: --jsn (Possible options: --json). See shoestring methods"),
             (["methods", "a", "b"], "error: Got unexpected extra argument(s) (b). See shoestring methods --help."),
             (["methods", "--kind"], "error: Option '--kind' requires an argument."),

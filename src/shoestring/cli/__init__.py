@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from shoestring import __version__
 from shoestring.errors import RunFailed, SettingError
 
+from .assets import app as assets
 from .methods import EXAMPLES as METHODS_EXAMPLES
 from .methods import methods
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=METHODS_EXAMPLES)(methods)
+app.add_typer(assets, name="assets")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USER_ERRORS = (
@@ -95,7 +97,7 @@ def _verdict(error: Exception) -> tuple[int, str]:
     if isinstance(error, TyperException):
         context = getattr(error, "ctx", None)
         hint = f" See {context.command_path} --help." if context else ""
-        message = error.format_message()
+        message = error.format_message() or "A command is missing"  # empty where typer has printed the help instead
         return error.exit_code, message + ("" if message.endswith((".", "?")) else ".") + hint
     if isinstance(error, OSError) and error.strerror:
         named = f": {error.filename}" if error.filename is not None else ""

@@ -65,7 +65,6 @@ class DataSettings(_Section):
     completion: str = Field("completion", min_length=1, description="column of what follows the prompt")
     chat: bool = Field(False, description="write prompt and completion as turns of the model's chat template")
     messages: str = Field("messages", min_length=1, description="column of a chat: a list of {role, content}")
-    chat: bool = Field(False, description="write prompt and completion as turns of the model's chat template")
     max_length: int | None = Field(
         None, ge=1, description="tokens kept of an example; empty: as many as the model takes"
     )
