@@ -1,0 +1,17 @@
+"""What every test runs under: no network, a fixed number of threads, and shape annotations that are checked."""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jaxtyping
+import torch
+
+torch.set_num_threads(1)
+
+CHECKED = "shoestring.adapters"
+if CHECKED in sys.modules:
+    raise RuntimeError(f"{CHECKED} was imported before its shape checks could be switched on; see tests/conftest.py.")
+jaxtyping.install_import_hook(CHECKED, "shape_checks.check_shapes")
