@@ -9,6 +9,11 @@ Row = TypeVar("Row")
 EIGHT_ONE_ONE = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
+def place_of(key: str) -> float:
+    """Where the key's hash lies between 0 and 1: as good as random, and the same everywhere."""
+    return int.from_bytes(sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
 def split_of(key: str, fractions: Mapping[str, float] = EIGHT_ONE_ONE) -> str:
     """The split in which everything with this key lies.
 
@@ -17,7 +22,7 @@ def split_of(key: str, fractions: Mapping[str, float] = EIGHT_ONE_ONE) -> str:
     >>> [split_of(movie) for movie in ["abandon", "about_a_boy", "about_schmidt"]]
     ['validation', 'train', 'train']
     """
-    place = int.from_bytes(sha256(key.encode()).digest()[:8], "big") / 2**64
+    place = place_of(key)
     for split, fraction in fractions.items():
         if place < fraction:
             return split
