@@ -230,6 +230,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 adapter.start(self.weight_out_in())
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def get_base_weight(self) -> Tensor:
+        """As in peft, from the layout that can be dequantised."""
+        self._leave_inference_layout()
+        return super().get_base_weight()
+
+    def _leave_inference_layout(self) -> None:
+        """Undo the other order of 4-bit weights that bitsandbytes takes up at inference on some CPUs.
+
+        In that order peft dequantises to wrong values and bitsandbytes gives no gradients.
+        """
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            self.get_base_layer().state_dict()  # before saving, bitsandbytes turns the order back, in place
+
     def weight_out_in(self) -> Tensor:
         """The base layer's weight as [out, in], dequantised where the base is quantised."""
         weight = self.get_base_weight()
@@ -265,6 +279,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"{type(self).__name__} takes one set of adapters a batch; adapter_names is not supported."
             )
+        if self.quantization_backend is not None and torch.is_grad_enabled() and (self.training or x.requires_grad):
+            self._leave_inference_layout()
         try:
             return self._adapted(x, self.active(), *args, **kwargs)
         finally:  # of adapters out of effect too, and when checkpointing stops a recomputation early

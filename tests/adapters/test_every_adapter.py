@@ -1,0 +1,38 @@
+"""The contract of weight adapters, run on every registered method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from shoestring.adapters import AdapterConfig
+from shoestring.testing import ADAPTER_CHECKS, run_adapter_check
+
+# one row a method and form: the name it is registered under, then settings
+CASES = {
+    "hut": ("hut", {"r": 3, "alpha": 5}),
+    "hut-literal": ("hut", {"r": 3, "form": "literal"}),
+    "s2_lora": ("s2_lora", {"r": 3, "alpha": 5}),
+    "s2_lora-adalora": ("s2_lora", {"r": 3, "init": "adalora"}),
+    "bottleneck-houlsby": ("bottleneck", {"form": "houlsby", "r": 3, "init": "lora"}),
+    "bottleneck-pfeiffer": ("bottleneck", {"form": "pfeiffer", "reduction_factor": 4, "init": "lora", "norm": True}),
+    "bottleneck-parallel": ("bottleneck", {"activation": "gelu", "scale": "learned"}),
+    "bottleneck-adaptformer": ("bottleneck", {"form": "adaptformer", "r": 5, "dropout": 0.0}),
+}
+METHODS = {
+    str(name).lower(): cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, AdapterConfig)
+}
+
+
+@pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("case", CASES)
+def test_every_adapter(check: Callable, case: str):
+    name, settings = CASES[case]
+    run_adapter_check(check, METHODS[name], lambda: dict(settings))
+
+
+def test_every_registered_method_has_a_row():
+    rows: set[Any] = {name for name, _ in CASES.values()}
+    missing = {name for name, cls in METHODS.items() if cls.__module__.startswith("shoestring.")} - rows
+    assert not missing, f"add a row to CASES for {', '.join(sorted(missing))}"
