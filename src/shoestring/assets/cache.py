@@ -77,8 +77,8 @@ def locked(name: str) -> Iterator[None]:
 def passing_folder(name: str) -> Iterator[Path]:
     """An empty folder in the cache that is gone after the block.
 
-    There and not in /tmp, which may be small, or memory. Hold the lock of `name`: what a killed attempt left in it
-    is removed first.
+    Not the system's temporary folder: that may be small, or memory. Hold the lock of `name`: what a killed attempt left
+    there is removed first.
     """
     folder = cache_folder() / f".{name}"
     shutil.rmtree(folder, ignore_errors=True)
