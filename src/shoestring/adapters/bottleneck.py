@@ -232,8 +232,11 @@ class BottleneckConfig(AdapterConfig):
         blocks = find_blocks(model)
         chosen = self.layers_to_transform
         wanted = {chosen} if isinstance(chosen, int) else set(chosen or ())
-        if missing := sorted(wanted - {int(name.rsplit(".", 1)[-1]) for name, _, _ in blocks}):
+        index = {name: int(name.rsplit(".", 1)[-1]) for name, _, _ in blocks}
+        if missing := sorted(wanted - set(index.values())):
             raise ValueError(f"layers_to_transform of bottleneck: {type(model).__name__} has no block {missing[0]}.")
+        if chosen is not None:
+            blocks = [found for found in blocks if index[found[0]] in wanted]
         targets = set()
         for name, block, layout in blocks:
             if self.form == "houlsby":
