@@ -262,7 +262,8 @@ class Ledger:
         # torch.tensor makes its storage out of sight and then "lifts" it: the one argument that is new
         existing = func is not torch.ops.aten.lift_fresh.default
         for tensor in operands((*args, *kwargs.values())):
-            self._see(tensor, phase, existing=existing)
+            if tensor.layout is not torch.strided or id(tensor.untyped_storage()) not in self._live:
+                self._see(tensor, phase, existing=existing)
         result = func(*args, **kwargs)
         made = operands((result,))
         for tensor in made:
