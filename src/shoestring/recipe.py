@@ -337,7 +337,8 @@ class TechniqueInfo:
 def known_techniques() -> dict[str, TechniqueInfo]:
     """Everything a recipe can name, by name."""
     known = {}
-    for name, cls in sorted({**peft_configs(), **TECHNIQUES}.items()):
+    classes: dict[str, Any] = {**peft_configs(), **TECHNIQUES}
+    for name, cls in sorted(classes.items()):
         ours = cls.__module__.split(".")[0] == __name__.split(".")[0]
         module_doc = __import__(cls.__module__, fromlist=["_"]).__doc__ or ""
         doc = module_doc if ours else (cls.__doc__ or "")

@@ -46,11 +46,11 @@ class PeftTechnique(Technique):
         with warnings.catch_warnings():
             if stacked:  # peft warns of a second adapter, which is what the recipe asks for
                 warnings.filterwarnings("ignore", message=".*(second time|Already found a `peft_config`).*")
-            self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)  # type: ignore[arg-type]
+            self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)
         for parameter in trained:
             parameter.requires_grad_(True)
         try:
-            yield self.wrapped  # type: ignore[misc]
+            yield self.wrapped
         finally:
             if isinstance(self.wrapped.base_model, BaseTuner) and not stacked:
                 self.wrapped.base_model.unload()  # with the layers of every adapter stacked on this one
@@ -83,7 +83,7 @@ class PeftTechnique(Technique):
     def set_task(self, peft_task_type: str) -> bool:
         """Fill in the config's task_type where it is open, so that peft trains and saves the head."""
         if self.config.task_type is None:
-            self.config.task_type = peft_task_type  # type: ignore[assignment]
+            self.config.task_type = peft_task_type
         return True
 
     def settings(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class PeftTechnique(Technique):
     def on_step_end(self, moment: Moment) -> None:
         """Pass on to the config, and let peft's methods with a budget reallocate it while gradients are there."""
         self._events.on_step_end(moment)
-        tuner = self.wrapped.base_model
+        tuner: Any = self.wrapped.base_model
         if hasattr(type(tuner), "update_and_allocate"):
             tuner.update_and_allocate(moment.step)
 

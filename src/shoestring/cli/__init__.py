@@ -17,18 +17,25 @@ from shoestring import __version__
 from shoestring.errors import RunFailed, SettingError
 
 from .assets import app as assets
+from .measure import EXAMPLES as MEASURE_EXAMPLES
+from .measure import measure
 from .methods import EXAMPLES as METHODS_EXAMPLES
 from .methods import methods
+from .train import EXAMPLES as TRAIN_EXAMPLES
+from .train import train
 
 app = typer.Typer(
     name="shoestring",
     help="Fine-tune Hugging Face Transformers in the memory you have.",
-    epilog="Begin with [cyan]shoestring methods[/]. Help on a command: [cyan]shoestring COMMAND --help[/].",
+    epilog="Begin with [cyan]shoestring assets list[/] and [cyan]shoestring train examples/first.yaml[/]. "
+    "Help on a command: [cyan]shoestring COMMAND --help[/].",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(epilog=TRAIN_EXAMPLES)(train)
+app.command(epilog=MEASURE_EXAMPLES)(measure)
 app.command(epilog=METHODS_EXAMPLES)(methods)
 app.add_typer(assets, name="assets")
 

@@ -15,7 +15,7 @@ class GradientCheck(TrainerCallback):
     """Stops a run in which something that should learn does not.
 
     After the first step every trainable parameter must have a gradient, free of NaN and Inf, and not all may be zero.
-    One that is zero may still start late, as the second factor of a LoRA pair does while the first is zero: it must have
+    One that is zero may still start late, as one factor of a LoRA pair does while the other is zero: it must have
     had another gradient after `patience_steps` steps with a learning rate above zero.
     """
 

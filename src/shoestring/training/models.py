@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .settings import ModelSettings
 
 PACKAGED = "packaged:"
 
 
-def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tuple[nn.Module, Any]:
+def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tuple[Any, Any]:
     """The model as `auto_class` makes it, and its tokenizer or processor.
 
     config: settings of the model's configuration, such as num_labels.
@@ -25,8 +24,8 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
     import torch
     from transformers import AutoTokenizer
 
-    source, files = _source(model.name)
-    files |= {"revision": model.revision} if model.revision else {}
+    source = _source(model.name)
+    files = {"revision": model.revision} if model.revision else {}
     options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     if model.dtype is not None:
         options["dtype"] = getattr(torch, model.dtype)
@@ -39,23 +38,38 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
     return loaded, tokenizer
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` reads, and further arguments for it."""
+def _source(name: str) -> str:
+    """The folder or hub id that `from_pretrained` reads."""
     if name.startswith(PACKAGED):
         from .. import assets
 
-        return str(assets.model_folder(name.removeprefix(PACKAGED))), {}
+        return str(assets.model_folder(name.removeprefix(PACKAGED)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SettingError(f"The model file {name} does not exist.")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(_opened_gguf(path.resolve()))
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise SettingError(f"The model folder {name} does not exist.")
-    return str(path) if path.is_dir() else name, {}
+    return str(path) if path.is_dir() else name
 
 
-def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
+def _opened_gguf(file: Path) -> Path:
+    """The GGUF file as an ordinary model folder in the user's cache, made when first asked for."""
+    from ..assets import cache, gguf
+
+    seen = file.stat()
+    made_from = {"file": str(file), "bytes": seen.st_size, "changed": seen.st_mtime_ns}
+    name = f"gguf-{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    folder = cache.cache_folder() / "models" / name
+    with cache.locked(name):
+        if not cache.is_whole(folder, made_from):
+            with cache.folder_written_whole(folder, made_from) as new:
+                gguf.convert(file, new)
+    return folder
+
+
+def max_positions(model: Any, tokenizer: Any) -> int | None:
     """The most tokens the model takes, special ones included; None where it says nothing."""
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
     positions = getattr(config, "max_position_embeddings", None)

@@ -16,7 +16,7 @@ from torch import nn
 class Report:
     """The end of a run, as report.json holds it.
 
-    status: "finished" or "interrupted". quality: measures by split; "before" where the run evaluated first.
+    status: "finished" or "interrupted". quality: measures by split, and by "SPLIT, before" if evaluated first.
     trained_parameters, total_parameters: numbers, not bytes. memory: a MemoryReport of one step, or None.
     process_peak_bytes: the largest resident size of the process. step_seconds: the median step, evaluation left out.
     tokens_a_second: over the same steps. saved: folder by what it holds. settings: the run file, resolved.

@@ -77,9 +77,13 @@ def train(
         on_ready(ready)
         (folder / output.SETTINGS).write_text(settings.to_yaml())
         try:
+            before = {}
+            if settings.train.get("eval_on_start"):
+                before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
+                set_seed(ready.trainer.args.seed)
             with stop.listening():
                 result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            quality = {} if stop.asked else evaluate(ready, say)
+            quality = before | ({} if stop.asked else evaluate(ready, say))
             saved = {"checkpoints": str(folder)}
             if not stop.asked:
                 saved["weights"] = str(_save_final(ready, folder))
@@ -227,16 +231,14 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         raise SettingError("early_stopping_patience needs a validation split; name one as data.validation.")
     if settings.task == "causal-lm":
         defaults |= {"max_length": settings.data.max_length or 1024}
-    return settings.training_arguments(**{**defaults, **settings.train, "output_dir": settings.output_dir})
+    return settings.training_arguments(
+        **{**defaults, **settings.train, "output_dir": settings.output_dir, "eval_on_start": False}
+    )
 
 
 def evaluate(ready: Ready, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    """Quality on the held-out splits, and before training where the run evaluated first."""
+    """Quality on each held-out split, "validation" and "test", as far as the data has them."""
     quality = {}
-    first = next((row for row in ready.trainer.state.log_history if "eval_loss" in row), None)
-    if ready.trainer.args.eval_on_start and first is not None:
-        numbers = {name: value for name, value in first.items() if name not in ("step", "epoch")}
-        quality["before"] = ready.task.quality(numbers, "eval")
     for split in ("validation", "test"):
         if split in ready.data:
             say(f"Evaluating on {split}")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from torch import nn
     from transformers import Trainer, TrainingArguments
 
     from ...recipe import Recipe
@@ -45,10 +44,10 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def load(self, data: DatasetDict) -> tuple[nn.Module, Any]:
+    def load(self, data: DatasetDict) -> tuple[Any, Any]:
         """The pretrained model and its tokenizer or processor, fit for the labels in `data`."""
 
-    def prepare(self, data: DatasetDict, model: nn.Module, processor: Any) -> DatasetDict:
+    def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         """The rows as model inputs."""
         return data
 

@@ -12,7 +12,6 @@ from .base import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from torch import nn
     from transformers import Trainer, TrainingArguments
 
 
@@ -56,7 +55,7 @@ class CausalLM(Task):
             )
         need_columns(split, dataset, *columns)
 
-    def load(self, data: DatasetDict) -> tuple[nn.Module, Any]:
+    def load(self, data: DatasetDict) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM
 
         model, tokenizer = load_pretrained(self.settings.model, AutoModelForCausalLM)
@@ -72,7 +71,7 @@ class CausalLM(Task):
             raise SettingError(f"data.max_length must be at most {limit}, the positions of this model, got {length}.")
         return model, tokenizer
 
-    def prepare(self, data: DatasetDict, model: nn.Module, processor: Any) -> DatasetDict:
+    def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         for split, dataset in data.items():
             columns = self._columns(dataset)
             dataset = dataset.select_columns(list(columns)).rename_columns(

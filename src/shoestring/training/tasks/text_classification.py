@@ -11,7 +11,6 @@ from .base import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from torch import nn
     from transformers import Trainer
 
 
@@ -32,7 +31,7 @@ class TextClassification(Task):
             if row is not None:
                 raise SettingError(f"Row {row} of {split} holds no text in {name!r}, but {dataset[row][name]!r}.")
 
-    def load(self, data: DatasetDict) -> tuple[nn.Module, Any]:
+    def load(self, data: DatasetDict) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification
 
         self.labels = self._label_names(data["train"])
@@ -48,7 +47,7 @@ class TextClassification(Task):
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
 
-    def prepare(self, data: DatasetDict, model: nn.Module, processor: Any) -> DatasetDict:
+    def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         limit = max_positions(model, processor)
         length = self.data.max_length
         if length is not None and limit is not None and length > limit:

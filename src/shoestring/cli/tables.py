@@ -1,0 +1,34 @@
+"""Tables that several commands print."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def size(number_of_bytes: float) -> str:
+    """Bytes as people read them, in binary units.
+
+    >>> size(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number_of_bytes) < 1024 or unit == "GiB":
+            break
+        number_of_bytes /= 1024
+    return f"{number_of_bytes:.0f} {unit}" if unit == "B" else f"{number_of_bytes:.1f} {unit}"
+
+
+def memory_table(memory: dict[str, Any], title: str) -> Table:
+    """A memory report (`MemoryReport.to_dict()`) by part, largest first, with a bar for each share of the peak."""
+    table = Table(title=f"{title}: peak {size(memory['peak_bytes'])} in {memory['peak_phase']}", title_justify="left")
+    table.add_column("part")
+    table.add_column("at the peak", justify="right")
+    table.add_column("share", min_width=20)
+    table.add_column("at its most", justify="right")
+    for part, count in sorted(memory["at_peak"].items(), key=lambda item: -item[1]):
+        share = count / max(memory["peak_bytes"], 1)
+        bar = f"{'█' * round(15 * share):<15} {share:4.0%}"
+        table.add_row(part.replace("_", " "), size(count), bar, size(memory["largest"][part]))
+    if memory["cuda_max_allocated_bytes"] is not None:
+        table.caption = f"CUDA's own maximum of allocated memory: {size(memory['cuda_max_allocated_bytes'])}"
+    return table
