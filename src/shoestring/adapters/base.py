@@ -12,6 +12,7 @@ Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -187,6 +188,12 @@ class _RebuiltWeight(torch.autograd.Function):
         return dx, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs matrix products of `x` in; None where autocast is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
 def linear_with_rebuilt_weight(
     x: Float[Tensor, "*batch in"], make: Callable[[], Float[Tensor, "out in"]], parameters: list[Tensor]
 ) -> Float[Tensor, "*batch out"]:
@@ -195,9 +202,9 @@ def linear_with_rebuilt_weight(
     parameters: every tensor that may need a gradient through `make`. Backward builds the weight a second time and
     holds one dense [out, in] gradient for a moment; second derivatives are not available.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
+    lower = autocast_dtype(x)
+    with torch.autocast(x.device.type, enabled=False) if lower else nullcontext():
+        x = x.to(lower) if lower else x
         if not torch.is_grad_enabled():
             return F.linear(x, make().to(x.dtype))
         vector = x.dim() == 1
@@ -485,6 +492,13 @@ class AdapterTuner(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in peft; a base layer goes back as it is, for it need not have a `weight`."""
+        if isinstance(child, AdaptedLayer) and not isinstance(new_module, BaseTunerLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @staticmethod
     def _move_shared(shared: nn.Module, layer: AdaptedLayer) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..errors import did_you_mean
-from .base import Adapter, AdapterConfig, has_linear_weight, linear_sizes, register
+from .base import Adapter, AdapterConfig, autocast_dtype, has_linear_weight, linear_sizes, register
 from .placement import block_around, find_blocks, has_module
 
 
@@ -110,7 +110,7 @@ class Bottleneck(Adapter):
 
     def branch(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """A(x), in the adapter's own precision or autocast's."""
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x) is None:
             x = x.to(self.down.dtype)
         if self.gain is not None:
             x = F.layer_norm(x, self.gain.shape, self.gain, self.shift)
