@@ -2,8 +2,8 @@
 
     python benchmarks/ledger_overhead.py [--steps 10] [--json FILE]
 
-The cost is near 10 microseconds an operation whatever its size, half of it torch's for any dispatch mode: more than the
-step itself for a toy model, little for a large one. Only the measured steps pay it.
+The cost is 10 to 20 microseconds an operation whatever its size, up to half of it torch's for any dispatch mode: more
+than the step itself for a toy model, little for a large one. Only the measured steps pay it.
 """
 
 import argparse

@@ -226,18 +226,21 @@ def test_weight_copies_of_autocast_are_seen():
 def test_a_resized_storage_counts_with_its_new_size():
     model = nn.Linear(1, 1, bias=False)
 
-    def step():
+    def shrink():
         tensor = torch.zeros(1000)
         tensor.untyped_storage().resize_(0)
-        other = torch.zeros(500)
-        tensor.untyped_storage().resize_(3000)
-        tensor.resize_(1100)  # this time by an operation
-        del tensor, other
-        torch.zeros(700)
+        return tensor, torch.zeros(3000)
 
-    report = measured(model, step)
-    assert report.peak_bytes == 4 + 4400 + 2000
-    assert report.at_peak["temporary"] == 6400
+    def grow():
+        tensor = torch.zeros(1000)
+        tensor.untyped_storage().resize_(6000)
+
+    def grow_by_operation():
+        torch.zeros(1000).resize_(2000)
+
+    assert measured(model, shrink).peak_bytes == 4 + 12000
+    assert measured(model, grow).peak_bytes == 4 + 6000
+    assert measured(model, grow_by_operation).peak_bytes == 4 + 8000
     assert "resize_" not in vars(torch.UntypedStorage)
 
 
@@ -391,6 +394,18 @@ def test_a_forward_without_backward_reports_what_it_kept():
 def test_a_batch_made_inside_the_ledger_is_input():
     model = mlp()
     report = measured(model, lambda: model(torch.ones(ROWS, 5)).sum().backward())
+    assert report.largest["inputs"] == INPUT
+    assert report.saved_bytes == HIDDEN
+
+
+def test_activations_passed_between_parts_of_the_model_are_no_inputs():
+    model, x = mlp(), batch()
+
+    def step():
+        hidden = model[1](model[0](x))
+        model[2](hidden).sum().backward()
+
+    report = measured(model, step)
     assert report.largest["inputs"] == INPUT
     assert report.saved_bytes == HIDDEN
 
@@ -550,6 +565,15 @@ def test_tensors_on_another_device_are_not_counted():
     assert report.peak_bytes == WEIGHTS
     other = measured(mlp().to("meta"), lambda: torch.zeros(10), device="cpu")
     assert (other.device, other.peak_bytes) == ("cpu", 40)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and torch for CUDA: pip install torch")
+def test_on_cuda_the_allocators_own_maximum_stands_beside_the_peak():
+    model, x = mlp().cuda(), batch().cuda()
+    report = measured(model, lambda: model(x).sum().backward())
+    assert (report.device, report.saved_bytes) == ("cuda:0", HIDDEN)
+    assert report.cuda_max_allocated_bytes >= report.peak_bytes
 
 
 def test_a_model_without_parameters_is_counted():
