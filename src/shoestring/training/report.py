@@ -59,11 +59,12 @@ class TrainedGroup:
 
 
 def trained_groups(model: nn.Module) -> list[TrainedGroup]:
-    """What trains, parameters of equal names but for numbers together, the largest group first."""
+    """What trains, parameters of equal names but for numbers together, the largest group first; peft's prefixes cut."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = re.sub(r"\.\d+(?=\.)", ".*", name), str(parameter.dtype).removeprefix("torch.")
+            short = re.sub(r"(\.default)?(\.weight)?$", "", re.sub(r"^(base_model\.model\.)+", "", name))
+            key = re.sub(r"\.\d+(?=\.)", ".*", short), str(parameter.dtype).removeprefix("torch.")
             groups.setdefault(key, []).append(parameter.numel())
     rows = [TrainedGroup(name, len(sizes), sum(sizes), dtype) for (name, dtype), sizes in groups.items()]
     return sorted(rows, key=lambda row: -row.parameters)
