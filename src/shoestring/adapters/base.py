@@ -11,7 +11,7 @@ Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
@@ -181,10 +182,12 @@ class _RebuiltWeight(torch.autograd.Function):
         with torch.enable_grad():
             weight = ctx.make()
         dx = (dy @ weight.detach().to(dy.dtype)) if ctx.needs_input_grad[0] else None
-        given = iter(())
+        given: Iterator[Tensor | None] = iter(())
         if trained:
+            edge, dtype = get_gradient_edge(weight), weight.dtype
+            del weight  # its gradient is as large: never both at once
             d_weight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-            given = iter(torch.autograd.grad(weight, trained, d_weight.to(weight.dtype), allow_unused=True))
+            given = iter(torch.autograd.grad(edge, trained, d_weight.to(dtype), allow_unused=True))
         return dx, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
 
 
@@ -483,7 +486,7 @@ class AdapterTuner(BaseTuner):
             wrapper = AdaptedLinear if has_linear_weight(base) else AdaptedLayer
             layer = wrapper(target, self.prefix)
             layer._active_adapter = adapter_name
-        if extra and not loading:
+        if extra:
             self._move_shared(extra[0], layer)
         layer.add(adapter_name, adapter, config.inference_mode, started=loading)
         for module in tapped.values():

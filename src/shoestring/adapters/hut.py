@@ -5,7 +5,7 @@ Update   residual: W' = W * (1 + s A B); literal: W' = W * (A B); elementwise pr
 Shapes   W [out, in], A [out, r], B [r, in]
 Start    residual: A Kaiming, B = 0; literal: A B = 1 by a first column and row of ones; both give W' = W
 Trains   r (in + out) numbers a layer
-Costs    W' is rebuilt in backward, so that x is all a layer keeps; one dense [out, in] gradient for a moment
+Costs    W' is rebuilt in backward, so that x is all a layer keeps; up to three dense [out, in] tensors at that moment
 Differs  the paper's start and scale are not public; the residual form and LoRA's Kaiming start are our reading
 """
 
@@ -41,8 +41,8 @@ class HUT(Adapter):
 
     def new_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W' in the dtype of `weight`; W + W * N, since 1 + N would round to 1 for small N in 16 bits."""
-        product = self.a @ self.b
-        return weight + weight * (self.scale * product) if self.residual else weight * product
+        product = (self.scale * self.a) @ self.b
+        return weight + weight * product if self.residual else weight * product
 
 
 @register

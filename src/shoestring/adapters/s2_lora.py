@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..technique import Moment
-from .base import Adapter, AdapterConfig, linear_sizes, register
+from .base import AdaptedLayer, Adapter, AdapterConfig, linear_sizes, register
 
 
 class SharedFactors(nn.Module):
@@ -126,3 +126,39 @@ class S2LoRAConfig(AdapterConfig):
 def coefficients(model: nn.Module) -> list[nn.Parameter]:
     """The vectors l that train, one a layer."""
     return [m.coefficients for m in model.modules() if isinstance(m, S2LoRA) and m.coefficients.requires_grad]
+
+
+def compact(model: nn.Module, adapter_name: str = "default") -> int:
+    """Drop the ranks whose coefficient is zero in every layer that shares them; returns the r that is left.
+
+    Outputs stay as they are. Every shape keeps as many ranks as the one that needs most, at least one, so that the
+    adapter still has one r: it and alpha are set anew in its config, and `save_pretrained` then writes the smaller
+    factors. For the end of training: an optimizer still holds the old tensors.
+
+    Raises ValueError if the model has no S2-LoRA adapter of that name.
+    """
+    adapted = [m for m in model.modules() if isinstance(m, AdaptedLayer) and adapter_name in m.adapters]
+    layers = [one for m in adapted if isinstance(one := m.adapters[adapter_name], S2LoRA)]
+    if not layers:
+        raise ValueError(f"There is no s2_lora adapter named {adapter_name!r} in this {type(model).__name__}.")
+    shapes: dict[tuple[str, str], list[S2LoRA]] = {}
+    for layer in layers:
+        shapes.setdefault(layer.names, []).append(layer)
+    # ranks by the largest coefficient they have anywhere, so that those kept beyond need are zero everywhere
+    size = {names: torch.stack([m.coefficients.detach().abs() for m in some]).amax(0) for names, some in shapes.items()}
+    r = max(1, *(int((largest > 0).sum()) for largest in size.values()))
+    for names, some in shapes.items():
+        kept = size[names].topk(r).indices.sort().values
+        a, b = some[0].factors()
+        shared = some[0].shared_state[0]
+        for name, value in zip(names, (a[kept], b[:, kept]), strict=True):
+            trains = shared.get_parameter(name).requires_grad
+            shared.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=trains))
+        for layer in some:
+            fewer = layer.coefficients.detach()[kept].clone()
+            layer.coefficients = nn.Parameter(fewer, requires_grad=layer.coefficients.requires_grad)
+    known: list[Any] = [getattr(m, "peft_config", {}).get(adapter_name) for m in model.modules()]
+    config = next(c for c in known if isinstance(c, S2LoRAConfig))
+    config.alpha = None if config.alpha is None else config.alpha / config.r * r
+    config.r = r
+    return r

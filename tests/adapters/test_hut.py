@@ -1,0 +1,196 @@
+"""HUT: its equation, parity with peft's HiRA, merging, what it keeps for backward, operations, refusals."""
+
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoestring.adapters import HUT, HUTConfig
+from shoestring.errors import SettingError
+from shoestring.memory import Ledger
+from shoestring.recipe import Recipe
+from shoestring.testing.adapters import TARGETS, adapted, batch, trainable, two_layers
+
+
+def huts(model: nn.Module) -> list[HUT]:
+    return [m for m in model.modules() if isinstance(m, HUT)]
+
+
+def test_the_equation_on_numbers_small_enough_to_check_by_hand():
+    weight = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+    hut = HUT(nn.Linear(2, 2), HUTConfig(r=1, alpha=2))
+    with torch.no_grad():
+        hut.a.copy_(torch.tensor([[1.0], [-1.0]]))
+        hut.b.copy_(torch.tensor([[0.5, 1.0]]))
+    # 1 + 2 A B = [[2, 3], [0, -1]]
+    assert torch.equal(hut.new_weight(weight), torch.tensor([[2.0, 6.0], [0.0, 4.0]]))
+    literal = HUT(nn.Linear(2, 2), HUTConfig(r=1, form="literal"))
+    assert torch.equal(literal.new_weight(weight), weight)
+    literal.load_state_dict(hut.state_dict())
+    assert torch.equal(literal.new_weight(weight), torch.tensor([[0.5, 2.0], [-1.5, 4.0]]))
+
+
+@pytest.mark.parametrize("form", ["residual", "literal"])
+def test_both_forms_start_as_the_pretrained_weight_bit_by_bit(form: str):
+    weight = torch.randn(7, 5)
+    assert torch.equal(HUT(nn.Linear(5, 7), HUTConfig(r=3, form=form)).new_weight(weight), weight)
+
+
+def test_outputs_and_gradients_are_those_of_hira():
+    ours = adapted(HUTConfig, lambda: {"r": 3})
+    theirs = get_peft_model(two_layers(), HiraConfig(r=3, target_modules=list(TARGETS), init_weights=True)).eval()
+    layers = [getattr(theirs.base_model.model, name) for name in TARGETS]
+    for hut, layer in zip(huts(ours), layers, strict=True):
+        with torch.no_grad():
+            layer.hira_A["default"].copy_(hut.b)
+            layer.hira_B["default"].copy_(hut.a)
+    x, y = (batch().requires_grad_() for _ in range(2))
+    ours(x).square().sum().backward()
+    theirs(y).square().sum().backward()
+    torch.testing.assert_close(ours(x), theirs(y), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
+    for hut, layer in zip(huts(ours), layers, strict=True):
+        scale = float(hut.a.grad.abs().max())
+        torch.testing.assert_close(hut.a.grad / scale, layer.hira_B["default"].grad / scale, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(hut.b.grad / scale, layer.hira_A["default"].grad / scale, rtol=1e-5, atol=1e-6)
+
+
+def dense(hut: HUT, weight: Tensor) -> Tensor:
+    """W' as the equation has it, without the wrapper's rebuilding."""
+    product = hut.a @ hut.b
+    return weight * (1 + hut.scale * product) if hut.residual else weight * product
+
+
+@pytest.mark.parametrize("settings", [{"r": 3, "alpha": 6}, {"r": 4, "form": "literal"}])
+def test_outputs_and_gradients_are_those_of_a_dense_reference_in_double_precision(settings: dict):
+    model = adapted(HUTConfig, lambda: settings, two_layers(torch.float64)).double()
+    first, second = huts(model)
+    x = batch(torch.float64)
+    model(x).square().sum().backward()
+    grads = [p.grad.clone() for p in trainable(model).values()]
+    model.zero_grad()
+    base = two_layers(torch.float64)
+    hidden = torch.nn.functional.gelu(x @ dense(first, base.first.weight).T + base.first.bias)
+    expected = hidden @ dense(second, base.second.weight).T + base.second.bias
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    expected.square().sum().backward()
+    for grad, parameter in zip(grads, trainable(model).values(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("r", [1, 2, 8])
+def test_the_weight_side_equals_the_token_side(r: int):
+    """(W * (A B)) x is the sum over k of A[:, k] * (W (B[k] * x)): r products with the base weight itself."""
+    torch.manual_seed(0)
+    base = nn.Linear(11, 7, bias=False)
+    hut = HUT(base, HUTConfig(r=r, init_weights=False))
+    x = torch.randn(63, 11)
+    tokens = base(x) + sum(hut.scale * hut.a[:, k] * base(hut.b[k] * x) for k in range(r))
+    torch.testing.assert_close(x @ hut.new_weight(base.weight).T, tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_the_literal_form_of_one_rank_more_reproduces_the_residual_form():
+    torch.manual_seed(0)
+    base = nn.Linear(11, 7)
+    residual = HUT(base, HUTConfig(r=3, alpha=6, init_weights=False))
+    literal = HUT(base, HUTConfig(r=4, form="literal"))
+    with torch.no_grad():  # its first column and row of ones stay
+        literal.a[:, 1:] = residual.scale * residual.a
+        literal.b[1:] = residual.b
+    torch.testing.assert_close(literal.new_weight(base.weight), residual.new_weight(base.weight), rtol=1e-6, atol=1e-7)
+
+
+def test_merged_equals_unmerged_in_bfloat16_within_two_percent():
+    model = adapted(HUTConfig, lambda: {"r": 3}, two_layers(torch.bfloat16))
+    expected = model(batch(torch.bfloat16)).float()
+    model.merge_adapter()
+    error = (model(batch(torch.bfloat16)).float() - expected).abs().max() / expected.abs().max()
+    assert error < 0.02
+
+
+def test_a_small_factor_survives_bfloat16():
+    """1 + N would round to 1 for N below 1/256; W + W * N keeps it, in the adapter's float32."""
+    model = adapted(HUTConfig, lambda: {"r": 1}, two_layers(torch.bfloat16))
+    hut = huts(model)[0]
+    with torch.no_grad():
+        hut.a.fill_(1)
+        hut.b.fill_(2**-10)
+    layer = model.base_model.model.first
+    weight = layer.base_layer.weight.float()
+    torch.testing.assert_close(layer._new_weight([hut]), weight * (1 + 2**-10), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("form", "count"), [("residual", 3 * (24 + 40 + 40 + 16)), ("literal", 3 * (24 + 40 + 40 + 16))]
+)
+def test_it_trains_r_times_in_plus_out_numbers_a_layer(form: str, count: int):
+    assert sum(p.numel() for p in trainable(adapted(HUTConfig, lambda: {"r": 3, "form": form})).values()) == count
+
+
+def step(config: HUTConfig | LoraConfig, num_layers: int, tokens: int = 64) -> Ledger:
+    """One forward and backward through linear layers 256 -> 192 -> 256 ..."""
+    torch.manual_seed(0)
+    sizes = [256, 192]
+    layers = [nn.Linear(sizes[i % 2], sizes[(i + 1) % 2]) for i in range(num_layers)]
+    config.target_modules = {str(i) for i in range(num_layers)}
+    model = get_peft_model(nn.Sequential(*layers), config)
+    with Ledger(model) as ledger:
+        model(torch.randn(tokens, 256)).sum().backward()
+    return ledger
+
+
+def test_only_the_layer_inputs_are_kept_for_backward():
+    between = 64 * 4 * (192 + 256 + 192)  # inputs of layers 2 to 4; the first one's is the model's own
+    assert step(HUTConfig(r=8), 4).report().saved_bytes == between
+
+
+def test_the_peak_holds_dense_tensors_of_one_layer_not_of_all():
+    dense_bytes = 256 * 192 * 4
+    over = [
+        step(HUTConfig(r=8), depth, tokens=4).report().peak_bytes
+        - step(LoraConfig(r=8), depth, tokens=4).report().peak_bytes
+        for depth in (4, 12)
+    ]
+    assert abs(over[1] - over[0]) < 0.1 * dense_bytes, "what comes on top does not grow with depth"
+    assert over[1] <= 3.2 * dense_bytes
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_forward_adds_operations_that_do_not_grow_with_the_tokens(tokens: int):
+    with torch.device("meta"):
+        model = get_peft_model(nn.Sequential(nn.Linear(1024, 512)), HUTConfig(r=8, target_modules=["0"]))
+        x = torch.randn(tokens, 1024, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            y = model(x)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+    gemm, product = 2 * tokens * 1024 * 512, 2 * 8 * 1024 * 512
+    assert forward.get_total_flops() == gemm + product
+    # the dense weight gradient that LoRA never forms, W' again, and its two factors
+    assert backward.get_total_flops() == 2 * gemm + 3 * product
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r of hut must be at least 1, got 0"),
+        ({"form": "bad"}, "form of hut must be 'residual' or 'literal', got 'bad'"),
+        ({"form": "literal", "alpha": 4}, "alpha of hut scales the residual form only"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        HUTConfig(**settings)
+
+
+def test_dropout_is_no_setting_of_hut():
+    """On a path that replaces the weight, dropout of x would change the base model's output."""
+    with pytest.raises(SettingError, match="unknown setting 'dropout'"):
+        Recipe.from_list([{"hut": {"dropout": 0.1}}])
+
+
+def test_unmerging_what_was_never_merged_warns():
+    model = adapted(HUTConfig, lambda: {"r": 3})
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
