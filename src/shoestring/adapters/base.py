@@ -125,7 +125,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def shared(cls, model: nn.Module, config: Any) -> nn.Module | None:
-        """What all layers of one adapter share (factors, frozen projections, routers); None: nothing."""
+        """What all layers of one adapter share (factors, routers; as buffers what is frozen); None: nothing."""
         return None
 
     def start(self, weight: Float[Tensor, "out in"]) -> None:
@@ -157,8 +157,8 @@ class Adapter(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its parameters."""
-        return next((p.dtype for p in self.parameters()), torch.float32)
+        """The dtype of its parameters, or of those it shares."""
+        return next((p.dtype for p in adapter_parameters(self)), torch.float32)
 
     def read_tap(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook on the tapped module: remember its input until the adapted layer has run."""
@@ -431,23 +431,37 @@ class AdapterTuner(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in peft, with the state that all layers share made first and the taps set last."""
+        """As in peft, with the state that all layers share made first. If it fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        autocast = kwargs.get("autocast_adapter_dtype", args[0] if args else True)
         if config.target_modules is None:
             config.target_modules = config.default_targets(model)
+        trained = [(p, p.requires_grad) for shared in self._shared_states().values() for p in shared.parameters()]
         if (shared := config.method.shared(model, config)) is not None:
             if not hasattr(self, self._shared_name):
                 setattr(self, self._shared_name, nn.ModuleDict())
-            shared.requires_grad_(not config.inference_mode)
-            getattr(self, self._shared_name)[adapter_name] = shared
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if shared is not None and autocast:
-            for parameter in shared.parameters():
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
-        if shared is not None and adapter_name not in self.active_adapters:
-            shared.requires_grad_(False)
+            self._shared_states()[adapter_name] = shared
+        self._placed: set[str] = set()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_out(adapter_name)
+            raise
+        for parameter, requires_grad in trained:  # one more adapter freezes no other, as in peft
+            parameter.requires_grad_(requires_grad)
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Undo an injection that stopped halfway."""
+        for key, layer in list(self.model.named_modules()):
+            if not (isinstance(layer, AdaptedLayer) and self.prefix in layer.adapter_layer_names):
+                continue
+            if adapter_name in layer.adapters:
+                remove_tap(layer.adapters[adapter_name])  # type: ignore[arg-type]
+                del layer.adapters[adapter_name]
+            if not layer.adapters:
+                parent, _, name = key.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, layer.base_layer)
+        if adapter_name in self._shared_states():
+            del self._shared_states()[adapter_name]
 
     @property
     def _shared_name(self) -> str:
@@ -487,7 +501,7 @@ class AdapterTuner(BaseTuner):
             layer = wrapper(target, self.prefix)
             layer._active_adapter = adapter_name
         if extra:
-            self._move_shared(extra[0], layer)
+            self._place_shared(extra[0], layer)
         layer.add(adapter_name, adapter, config.inference_mode, started=loading)
         for module in tapped.values():
             adapter.tap_hook = (module.register_forward_pre_hook(adapter.read_tap, with_kwargs=True),)
@@ -503,12 +517,32 @@ class AdapterTuner(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    @staticmethod
-    def _move_shared(shared: nn.Module, layer: AdaptedLayer) -> None:
+    def _place_shared(self, shared: nn.Module, layer: AdaptedLayer) -> None:
+        """Put the shared tensors that were made for this layer on its device and in its dtype."""
         device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-        if device is None or any(p.is_meta for p in shared.parameters()):
+        floating = dtype if dtype is not None and dtype.is_floating_point else None
+        for name, tensor in named_tensors(shared):
+            if name not in self._placed and device is not None and not tensor.is_meta:
+                tensor.data = tensor.data.to(device, floating if tensor.is_floating_point() else None)
+                self._placed.add(name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Put loaded shared state where the layers are; peft calls this after loading through the meta device."""
+        layers = [layer for layer in self._layers() if adapter_name in layer.adapters]
+        if adapter_name not in self._shared_states() or not layers:
             return
-        shared.to(device, dtype if dtype is not None and dtype.is_floating_point else None)
+        device = device or layers[0]._get_base_layer_device_and_dtype(layers[0].get_base_layer())[0]
+        for _, tensor in named_tensors(self._shared_states()[adapter_name]):
+            if device is not None and device.type != "meta" and not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in peft, for the shared state too."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self._shared_states():
+            for _, tensor in named_tensors(self._shared_states()[adapter_name]):
+                if tensor.dtype in (torch.float16, torch.bfloat16):
+                    tensor.data = tensor.data.float()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft, for the shared state too."""
@@ -530,11 +564,14 @@ class AdapterTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft, with its taps and shared state."""
-        for adapter in self._adapters(adapter_name):
-            remove_tap(adapter)
+        adapters, active = self._adapters(adapter_name), adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        for adapter in adapters:
+            remove_tap(adapter)
         if adapter_name in self._shared_states():
             del self._shared_states()[adapter_name]
+        if active:  # the one that peft activates in its place trains
+            self._set_shared_requires_grad(self.active_adapters, True)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         adapters = self._adapters()
@@ -543,11 +580,18 @@ class AdapterTuner(BaseTuner):
             remove_tap(adapter)
         return model
 
+    def _layers(self) -> list[AdaptedLayer]:
+        modules = self.model.modules()
+        return [m for m in modules if isinstance(m, AdaptedLayer) and self.prefix in m.adapter_layer_names]
+
     def _adapters(self, adapter_name: str | None = None) -> list[Adapter]:
-        layers = [
-            m for m in self.model.modules() if isinstance(m, AdaptedLayer) and self.prefix in m.adapter_layer_names
-        ]
+        layers = self._layers()
         return [a for layer in layers for name, a in layer.adapters.items() if adapter_name in (None, name)]  # type: ignore[misc]
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Its parameters and buffers."""
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def remove_tap(adapter: Adapter) -> None:
@@ -585,7 +629,9 @@ def register(config_cls: type[AdapterConfig]) -> type[AdapterConfig]:
     key, prefix = MethodName(name.upper()), f"{name}_"
     if key in PEFT_TYPE_TO_TUNER_MAPPING:
         raise ValueError(f"An adapter method named {name!r} is already registered.")
-    tuner = type(f"{config_cls.method.__name__}Tuner", (AdapterTuner,), {"prefix": prefix})
+    shares = config_cls.method.shared.__func__ is not Adapter.shared.__func__  # type: ignore[attr-defined]
+    settings = {"prefix": prefix, "uses_shared_state": shares}
+    tuner = type(f"{config_cls.method.__name__}Tuner", (AdapterTuner,), settings)
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_cls  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = prefix  # type: ignore[index]

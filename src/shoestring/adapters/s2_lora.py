@@ -63,7 +63,7 @@ class S2LoRA(Adapter):
 
     def factors(self) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
         """A and B on this layer's device."""
-        a, b = (self.shared_state[0].get_parameter(name) for name in self.names)
+        a, b = (getattr(self.shared_state[0], name) for name in self.names)  # plain tensors under FSDP
         return a.to(self.coefficients.device), b.to(self.coefficients.device)
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
