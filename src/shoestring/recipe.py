@@ -142,7 +142,8 @@ class Attached:
                 model = self._undo.enter_context(technique.attach(model))
             self.model = model
             self._replaced = [name for name, p in self._base_parameters.items() if p.data_ptr() != addresses[name]]
-            hook = model.register_forward_hook(self._add_losses, with_kwargs=True)
+            # a plain function, so that a copy of the model does not copy the recipe at work on this one
+            hook = model.register_forward_hook(lambda *seen: self._add_losses(*seen), with_kwargs=True)
             self._undo.callback(hook.remove)
         except BaseException:
             self._undo.close()
@@ -256,7 +257,8 @@ class Attached:
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 
     def _add_losses(self, model: nn.Module, args: tuple, batch: dict[str, Any], outputs: Any) -> Any:
-        if not (self.add_losses_in_forward and model.training and torch.is_grad_enabled()):
+        wanted = self.add_losses_in_forward and model.training and torch.is_grad_enabled()
+        if model is not self.model or not wanted:
             return None
         if (added := self.added_loss(batch, outputs)) is None:
             return None
@@ -345,7 +347,7 @@ def known_techniques() -> dict[str, TechniqueInfo]:
         if issubclass(cls, PeftConfig):
             kind, exact = ("prompts" if "Prompt" in cls.__mro__[1].__name__ else "adapters"), None
         else:
-            kind, exact = cls.__module__.split(".")[-2], cls.exact
+            kind, exact = (cls.__module__.split(".")[-2] if ours else cls.phase.name.lower()), cls.exact
         summary = next((line.strip() for line in doc.splitlines() if line.strip()), "")
         known[name] = TechniqueInfo(name, kind, "shoestring" if ours else "peft", summary, cls, doc, exact)
     return known

@@ -9,8 +9,8 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -41,14 +41,19 @@ class PeftTechnique(Technique):
     def attach(self, model: nn.Module) -> Iterator[PeftModel]:
         """Wrap the model in a `PeftModel`; around one that is there already, under an adapter name of its own."""
         stacked = isinstance(model, PeftModel)
-        self.adapter_name = self.name if stacked else "default"
+        # a word that is part of no method's prefix, since peft tells adapters by it in the names of weights
+        self.adapter_name = f"nested{len(model.peft_config)}" if stacked else "default"
         trained = [p for p in model.parameters() if p.requires_grad] if stacked else []
+        switches = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, switches)]
         with warnings.catch_warnings():
             if stacked:  # peft warns of a second adapter, which is what the recipe asks for
                 warnings.filterwarnings("ignore", message=".*(second time|Already found a `peft_config`).*")
             self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)
-        for parameter in trained:
+        for parameter in trained:  # peft would leave only its newest adapter trained and active
             parameter.requires_grad_(True)
+        for module, names in active:
+            module._active_adapter = names
         try:
             yield self.wrapped
         finally:
