@@ -89,7 +89,7 @@ class Bottleneck(Adapter):
             self.shift = nn.Parameter(torch.zeros(in_features))
         self.scale: nn.Parameter | float = defaults.scale if config.scale is None else 1.0
         if config.scale == "learned":
-            self.scale = nn.Parameter(torch.ones(()))
+            self.scale = nn.Parameter(torch.ones(1))  # one number, but FSDP takes no scalars
         elif config.scale is not None:
             self.scale = float(config.scale)
         self._set_start((config.init or defaults.init) if config.init_weights else "random")

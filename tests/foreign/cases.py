@@ -1,0 +1,101 @@
+"""The rows that peft's own tests get in place of theirs: every registered method, in a few settings, on peft's models.
+
+A new method needs nothing here: it is found in the registry and run with its defaults and a small `r`. VARIANTS is for
+methods whose defaults do not fit layers of 10 -> 20 and 20 -> 2, or that have forms worth a run of their own.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+import shoestring.adapters  # noqa: F401  (registers the methods)
+from shoestring.adapters.base import Adapter, AdapterConfig
+
+Settings = dict[str, Any]
+
+# the name of a method -> the name of a variant -> its settings
+VARIANTS: dict[str, dict[str, Settings]] = {
+    "hut": {"residual": {"r": 2}, "literal": {"r": 2, "form": "literal"}},
+    "s2_lora": {"kaiming": {"r": 2}, "adalora": {"r": 2, "init": "adalora"}},
+    "bottleneck": {
+        "houlsby": {"form": "houlsby", "r": 2, "init": "lora"},
+        "pfeiffer": {"form": "pfeiffer", "r": 2, "init": "lora"},
+        "parallel": {"r": 2, "scale": "learned"},
+        "adaptformer": {"form": "adaptformer", "r": 2, "dropout": 0.0},
+    },
+}
+
+# what is adapted, and in which of the models in peft's tests: MLP has the linear layers lin0 (10 -> 20) and
+# lin1 (20 -> 2); EmbConv1D an embedding, transformers' Conv1D and lin0
+PLACES: dict[str, tuple[str, Settings]] = {
+    "lin0 and lin1": ("MLP", {"target_modules": ["lin0", "lin1"]}),
+    "lin0 by a word": ("MLP", {"target_modules": "lin0"}),
+    "lin0": ("MLP", {"target_modules": ["lin0"]}),
+    "lin1": ("MLP", {"target_modules": ["lin1"]}),
+    "lin0, lin1 saved": ("MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    "all but lin1": ("MLP", {"target_modules": "all-linear", "exclude_modules": ["lin1"]}),
+    "conv1d": ("EmbConv1D", {"target_modules": ["conv1d"]}),
+}
+# the places that variants after the first are run in
+PLACES_OF_FURTHER_VARIANTS = ("lin0 and lin1", "conv1d")
+
+
+def methods() -> dict[str, type[AdapterConfig]]:
+    """The config class of every registered method of ours, by name."""
+    return {
+        cls.method.name: cls
+        for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values()
+        if isinstance(cls, type) and issubclass(cls, AdapterConfig)
+    }
+
+
+def variants(config_cls: type[AdapterConfig]) -> dict[str, Settings]:
+    """The settings a method is run with, by the name of the variant; for a method without a row its defaults."""
+    small = {"r": 2} if any(field.name == "r" for field in fields(config_cls)) else {}
+    return VARIANTS.get(config_cls.method.name, {"defaults": small})
+
+
+def test_cases() -> list[tuple[str, str, type[AdapterConfig], Settings]]:
+    """For TEST_CASES: (name of the row, name of the model, config class, settings)."""
+    rows = []
+    for method, config_cls in methods().items():
+        for number, (variant, settings) in enumerate(variants(config_cls).items()):
+            for place in PLACES if number == 0 else PLACES_OF_FURTHER_VARIANTS:
+                model, where = PLACES[place]
+                rows.append((f"{method} {variant}: {place}", model, config_cls, {**where, **settings}))
+    return rows
+
+
+def config_classes() -> list[type[AdapterConfig]]:
+    """For ALL_PEFT_CONFIG_CLASSES and the other lists of classes."""
+    return list(methods().values())
+
+
+def configs() -> list[AdapterConfig]:
+    """For lists of configs: one a variant, which does not start as the pretrained model."""
+    return [
+        config_cls(target_modules=["lin0"], init_weights=False, **settings)
+        for config_cls in methods().values()
+        for settings in variants(config_cls).values()
+    ]
+
+
+def two_adapters() -> list[tuple[str, str, type[AdapterConfig], Settings, Settings]]:
+    """For MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES: (name, method, class, settings of the first, of the second adapter)."""
+    rows = []
+    for method, config_cls in methods().items():
+        for variant, settings in variants(config_cls).items():
+            first = {"target_modules": ["lin0"], "init_weights": False, **settings}
+            for relation, second in (("Same", "lin0"), ("Different", "lin1")):
+                other = {**first, "target_modules": [second]}
+                rows.append((f"{method} {variant} {relation}", method, config_cls, first, other))
+    return rows
+
+
+def update_of(config_cls: type[AdapterConfig]) -> str:
+    """Which of the three updates the method overrides."""
+    for update in ("new_output", "new_weight", "delta_weight"):
+        if getattr(config_cls.method, update) is not getattr(Adapter, update):
+            return update
+    raise TypeError(f"{config_cls.method.__name__} overrides no update.")

@@ -1,0 +1,90 @@
+"""Each test of peft's that a method of ours does not pass or that peft skips, with the reason.
+
+An expected failure is strict and so is a skip: a test that passes after all fails the run, and so does a skip without
+a reason here, so that this list stays true. Rules read what a method declares, never its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from cases import update_of
+
+from shoestring.adapters.base import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test of peft's with one config of ours. test: its function's name; model, settings: those of the row."""
+
+    test: str
+    config_cls: type[AdapterConfig]
+    model: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why some tests do not pass.
+
+    tests: patterns of the functions' names.
+    outcome: "skips" where peft skips the test itself, "fails" for an expected failure.
+    why: the reason, a sentence.
+    message: a pattern found in what peft says when it skips, or in the error of the expected failure.
+    applies: for which cases.
+    """
+
+    tests: tuple[str, ...]
+    outcome: str
+    why: str
+    message: str
+    applies: Callable[[Case], bool] = lambda case: True
+
+    def covers(self, case: Case) -> bool:
+        """Whether this is the reason for a case."""
+        return any(fnmatchcase(case.test, pattern) for pattern in self.tests) and self.applies(case)
+
+
+REASONS = [
+    Reason(
+        tests=("test_disable_adapter_with_bias_warns",),
+        outcome="skips",
+        why="peft runs it for LoRA and BOFT alone, by the name of the class",
+        message="Testing bias warnings only for LoraConfig or BOFTConfig",
+    ),
+    Reason(
+        tests=("test_active_adapter",),
+        outcome="skips",
+        why="modules_to_save are whole copies of a module, of which only one can be active",
+        message="Multiple active adapters with modules_to_save",
+        applies=lambda case: "modules_to_save" in case.settings,
+    ),
+    Reason(
+        # test_forward_* merge after the forwards they are named for
+        tests=("*merge*", "test_disable_adapters_with_merging", "test_forward_*16*"),
+        outcome="fails",
+        why="the method changes a layer's output, not its weight; it refuses to be merged",
+        message="changes a layer's output, not its weight: it cannot be merged",
+        applies=lambda case: update_of(case.config_cls) == "new_output",
+    ),
+    Reason(
+        tests=("test_default_target_modules_*",),
+        outcome="fails",
+        why="the method finds its own places in transformer blocks, and the model of this test has none; it says so "
+        "in words of its own",
+        message="has no list of equal blocks",
+        applies=lambda case: case.config_cls.default_targets is not AdapterConfig.default_targets,
+    ),
+]
+
+
+# tests that take a config class and never build it, or build peft's own configs from it
+NOT_OURS = {
+    "test_add_weighted_adapter_cat_with_rank_pattern": "builds LoraConfig, whatever class it is given",
+}
+
+
+def reason_for(case: Case) -> Reason | None:
+    """The reason listed for a case, if any."""
+    return next((reason for reason in REASONS if reason.covers(case)), None)
