@@ -10,6 +10,7 @@ Injection, active adapters, merging, dtypes, devices, quantised bases, shared st
 Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv1D keeps [in, out]).
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -580,6 +581,13 @@ class AdapterTuner(BaseTuner):
             remove_tap(adapter)
         return model
 
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refused: a sum of these adapters is in general not one of them, as it is for LoRA."""
+        raise ValueError(
+            f"{self.prefix.removesuffix('_')} cannot add up adapters to a new one; activate several at once instead: "
+            "model.base_model.set_adapter(['first', 'second'])."
+        )
+
     def _layers(self) -> list[AdaptedLayer]:
         modules = self.model.modules()
         return [m for m in modules if isinstance(m, AdaptedLayer) and self.prefix in m.adapter_layer_names]
@@ -630,8 +638,9 @@ def register(config_cls: type[AdapterConfig]) -> type[AdapterConfig]:
     if key in PEFT_TYPE_TO_TUNER_MAPPING:
         raise ValueError(f"An adapter method named {name!r} is already registered.")
     shares = config_cls.method.shared.__func__ is not Adapter.shared.__func__  # type: ignore[attr-defined]
-    settings = {"prefix": prefix, "uses_shared_state": shares}
+    settings = {"prefix": prefix, "uses_shared_state": shares, "__module__": config_cls.__module__}
     tuner = type(f"{config_cls.method.__name__}Tuner", (AdapterTuner,), settings)
+    setattr(sys.modules[config_cls.__module__], tuner.__name__, tuner)  # where pickle looks for it
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_cls  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = prefix  # type: ignore[index]
