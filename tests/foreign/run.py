@@ -35,7 +35,7 @@ class NoTests(RuntimeError):
     """peft's tests could not be had; the message says why and what to do."""
 
 
-def tests_of_peft() -> Path:
+def folder_of_tests() -> Path:
     """A folder with peft's tests as the package `tests`, fetched if it is not there.
 
     Raises NoTests if the archive cannot be fetched or lacks the tests.
@@ -101,7 +101,7 @@ def unpack(archive: Path, top: str, folder: Path) -> None:
 
 def run(arguments: list[str], **options: object) -> subprocess.CompletedProcess:
     """pytest on peft's tests with our methods in them."""
-    folder = tests_of_peft()
+    folder = folder_of_tests()
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")
