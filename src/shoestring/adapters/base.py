@@ -67,7 +67,7 @@ class AdapterConfig(PeftConfig, Events):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MethodName(self.method.name.upper())  # type: ignore[assignment]
+        self.peft_type = MethodName(self.method.name.upper())
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -320,7 +320,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every adapter here is a change of a weight."""
-        return all(adapter.update != "new_output" for adapter in self.adapters.values())  # type: ignore[union-attr]
+        return all(adapter.update != "new_output" for adapter in self.adapters.values())
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -359,10 +359,10 @@ class AdaptedLinear(AdaptedLayer):
         if self.quantization_backend is None:
             x = x.to(base.weight.dtype)  # type: ignore[arg-type]
         parameters: list[Tensor] = [p for adapter in adapters for p in adapter_parameters(adapter)]
-        if base.weight.requires_grad:  # type: ignore[union-attr]
+        if base.weight.requires_grad:
             parameters.append(base.weight)  # type: ignore[arg-type]
         y = linear_with_rebuilt_weight(x, make, parameters)
-        return y if base.bias is None else y + base.bias.to(y.dtype)  # type: ignore[operator, union-attr]
+        return y if base.bias is None else y + base.bias.to(y.dtype) union-attr]
 
     def _new_weight(self, adapters: list[Adapter]) -> Tensor:
         """The base weight after `adapters`, [out, in], in the wider of the dtypes of weight and adapters."""
@@ -429,7 +429,7 @@ class AdapterTuner(BaseTuner):
     """Puts an `AdaptedLayer` over every targeted layer. One class serves all methods."""
 
     tuner_layer_cls = AdaptedLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft, with the state that all layers share made first. If it fails, the model is as it was."""
@@ -471,7 +471,7 @@ class AdapterTuner(BaseTuner):
     def _shared_states(self) -> nn.ModuleDict:
         return getattr(self, self._shared_name, nn.ModuleDict())
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: Any,
         adapter_name: str,
@@ -574,9 +574,9 @@ class AdapterTuner(BaseTuner):
         if active:  # the one that peft activates in its place trains
             self._set_shared_requires_grad(self.active_adapters, True)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         adapters = self._adapters()
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for adapter in adapters:
             remove_tap(adapter)
         return model
