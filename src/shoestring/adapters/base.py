@@ -362,7 +362,7 @@ class AdaptedLinear(AdaptedLayer):
         if base.weight.requires_grad:
             parameters.append(base.weight)  # type: ignore[arg-type]
         y = linear_with_rebuilt_weight(x, make, parameters)
-        return y if base.bias is None else y + base.bias.to(y.dtype) union-attr]
+        return y if base.bias is None else y + base.bias.to(y.dtype)  # type: ignore[operator]
 
     def _new_weight(self, adapters: list[Adapter]) -> Tensor:
         """The base weight after `adapters`, [out, in], in the wider of the dtypes of weight and adapters."""
