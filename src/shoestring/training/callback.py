@@ -73,9 +73,3 @@ class RecipeCallback(TrainerCallback):
         """Put the recipe and its state into the checkpoint that was just written."""
         if not self.in_recipe_trainer and state.is_world_process_zero:
             self.attached.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-class _RecipeTrainerCallback(RecipeCallback):
-    """The same inside RecipeTrainer, which saves, restores and makes the optimizer by itself."""
-
-    in_recipe_trainer = True

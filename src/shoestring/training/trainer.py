@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..errors import RunFailed
 from ..recipe import attached_to
 from . import checkpoints
-from .callback import _RecipeTrainerCallback
+from .callback import RecipeCallback
+
+RUNNING_LOSS = "running_loss.json"
 
 
 class RecipeTrainerMixin(Trainer):
@@ -32,8 +38,9 @@ class RecipeTrainerMixin(Trainer):
         self.run_identity = run_identity or {}
         self.attached = attached_to(self.model)
         self.attached.add_losses_in_forward = False
-        self.add_callback(_RecipeTrainerCallback)
+        self.add_callback(_RecipeTrainerCallback(self))
         self._saving_in: Path | None = None
+        self.resumed_from: Path | None = None
 
     def compute_loss(
         self,
@@ -55,6 +62,11 @@ class RecipeTrainerMixin(Trainer):
         """One forward and backward; ends the run at a loss that is no number."""
         loss = super().training_step(model, *args, **kwargs)
         if not math.isfinite(value := float(loss)):
+            if self.state.global_step == 0:
+                raise RunFailed(
+                    f"The loss is {value} at step 1, before anything was learned: the weights of the model or its inputs "
+                    "hold NaN or Inf, or its dtype is too narrow; use bf16 in place of fp16."
+                )
             raise RunFailed(
                 f"The loss became {value} at step {self.state.global_step + 1}. Lower train.learning_rate "
                 f"({self.args.learning_rate:g} now), set train.max_grad_norm, or use bf16 in place of fp16."
@@ -89,6 +101,39 @@ class RecipeTrainerMixin(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """As in Trainer; a run that early stopping had ended has no epoch left."""
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint is not None else None
+        begin = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        waiting = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in waiting)
+        return (num_train_epochs, 0) if self.resumed_from is not None and ended else begin
+
+    def _load_callback_state(self) -> None:
+        """What callbacks such as early stopping have counted; their settings stay those of this run."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                for name, value in saved["attributes"].items():
+                    setattr(callback, name, value)
+
+    def resume_running_loss(self, checkpoint: Path) -> None:
+        """Take over the losses summed since the last one that was logged, so that the next mean is over all steps."""
+        if (checkpoint / RUNNING_LOSS).exists():
+            running = json.loads((checkpoint / RUNNING_LOSS).read_text())
+            self._tr_loss += running["sum"]
+            self._globalstep_last_logged = running["logged_at_step"]
+
     def _load_best_model(self) -> None:
         if self.attached.techniques and self.state.best_model_checkpoint is not None:
             self.attached.restore(self.state.best_model_checkpoint)
@@ -106,9 +151,13 @@ class RecipeTrainerMixin(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
+            raise
         finally:
             self._saving_in = None
             self.args.save_total_limit = limit
+        running = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             best = self.state.best_global_step
@@ -117,6 +166,9 @@ class RecipeTrainerMixin(Trainer):
                 self.state.best_model_checkpoint = str(best_folder)
             written = folder / checkpoints.BESIDE / name
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            (written / RUNNING_LOSS).write_text(
+                json.dumps({"sum": running, "logged_at_step": self._globalstep_last_logged})
+            )
             checkpoints.finish(written, folder / name, self.run_identity)
             rotate_checkpoints(
                 output_dir=str(folder),
@@ -125,6 +177,23 @@ class RecipeTrainerMixin(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+
+class _RecipeTrainerCallback(RecipeCallback):
+    """The same inside RecipeTrainer, which saves, restores and makes the optimizer by itself."""
+
+    in_recipe_trainer = True
+
+    def __init__(self, trainer: RecipeTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Find the recipe; losses not logged yet are taken over here, where Trainer has just set its sum to zero."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        if self.trainer.resumed_from is not None:
+            self.trainer.resume_running_loss(self.trainer.resumed_from)
 
 
 class RecipeTrainer(RecipeTrainerMixin, Trainer):

@@ -1,0 +1,318 @@
+"""Resume: a run that was killed ends bit for bit where one that was left alone ends."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from shoestring.recipe import Moment, Phase, Technique
+from shoestring.technique import register_technique
+from shoestring.training import checkpoints
+from shoestring.training.run import train
+from shoestring.training.settings import RunSettings
+
+LORA = {"lora": {"r": 2, "target_modules": ["query", "value"], "lora_dropout": 0.2}}
+RECIPES = {
+    "lora": [LORA],
+    "s2_lora": [{"s2_lora": {"r": 2, "target_modules": ["query", "value"], "sparsity": 0.5}}],
+    "own_state": [LORA, {"drifting_pull": {}}],
+    "full": [],
+}
+# 24 rows in batches of 4 are 3 steps of 2 batches an epoch: the checkpoints at 2 and 4 lie inside epochs, 6 between two
+STEPS = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 2, "lr_scheduler_type": "cosine"}
+HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": None}
+
+
+@register_technique
+@dataclass
+class DriftingPull(Technique):
+    """Pulls the trained weights towards a random tensor that moves after every step: state that steers training."""
+
+    name: ClassVar[str] = "drifting_pull"
+    phase: ClassVar[Phase] = Phase.OBJECTIVE
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.target = torch.zeros(3)
+        self.steps_seen = 0
+
+    def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        aim = self.target.norm() + 0.01 * self.steps_seen
+        return self.strength * torch.stack([(p - aim).square().mean() for p in learned]).mean()
+
+    def on_step_end(self, moment: Moment) -> None:
+        self.target += 0.1 * torch.randn(3)
+        self.steps_seen += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"target": self.target.clone(), "steps_seen": self.steps_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.target, self.steps_seen = state["target"].clone(), state["steps_seen"]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAt(TrainerCallback):
+    """Ends this process by SIGKILL at an event of step `step`."""
+
+    def __init__(self, event: str, step: int):
+        self.event, self.step = event, step
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "optimizer" and state.global_step + 1 == self.step:
+            die()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "substep" and state.global_step + 1 == self.step:
+            die()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "step" and state.global_step == self.step:
+            die()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "evaluation" and state.global_step == self.step:
+            die()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "saved" and state.global_step == self.step:
+            die()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        save, finish, rename = torch.save, checkpoints.finish, Path.rename
+
+        def save_half(data: Any, path: Any, *rest: Any, **options: Any) -> None:
+            save(data, path, *rest, **options)
+            if "optimizer" in str(path) and f"checkpoint-{self.step}" in str(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+                die()
+
+        def without_manifest(written: Path, place: Path, *rest: Any) -> None:
+            if written.name == f"checkpoint-{self.step}":
+                die()
+            finish(written, place, *rest)
+
+        def before_rename(path: Path, target: Path) -> Path:
+            if Path(target).name == f"checkpoint-{self.step}":
+                die()
+            return rename(path, target)
+
+        if self.event == "optimizer file":
+            torch.save = save_half
+        elif self.event == "manifest":
+            checkpoints.finish = without_manifest
+        elif self.event == "rename":
+            Path.rename = before_rename  # type: ignore[method-assign]
+
+
+def train_in_child(path: Path, kill: tuple[str, int] | None, resume: bool) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(os.getpid())  # nothing may hang on what came before
+    train(RunSettings.load(path), resume=resume, callbacks=[KillAt(*kill)] if kill else [])
+
+
+@pytest.fixture(scope="module")
+def child() -> Callable[..., int]:
+    """Train in a process of its own, which is forked from one that has imported everything; gives the exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shoestring.training.run", "shoestring.training.trainer", "trl", "datasets"])
+
+    def run(path: Path, kill: tuple[str, int] | None = None, resume: bool = False) -> int:
+        process = context.Process(target=train_in_child, args=(path, kill, resume))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "the child hangs"
+        return process.exitcode
+
+    return run
+
+
+def outcome(folder: Path) -> tuple[list, dict[str, dict[str, float]], dict[str, Tensor]]:
+    """Losses by step, quality, and all weights a run ended with."""
+    report = json.loads((folder / "report.json").read_text())
+    weights = {
+        f"{path.name}/{name}": tensor
+        for path in sorted((folder / "final").glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    return report["losses"], report["quality"], weights
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    losses, quality, weights = outcome(one)
+    losses_too, quality_too, weights_too = outcome(other)
+    assert losses == losses_too
+    assert quality == quality_too
+    assert weights.keys() == weights_too.keys()
+    assert weights
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, weights_too[name]), name
+
+
+def uninterrupted(path: Path) -> None:
+    report = train(RunSettings.load(path))
+    assert report.status == "finished"
+    assert len({loss for _, loss in report.losses}) > 1  # the losses compared say something
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kill"),
+    [
+        ("lora", ("step", 5)),
+        ("lora", ("optimizer file", 4)),
+        ("s2_lora", ("manifest", 4)),
+        ("own_state", ("substep", 6)),
+        ("own_state", ("saved", 6)),
+        ("full", ("rename", 6)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0].replace(' ', '_')}-{value[1]}",
+)
+def test_resume_after_kill_9_ends_as_without_it(run_file, child, tmp_path, recipe, kill):
+    uninterrupted(run_file("whole", recipe=RECIPES[recipe], train=STEPS))
+    path = run_file("killed", recipe=RECIPES[recipe], train=STEPS)
+    assert child(path, kill) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_killed_twice_and_before_its_first_checkpoint_ends_as_without_it(run_file, child, tmp_path):
+    uninterrupted(run_file("whole", recipe=RECIPES["own_state"], train=STEPS))
+    path = run_file("killed", recipe=RECIPES["own_state"], train=STEPS)
+    assert child(path, ("optimizer", 1)) == -signal.SIGKILL
+    assert child(path, ("manifest", 4), resume=True) == -signal.SIGKILL
+    assert child(path, ("step", 7), resume=True) == -signal.SIGKILL
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resume_with_losses_logged_over_several_steps(run_file, child, tmp_path):
+    logged = {**STEPS, "logging_steps": 3}
+    uninterrupted(run_file("whole", train=logged))
+    path = run_file("killed", train=logged)
+    assert child(path, ("step", 5)) == -signal.SIGKILL  # the checkpoint lies between two logged losses
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resume_of_causal_lm_through_trl(run_file, child, tmp_path):
+    recipe = [{"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}}]
+    uninterrupted(run_file("whole", task="causal-lm", recipe=recipe, train=STEPS))
+    path = run_file("killed", task="causal-lm", recipe=recipe, train=STEPS)
+    assert child(path, ("step", 5)) == -signal.SIGKILL
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def best(folder: Path) -> tuple[int, float]:
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((newest / "trainer_state.json").read_text())
+    return state["best_global_step"], state["best_metric"]
+
+
+def test_the_best_model_is_chosen_across_a_kill_during_evaluation(run_file, child, tmp_path, review_csv):
+    arguments = {**STEPS, **HELD_OUT, "metric_for_best_model": "loss", "greater_is_better": False, "learning_rate": 0.3}
+    held_out = {"validation": str(review_csv)}
+    uninterrupted(run_file("whole", data=held_out, train=arguments))
+    assert best(tmp_path / "whole")[0] < 8  # so that the best is not simply the last
+    path = run_file("killed", data=held_out, train=arguments)
+    assert child(path, ("evaluation", 6)) == -signal.SIGKILL
+    assert child(path, resume=True) == 0
+    assert best(tmp_path / "killed") == best(tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    "kill", [("step", 5), ("evaluation", 6), ("saved", 6)], ids=lambda kill: f"{kill[0]}-{kill[1]}"
+)
+def test_early_stopping_counts_on_across_a_kill(run_file, child, tmp_path, review_csv, kill):
+    # with steps this small the accuracy never changes: the first evaluation is the best, two more end the run
+    arguments = {**STEPS, **HELD_OUT, "max_steps": 20, "learning_rate": 1e-9}
+    settings = {"data": {"validation": str(review_csv)}, "train": arguments, "early_stopping_patience": 2}
+    uninterrupted(run_file("whole", **settings))
+    assert outcome(tmp_path / "whole")[0][-1][0] == 6
+    path = run_file("killed", **settings)
+    assert child(path, kill) == -signal.SIGKILL
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from shoestring.cli import main; sys.exit(main())", *arguments]
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen]:
+    """The command line in a process of its own, ended whatever happens."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen, there: Callable[[], bool], pause_seconds: float = 0.01) -> None:
+    end = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(pause_seconds)
+
+
+def test_the_command_killed_while_it_writes_a_checkpoint_goes_on_by_resume(run_file, child, tmp_path):
+    many = {"max_steps": 60, "save_steps": 1, "gradient_accumulation_steps": 2}
+    uninterrupted(run_file("whole", recipe=RECIPES["lora"], train=many))
+    path, folder = run_file("killed", recipe=RECIPES["lora"], train=many), tmp_path / "killed"
+    with started("train", str(path)) as process:
+        wait_for(process, (folder / "checkpoint-3").exists)
+        wait_for(process, (folder / checkpoints.BESIDE).exists, pause_seconds=0)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", folder)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_resumes(run_file, child, tmp_path):
+    many = {"max_steps": 60, "save_steps": 50, "gradient_accumulation_steps": 2}
+    uninterrupted(run_file("whole", recipe=RECIPES["lora"], train=many))
+    path, folder = run_file("stopped", recipe=RECIPES["lora"], train=many), tmp_path / "stopped"
+    with started("train", str(path)) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                break
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+        assert process.wait(60) == 130, said
+    (written,) = folder.glob("checkpoint-*")
+    step = int(written.name.split("-")[1])
+    assert 3 <= step < 50
+    assert checkpoints.damage(written) is None
+    assert f"Stopped after step {step}, with a checkpoint." in said
+    assert f"shoestring train {path} --resume" in " ".join(said.split())
+    assert "Traceback" not in said
+    assert not (folder / "report.json").exists()
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", folder)
