@@ -105,7 +105,8 @@ def run(arguments: list[str], **options: object) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    settings = ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "-p", "no:cacheprovider"]
+    # --tb=native: pytest's own tracebacks parse the 8,000 lines anew for each expected failure, a minute in all
+    settings = ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "-p", "no:cacheprovider", "--tb=native"]
     command = [sys.executable, "-m", "pytest", "-p", "shoestring_peft_plugin", *settings, *arguments]
     command.append(str(folder / "tests" / FILES[0]))
     return subprocess.run(command, env=environment, **options)  # type: ignore[call-overload]

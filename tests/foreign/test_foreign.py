@@ -53,7 +53,7 @@ def output(arguments: list[str]) -> tuple[int, str]:
         folder_of_tests()
     except NoTests as error:
         pytest.skip(f"peft's own tests were not run. {error}")
-    done = run([*arguments, "-q", "--tb=short"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = run([*arguments, "-q"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
 
 
