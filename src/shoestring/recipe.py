@@ -133,6 +133,7 @@ class Attached:
         self.techniques: tuple[Technique, ...] = copy.deepcopy(recipe.techniques)
         self.accumulation_steps = 1
         self.add_losses_in_forward = True  # a trainer that adds them by itself switches it off
+        self.model_loss_is_used = True  # False under a trainer that computes the loss elsewhere
         self._base_parameters = dict(model.named_parameters())
         self._undo = ExitStack()
         self._undo.callback(_Snapshot(model).restore)
@@ -262,10 +263,10 @@ class Attached:
             return None
         if (added := self.added_loss(batch, outputs)) is None:
             return None
-        if getattr(outputs, "loss", None) is None:
+        if getattr(outputs, "loss", None) is None or not self.model_loss_is_used:
             raise ValueError(
-                "The recipe adds to the loss, but this forward returned none: pass labels to the model, or train with "
-                "shoestring.training.RecipeTrainer or recipe_sft_trainer(), which add to any loss."
+                "The recipe adds to the loss, but this forward returned none that the trainer uses: pass labels to the "
+                "model, or train with shoestring.training.RecipeTrainer or recipe_sft_trainer(), which add to any loss."
             )
         # given the number of items of the whole accumulated batch, a model's loss is a share of it: so is what is added
         shares = self.accumulation_steps if batch.get("num_items_in_batch") is not None else 1

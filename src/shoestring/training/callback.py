@@ -19,7 +19,8 @@ class RecipeCallback(TrainerCallback):
         Trainer(model=model, ..., callbacks=[RecipeCallback()])
 
     With techniques that add to the loss under TRL, or give parameters learning rates of their own, use RecipeTrainer or
-    `recipe_sft_trainer()`, which do more than a callback can; this one refuses them when training begins.
+    `recipe_sft_trainer()`, which do more than a callback can; this one refuses them as training begins. Resume from a
+    checkpoint in output_dir: a callback is not told of another place.
     """
 
     in_recipe_trainer = False
@@ -35,8 +36,16 @@ class RecipeCallback(TrainerCallback):
                 f"{self.attached.recipe} gives parameters optimizer options of their own, which a callback cannot set; "
                 "use shoestring.training.RecipeTrainer in place of Trainer."
             )
+        # TRL's trainers compute the loss by themselves, whatever the model's own loss says
+        of_trl = any(cls.__module__.partition(".")[0] == "trl" for cls in type(args).__mro__)
+        self.attached.model_loss_is_used = not of_trl
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.global_step and not self.in_recipe_trainer and folder.is_dir():
+        if state.global_step and not self.in_recipe_trainer:
+            if not folder.is_dir():
+                raise ValueError(
+                    f"The run goes on from step {state.global_step}, but there is no {folder} to restore the recipe "
+                    "from: resume from a checkpoint in output_dir, or move it there."
+                )
             self.attached.restore(folder)
 
     def _moment(self, state: TrainerState, kwargs: dict[str, Any], step: int) -> Moment:
