@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from shoestring.adapters import AdapterConfig, HUTConfig, S2LoRAConfig
+from shoestring.adapters import AdapterConfig, BottleneckConfig, HUTConfig, S2LoRAConfig
 from shoestring.testing.adapters import adapted, batch, two_layers
 
 METHODS = [cls for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(cls, AdapterConfig)]
@@ -27,31 +27,46 @@ def shared(model: PeftModel, adapter_name: str = "default") -> list[nn.Parameter
     return list(model.base_model.s2_lora_shared[adapter_name].parameters())
 
 
+def layers_and_image() -> nn.Module:
+    """Two linear layers, and after them one that is refused, when they are adapted already."""
+    model = two_layers()
+    model.last = nn.Conv2d(3, 4, 2)
+    return model
+
+
 def picture(model: nn.Module) -> dict[str, object]:
-    """Every module by name and type, every parameter by identity and whether it trains."""
-    return {name: type(module) for name, module in model.named_modules()} | {
+    """Every module by name, type and number of hooks, every parameter by identity and whether it trains."""
+    return {name: (type(module), len(module._forward_pre_hooks)) for name, module in model.named_modules()} | {
         name: (id(p), p.requires_grad) for name, p in model.named_parameters()
     }
 
 
 @every_method
 def test_a_refused_layer_leaves_the_model_as_it_was(method: type[AdapterConfig]):
-    model = two_layers()
+    model = layers_and_image()
     before = picture(model)
-    with pytest.raises(TypeError, match="target module image is of type Conv2d"):
-        get_peft_model(model, method(target_modules=["first", "image", "second"]))
+    with pytest.raises(TypeError, match="target module last is of type Conv2d"):
+        get_peft_model(model, method(target_modules=["first", "second", "last"]))
     assert picture(model) == before
 
 
 @every_method
 def test_a_refused_further_adapter_leaves_the_first_as_it_was(method: type[AdapterConfig]):
-    model = get_peft_model(two_layers(), method(target_modules=["second"], init_weights=False)).eval()
+    model = get_peft_model(layers_and_image(), method(target_modules=["second"], init_weights=False)).eval()
     before, y = picture(model), model(batch())
-    with pytest.raises(TypeError, match="target module image is of type Conv2d"):
-        model.add_adapter("further", method(target_modules=["first", "image", "second"]))
+    with pytest.raises(TypeError, match="target module last is of type Conv2d"):
+        model.add_adapter("further", method(target_modules=["first", "second", "last"]))
     assert picture(model) == before
     assert torch.equal(model(batch()), y)
     model.add_adapter("further", method(target_modules=["first", "second"]))
+
+
+def test_a_refused_layer_takes_the_hooks_of_the_others_along():
+    model = layers_and_image()
+    before = picture(model)
+    with pytest.raises(TypeError, match="target module last is of type Conv2d"):
+        get_peft_model(model, BottleneckConfig(reads="first", r=2, target_modules=["first", "last"]))
+    assert picture(model) == before
 
 
 @every_method
