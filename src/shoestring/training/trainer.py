@@ -85,6 +85,14 @@ class RecipeTrainerMixin(Trainer):
                 optimizer.add_param_group(group)
         return optimizer
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Take the columns from the base model's forward; Trainer looks only one wrapper deep."""
+        outer, self.model = self.model, self.attached.base_model
+        try:
+            super()._set_signature_columns_if_needed()
+        finally:
+            self.model = outer
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The recipe's weights; the whole model for full fine-tuning; and the tokenizer."""
         folder = Path(output_dir or self.args.output_dir)
