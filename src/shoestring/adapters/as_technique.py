@@ -1,7 +1,9 @@
 """A peft config, peft's own or ours, as a technique of a recipe."""
 
+import copy
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,12 +11,14 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, match_target_against_key
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..errors import SettingError
+from ..errors import SettingError, did_you_mean
 from ..technique import Events, Moment, Phase, Technique, settings_of
 
 # What peft fills in itself, and what names the method rather than a setting of it.
@@ -39,7 +43,11 @@ class PeftTechnique(Technique):
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[PeftModel]:
-        """Wrap the model in a `PeftModel`; around one that is there already, under an adapter name of its own."""
+        """Wrap the model in a `PeftModel`; around one that is there already, under an adapter name of its own.
+
+        Raises SettingError if target_modules names a module that the model does not have.
+        """
+        _check_targets(self.config, model)
         stacked = isinstance(model, PeftModel)
         # a word that is part of no method's prefix, since peft tells adapters by it in the names of weights
         self.adapter_name = f"nested{len(model.peft_config)}" if stacked else "default"
@@ -150,3 +158,49 @@ def method_name(peft_type: Any) -> str:
 def peft_configs() -> dict[str, type[PeftConfig]]:
     """Every config class peft knows, ours included, by the name run files use."""
     return {method_name(kind): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _check_targets(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse names in target_modules that no module ends in, which peft passes over while another name matches.
+
+    Raises SettingError with the nearest names there are.
+    """
+    targets = getattr(config, "target_modules", None)
+    if not targets or targets in ("all-linear", DUMMY_TARGET_MODULES):
+        return
+    modules = [name for name, _ in model.named_modules() if name]
+    if isinstance(targets, str):
+        if not any(match_target_against_key(targets, name) for name in modules):
+            lasts = {_last_parts(name, 1) for name in modules}
+            hint = (
+                f"For the modules of that name write [{targets}]." if targets in lasts else _nearest(targets, modules)
+            )
+            raise SettingError(
+                f"target_modules of {method_name(config.peft_type)}: {targets!r}, a regular expression for whole "
+                f"names, matches no module of {type(model).__name__}. {hint}"
+            )
+        return
+    if missing := _missing(targets, modules):
+        converted = copy.deepcopy(config)  # peft knows the names some mixtures of experts had in older releases
+        convert_peft_config_for_transformers(converted, model, get_model_conversion_mapping(model))
+        missing = _missing(converted.target_modules or [], modules)
+    if missing:
+        raise SettingError(
+            f"target_modules of {method_name(config.peft_type)}: {type(model).__name__} has no module {missing[0]!r}. "
+            f"{_nearest(missing[0], modules)}"
+        )
+
+
+def _missing(targets: Iterable[str], modules: list[str]) -> list[str]:
+    return sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules))
+
+
+def _nearest(target: str, modules: list[str]) -> str:
+    """A sentence with the names nearest to `target`, of as many parts as it has."""
+    parts = len(re.findall(r"\w+", target)) if "." in target else 1
+    known = {_last_parts(name, parts) for name in modules}
+    return did_you_mean(target, {name for name in known if not name.split(".")[-1].isdigit()})
+
+
+def _last_parts(name: str, count: int) -> str:
+    return ".".join(name.split(".")[-count:])

@@ -26,6 +26,7 @@ def finish(written: Path, place: Path, identity: dict[str, Any]) -> None:
         if path.is_file()
     }
     manifest = {"version": 1, "identity": identity, "files": files}
+    manifest["sha256"] = _hash_of_manifest(manifest)
     (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*(written / name for name in files), written / MANIFEST]:
         with path.open("rb") as file:
@@ -39,7 +40,8 @@ def finish(written: Path, place: Path, identity: dict[str, Any]) -> None:
 def find(folder: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of this run in `folder`, None if there is none; and what is wrong with newer ones.
 
-    Raises SettingError if the newest whole checkpoint belongs to another run, naming where they differ.
+    Raises SettingError if the newest whole checkpoint belongs to another run, naming where they differ, or if there are
+    checkpoints and none is whole.
     """
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     problems = []
@@ -57,6 +59,8 @@ def find(folder: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]
                     "Change it back, choose another output_dir, or start over with --overwrite."
                 )
         return path, problems
+    if found:
+        raise SettingError(f"{' '.join(problems)} No whole checkpoint is left; start over with --overwrite.")
     return None, problems
 
 
@@ -64,9 +68,11 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is as it was written."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, _ = manifest["files"], manifest["identity"]
+        files, _, sha256 = manifest["files"], manifest["identity"], manifest.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable, so it was not written to the end or not by Shoestring"
+    if sha256 != _hash_of_manifest(manifest):
+        return f"{MANIFEST} does not hold what was written"
     for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -80,3 +86,7 @@ def damage(path: Path) -> str | None:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_manifest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -17,19 +17,22 @@ REPORT, SETTINGS, FINAL, LOCK = "report.json", "run.yaml", "final", ".lock"
 
 @contextmanager
 def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Make the folder and hold it for one run.
+    """Make the folder and hold it for one run; a folder made here goes again if nothing was written in it.
 
     Raises SettingError if another run holds it, if it has a run already that neither resume nor overwrite speaks of, if
-    it holds other files, or if it cannot be written.
+    there is no run to resume, or if it cannot be written.
     """
     if resume and overwrite:
         raise SettingError("--resume goes on with a run and --overwrite throws it away; give one of them.")
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise SettingError(f"output_dir {folder} is a file, or lies inside one; name a folder.") from None
     except PermissionError:
         raise SettingError(f"No permission to make output_dir {folder}; choose another.") from None
+    except OSError as error:  # a file system that is read-only, a name too long
+        raise SettingError(f"output_dir {folder} cannot be made ({error.strerror}); choose another.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SettingError(f"No permission to write in output_dir {folder}; choose another.")
     lock = FileLock(folder / LOCK)
@@ -38,17 +41,32 @@ def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[No
     except Timeout:
         raise SettingError(f"output_dir {folder} is in use by another run; wait for it, or choose another.") from None
     try:
-        ours = [p for p in folder.iterdir() if p.name in (REPORT, SETTINGS, FINAL) or "checkpoint-" in p.name]
-        if overwrite:
-            for path in ours:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif ours and not resume:
+        ours = _of_a_run(folder)
+        if ours and not (resume or overwrite):
             raise SettingError(
                 f"output_dir {folder} holds a run already ({', '.join(sorted(p.name for p in ours)[:3])}). Go on with "
                 "it by --resume, start over by --overwrite, or choose another output_dir."
             )
         elif resume and (folder / REPORT).exists():
             raise SettingError(f"The run in {folder} has finished; its report is {folder / REPORT}.")
+        elif resume and not ours:
+            raise SettingError(f"There is no run in {folder} to go on with; start one without --resume.")
         yield
     finally:
+        if made and [path.name for path in folder.iterdir()] in ([], [LOCK]):
+            shutil.rmtree(folder, ignore_errors=True)  # refused before anything was written
         lock.release()
+
+
+def throw_away(folder: Path) -> None:
+    """Remove what a run left in the folder, its report first; other files stay."""
+    for path in _of_a_run(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _of_a_run(folder: Path) -> list[Path]:
+    return [
+        path
+        for name in (REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", "*checkpoint-*")
+        for path in sorted(folder.glob(name))
+    ]

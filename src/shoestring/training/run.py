@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,14 +70,16 @@ def train(
             checkpoint, problems = checkpoints.find(folder, identity(settings))
             for problem in problems:
                 say(problem)
-            say(f"Going on from {checkpoint}." if checkpoint else f"{folder} holds no whole checkpoint; starting over.")
-        shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
+            say(f"Going on from {checkpoint}." if checkpoint else f"{folder} holds no checkpoint yet; starting over.")
         memory, stop = StepMemory(), StopWhenAsked()
         times = StepTimes(memory)
         ready = prepare(settings, say=say, callbacks=[stop, memory, times, GradientCheck(), *callbacks])
         on_ready(ready)
-        (folder / output.SETTINGS).write_text(settings.to_yaml())
         try:
+            if overwrite:  # only now that nothing is wrong with the new run
+                output.throw_away(folder)
+            shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
+            (folder / output.SETTINGS).write_text(settings.to_yaml())
             before = {}
             if settings.train.get("eval_on_start"):
                 before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
@@ -163,7 +166,8 @@ def measure(
 
     module_depth: also say which modules keep what for backward, their names cut after this many parts.
     """
-    ready = prepare(settings, say=say)
+    with TemporaryDirectory() as folder:  # a trainer makes its output folder when it is made
+        ready = prepare(settings.model_copy(update={"output_dir": folder}), say=say)
     trainer = ready.trainer
     loader = iter(trainer.get_train_dataloader())
     optimizer = trainer.create_optimizer()
@@ -208,6 +212,7 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
+        "label_names": ["labels"],
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "epoch",
@@ -279,16 +284,20 @@ def _save_final(ready: Ready, folder: Path) -> Path:
     """Write the trained weights beside their place, then rename."""
     final, beside = folder / output.FINAL, folder / f".{output.FINAL}-in-progress"
     shutil.rmtree(beside, ignore_errors=True)
-    ready.trainer.save_model(str(beside))
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
+    try:
+        ready.trainer.save_model(str(beside))
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return final
 
 
 def _failure(error: Exception, folder: Path) -> Exception:
     """What to raise for an error in the middle of a run."""
     text = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    if full or "PytorchStreamWriter failed" in text:  # all that torch.save says of a full disk
         return RunFailed(
             f"The disk is full: writing to {folder} failed. Checkpoints that are there are whole; make room and go on "
             "with --resume."

@@ -64,8 +64,8 @@ class RecipeTrainerMixin(Trainer):
         if not math.isfinite(value := float(loss)):
             if self.state.global_step == 0:
                 raise RunFailed(
-                    f"The loss is {value} at step 1, before anything was learned: the weights of the model or its inputs "
-                    "hold NaN or Inf, or its dtype is too narrow; use bf16 in place of fp16."
+                    f"The loss is {value} at step 1, before anything was learned: the weights of the model or its "
+                    "inputs hold NaN or Inf, or its dtype is too narrow; use bf16 in place of fp16."
                 )
             raise RunFailed(
                 f"The loss became {value} at step {self.state.global_step + 1}. Lower train.learning_rate "
