@@ -26,9 +26,12 @@ from shoestring.training.run import train
 from shoestring.training.settings import RunSettings
 
 LORA = {"lora": {"r": 2, "target_modules": ["query", "value"], "lora_dropout": 0.2}}
+BUDGET = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 8, "deltaT": 1}
 RECIPES = {
     "lora": [LORA],
     "s2_lora": [{"s2_lora": {"r": 2, "target_modules": ["query", "value"], "sparsity": 0.5}}],
+    # peft keeps the averages that its ranks are cut by outside of the weights
+    "adalora": [{"adalora": {"target_modules": ["query"], **BUDGET}}],
     "own_state": [LORA, {"drifting_pull": {}}],
     "full": [],
 }
@@ -179,6 +182,7 @@ def uninterrupted(path: Path) -> None:
         ("lora", ("step", 5)),
         ("lora", ("optimizer file", 4)),
         ("s2_lora", ("manifest", 4)),
+        ("adalora", ("step", 5)),
         ("own_state", ("substep", 6)),
         ("own_state", ("saved", 6)),
         ("full", ("rename", 6)),

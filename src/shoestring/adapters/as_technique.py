@@ -50,7 +50,7 @@ class PeftTechnique(Technique):
         _check_targets(self.config, model)
         stacked = isinstance(model, PeftModel)
         # a word that is part of no method's prefix, since peft tells adapters by it in the names of weights
-        self.adapter_name = f"nested{len(model.peft_config)}" if stacked else "default"
+        self.adapter_name = f"nested{len(model.peft_config)}" if isinstance(model, PeftModel) else "default"
         trained = [p for p in model.parameters() if p.requires_grad] if stacked else []
         switches = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, switches)]
@@ -71,7 +71,7 @@ class PeftTechnique(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as peft does."""
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{self.name}-") as beside:
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{self.name}-") as beside, self._ranks_uncut():
             self.wrapped.save_pretrained(beside, selected_adapters=[self.adapter_name])
             written = Path(beside) if self.adapter_name == "default" else Path(beside) / self.adapter_name
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,11 +87,13 @@ class PeftTechnique(Technique):
             weights = load_peft_weights(str(folder), device="cpu")
         except (OSError, ValueError, SafetensorError) as error:
             raise SettingError(f"{folder} holds no readable weights of {self.name}: {error}") from error
-        mine = get_peft_model_state_dict(self.wrapped, adapter_name=self.adapter_name)
+        with self._ranks_uncut():
+            mine = get_peft_model_state_dict(self.wrapped, adapter_name=self.adapter_name)
         for names, what in ((set(mine) - set(weights), "lacks"), (set(weights) - set(mine), "holds the foreign")):
             if names:
                 raise SettingError(f"{folder} {what} {sorted(names)[0]} ({len(names)} in all) for {self.name}.")
-        set_peft_model_state_dict(self.wrapped, weights, adapter_name=self.adapter_name)
+        with self._ranks_uncut():
+            set_peft_model_state_dict(self.wrapped, weights, adapter_name=self.adapter_name)
 
     def set_task(self, peft_task_type: str) -> bool:
         """Fill in the config's task_type where it is open, so that peft trains and saves the head."""
@@ -142,12 +144,43 @@ class PeftTechnique(Technique):
         return self._events.idle_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The config's own state."""
-        return self._events.state_dict()
+        """The config's own state, and what peft's budget allocator has averaged so far."""
+        state = {"config": self._events.state_dict()}
+        if (allocator := self._allocator) is not None:
+            state["allocator"] = _tables_of_tensors(allocator)
+            state["ranks"] = {"pattern": self.config.rank_pattern}
+        return {name: value for name, value in state.items() if value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hand the config its state back."""
-        self._events.load_state_dict(state)
+        """Hand the config and the allocator their state back."""
+        self._events.load_state_dict(state.get("config", {}))
+        for name, table in state.get("allocator", {}).items():
+            setattr(self._allocator, name, table)
+        if "ranks" in state:
+            self.config.rank_pattern = state["ranks"]["pattern"]
+
+    @contextmanager
+    def _ranks_uncut(self) -> Iterator[None]:
+        """Save all ranks, also those that a budget has set to zero: a resumed run needs their shapes."""
+        if self._allocator is None:
+            yield
+            return
+        pattern, self.config.rank_pattern = self.config.rank_pattern, None
+        try:
+            yield
+        finally:
+            self.config.rank_pattern = pattern
+
+    @property
+    def _allocator(self) -> Any:
+        """What methods of peft with a budget keep their averages in; None for the others."""
+        return getattr(self.wrapped.base_model, "rankallocator", None) if hasattr(self, "wrapped") else None
+
+
+def _tables_of_tensors(holder: Any) -> dict[str, dict[str, Tensor]]:
+    """The attributes that are filled mappings of names to tensors."""
+    tables = {name: value for name, value in vars(holder).items() if isinstance(value, dict) and value}
+    return {name: t for name, t in tables.items() if all(isinstance(value, Tensor) for value in t.values())}
 
 
 def method_name(peft_type: Any) -> str:

@@ -574,7 +574,7 @@ class AdapterTuner(BaseTuner):
         if active:  # the one that peft activates in its place trains
             self._set_shared_requires_grad(self.active_adapters, True)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self._adapters()
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for adapter in adapters:

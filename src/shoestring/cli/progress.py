@@ -76,7 +76,7 @@ class Progress(TrainerCallback):
             for name, value in logs.items()
             if name.startswith("eval_") and not name.endswith(("runtime", "per_second", "num_tokens"))
         }
-        if measures:
+        if "loss" in measures:
             text = "  ".join(f"{name} {value:.4f}" for name, value in measures.items())
             self.console.print(f"step {state.global_step}/{state.max_steps}  validation  {text}", highlight=False)
 

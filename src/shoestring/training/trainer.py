@@ -31,6 +31,7 @@ class RecipeTrainerMixin(Trainer):
     run_identity: what a checkpoint must agree on to be resumed here, kept in each checkpoint.
     """
 
+    model: Any
     run_identity: dict[str, Any]
 
     def __init__(self, *args: Any, run_identity: dict[str, Any] | None = None, **kwargs: Any):

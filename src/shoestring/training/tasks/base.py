@@ -60,7 +60,8 @@ class Task(ABC):
         return {
             name.removeprefix(f"{prefix}_"): value
             for name, value in metrics.items()
-            if name.startswith(f"{prefix}_") and not name.endswith(("_runtime", "_per_second", "_num_tokens"))
+            if name.startswith(f"{prefix}_")
+            and not name.endswith(("_runtime", "_per_second", "_num_tokens", "_preparation_time"))
         }
 
     def set_up_recipe(self, recipe: Recipe) -> None:
