@@ -29,7 +29,8 @@ types: $(VENV)/.done
 	$(RUN)mypy
 
 test: lint types
-	$(RUN)python -m pytest -n 2 --dist loadfile
+	$(RUN)python -m pytest -q --doctest-modules src/shoestring
+	$(RUN)python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.done
 	$(RUN)python -m pytest -m slow

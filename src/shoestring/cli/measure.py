@@ -39,7 +39,9 @@ def measure(
 
     quiet()
     report = training_run.measure(
-        settings, module_depth=by_module, say=lambda text: console.print(text, style="dim", highlight=False)
+        settings,
+        module_depth=by_module,
+        say=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
     )
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

@@ -52,7 +52,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         callbacks=[progress],
-        say=lambda text: console.print(text, style="dim", highlight=False),
+        say=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
         on_ready=lambda ready: _show_what_trains(console, ready),
     )
     if as_json:
@@ -63,6 +63,7 @@ def train(
         console.print(
             f"Stopped after step {report.steps}, with a checkpoint. Go on with: shoestring train {run} --resume",
             style="yellow",
+            soft_wrap=True,
         )
         raise SystemExit(INTERRUPTED)
 

@@ -75,6 +75,8 @@ def _read(source: str, split: str) -> DatasetDict:
                 {split: load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)}
             )
         except (DatasetGenerationError, ValueError) as error:
+            if "no data" in str(error):
+                raise SettingError(f"The {split} data file {source} is empty: it has no rows.") from error
             raise SettingError(
                 f"The {split} data file {source} cannot be read as {path.suffix[1:]}: {error}"
             ) from error

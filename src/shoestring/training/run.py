@@ -90,31 +90,31 @@ def train(
             saved = {"checkpoints": str(folder)}
             if not stop.asked:
                 saved["weights"] = str(_save_final(ready, folder))
+            report = Report(
+                status="interrupted" if stop.asked else "finished",
+                steps=ready.trainer.state.global_step,
+                quality=quality,
+                trained_parameters=sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad),
+                total_parameters=sum(p.numel() for p in ready.attached.model.parameters()),
+                memory=memory.report.to_dict() if memory.report else None,
+                process_peak_bytes=process_peak_bytes(),
+                step_seconds=median(times.seconds),
+                train_seconds=float(result.metrics["train_runtime"]),
+                tokens_a_second=times.tokens / sum(times.seconds) if times.tokens else None,
+                saved=saved,
+                settings=settings.to_yaml(),
+                versions=versions(),
+                losses=[(row["step"], row["loss"]) for row in ready.trainer.state.log_history if "loss" in row],
+            )
+            if report.status == "finished":
+                report.write(folder / output.REPORT)
+            return report
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RunFailed):
                 raise
             raise _failure(error, folder) from error
         finally:
             memory.abandon()
-        report = Report(
-            status="interrupted" if stop.asked else "finished",
-            steps=ready.trainer.state.global_step,
-            quality=quality,
-            trained_parameters=sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad),
-            total_parameters=sum(p.numel() for p in ready.attached.model.parameters()),
-            memory=memory.report.to_dict() if memory.report else None,
-            process_peak_bytes=process_peak_bytes(),
-            step_seconds=median(times.seconds),
-            train_seconds=float(result.metrics["train_runtime"]),
-            tokens_a_second=times.tokens / sum(times.seconds) if times.tokens else None,
-            saved=saved,
-            settings=settings.to_yaml(),
-            versions=versions(),
-            losses=[(row["step"], row["loss"]) for row in ready.trainer.state.log_history if "loss" in row],
-        )
-        if report.status == "finished":
-            report.write(folder / output.REPORT)
-        return report
 
 
 def prepare(
