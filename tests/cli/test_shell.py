@@ -160,9 +160,12 @@ class TestProcess:
         assert "Traceback" not in result.stderr
 
     def test_ctrl_c_ends_with_130_and_no_traceback(self):
+        # a process started in the background is told to ignore SIGINT, and hands that on to its children
         code = """
-import sys, time
+import signal, sys, time
 from shoestring.cli import app, main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @app.command()
 def wait():
