@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import pydantic
 import torch
 import yaml
-from peft import PeftConfig
+from peft import PeftConfig, PromptLearningConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -346,7 +346,7 @@ def known_techniques() -> dict[str, TechniqueInfo]:
         module_doc = __import__(cls.__module__, fromlist=["_"]).__doc__ or ""
         doc = module_doc if ours else (cls.__doc__ or "")
         if issubclass(cls, PeftConfig):
-            kind, exact = ("prompts" if "Prompt" in cls.__mro__[1].__name__ else "adapters"), None
+            kind, exact = ("prompts" if issubclass(cls, PromptLearningConfig) else "adapters"), None
         else:
             kind, exact = (cls.__module__.split(".")[-2] if ours else cls.phase.name.lower()), cls.exact
         summary = next((line.strip() for line in doc.splitlines() if line.strip()), "")

@@ -83,7 +83,7 @@ class Events:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave; tensors arrive on the CPU."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but was given {', '.join(sorted(state))}.")
 

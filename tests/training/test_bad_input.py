@@ -173,6 +173,18 @@ class TestOutputFolder:
         assert main(["train", str(path), "--overwrite"]) == 0
         assert json.loads((path.with_suffix("") / "report.json").read_text())["losses"] == losses
 
+    def test_overwriting_leaves_files_that_are_not_the_runs(self, run_file):
+        path = run_file("twice")
+        kept = finished(path) / "best-checkpoint-2"
+        kept.mkdir()
+        (kept / "notes.txt").write_text("mine")
+        assert main(["train", str(path), "--overwrite"]) == 0
+        assert (kept / "notes.txt").read_text() == "mine"
+
+    def test_several_processes_are_refused(self, run_file, capsys, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "trained by one process so far" in fails(capsys, run_file("two"))
+
     def test_nothing_to_resume_is_told(self, run_file, capsys):
         assert "There is no run in" in fails(capsys, run_file("none"), "--resume")
 

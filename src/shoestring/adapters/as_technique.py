@@ -155,7 +155,9 @@ class PeftTechnique(Technique):
         """Hand the config and the allocator their state back."""
         self._events.load_state_dict(state.get("config", {}))
         for name, table in state.get("allocator", {}).items():
-            setattr(self._allocator, name, table)
+            tuner: Any = self.wrapped.base_model
+            here = {key: p.device for key, p in tuner.model.named_parameters()}
+            setattr(self._allocator, name, {key: tensor.to(here.get(key, "cpu")) for key, tensor in table.items()})
         if "ranks" in state:
             self.config.rank_pattern = state["ranks"]["pattern"]
 

@@ -34,6 +34,8 @@ class GradientCheck(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the gradients that the optimizer is about to use."""
+        if args.fp16 and not all(_finite(p) for p in model.parameters() if p.grad is not None):
+            return  # a gradient scaler starts too high; it skips such steps and lowers itself
         first = self.asleep is None
         if self.asleep is None:
             idle = attached_to(model).idle_parameters()
@@ -61,8 +63,12 @@ class GradientCheck(TrainerCallback):
                 f"{_named(missing)} got no gradient in the first step: the loss does not depend on it. Leave it out of "
                 "the recipe, or check gradient checkpointing (reentrant checkpointing needs inputs with gradients)."
             )
-        if broken := [n for n, p in trained.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]:
+        if broken := [name for name, p in trained.items() if not _finite(p)]:
             raise RunFailed(f"{_named(broken)} got NaN or Inf as its gradient in the first step.")
+
+
+def _finite(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is None or bool(torch.isfinite(parameter.grad).all())
 
 
 def _named(names: list[str]) -> str:

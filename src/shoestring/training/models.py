@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
+from .data import PACKAGED
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
-
-PACKAGED = "packaged:"
 
 
 def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tuple[Any, Any]:
@@ -75,3 +74,12 @@ def max_positions(model: Any, tokenizer: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     known = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None and 0 < n < 10**7]
     return min(known, default=None)
+
+
+def check_length(length: int | None, positions: int | None) -> None:
+    """Refuse examples longer than the model's positions.
+
+    Raises SettingError.
+    """
+    if length is not None and positions is not None and length > positions:
+        raise SettingError(f"data.max_length must be at most {positions}, the positions of this model, got {length}.")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..memory import Ledger, MemoryReport
@@ -17,7 +18,8 @@ from ..memory import Ledger, MemoryReport
 class StepMemory(TrainerCallback):
     """The ledger over one step: the second of this process, when the optimizer's state is there, or the only one."""
 
-    def __init__(self) -> None:
+    def __init__(self, module_depth: int | None = None) -> None:
+        self.module_depth = module_depth
         self.report: MemoryReport | None = None
         self.watching = False
         self.steps = 0
@@ -35,7 +37,7 @@ class StepMemory(TrainerCallback):
         """Start before the chosen step."""
         self.steps += 1
         if self.steps == 2 or state.max_steps - state.global_step == 1 == self.steps:
-            self._ledger = Ledger(model, getattr(optimizer, "optimizer", optimizer))
+            self._ledger = Ledger(model, getattr(optimizer, "optimizer", optimizer), module_depth=self.module_depth)
             self._ledger.start()
             self.watching = True
 
@@ -53,7 +55,7 @@ class StepMemory(TrainerCallback):
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, evaluation and saving left out, and of the step that the ledger slowed."""
+    """Seconds from the first forward of a step to its update; data loading and the step the ledger slowed left out."""
 
     def __init__(self, memory: StepMemory):
         self.seconds: list[float] = []
@@ -65,6 +67,7 @@ class StepTimes(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the time; runs after StepMemory, so that the step it watches is known."""
+        _synchronize()
         self._began = None if self._memory.watching else (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_optimizer_step(
@@ -72,9 +75,16 @@ class StepTimes(TrainerCallback):
     ) -> None:
         """Count the step."""
         if self._began is not None:
+            _synchronize()
             began, tokens = self._began
             self.seconds.append(time.perf_counter() - began)
             self.tokens += int(state.num_input_tokens_seen) - tokens
+
+
+def _synchronize() -> None:
+    """Wait for the GPU, whose work a clock on the CPU does not see."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class StopWhenAsked(TrainerCallback):
@@ -87,14 +97,13 @@ class StopWhenAsked(TrainerCallback):
         """Save and stop where that was asked for."""
         if self.asked:
             control.should_save = True
-            control.should_evaluate = False
             control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Do not save twice: the end of the loop calls this too."""
-        if self.asked:
+        """Leave out what belongs to the end of an epoch where the run stops within one: the loop calls this anyway."""
+        if self.asked and (state.epoch or 0) % 1:
             control.should_save = control.should_evaluate = False
 
     @contextmanager

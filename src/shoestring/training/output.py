@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import SettingError
+from .checkpoints import BESIDE
 
 REPORT, SETTINGS, FINAL, LOCK = "report.json", "run.yaml", "final", ".lock"
 
@@ -58,6 +59,13 @@ def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[No
         lock.release()
 
 
+def write(path: Path, text: str) -> None:
+    """Write beside `path` first, then rename, so that a reader never sees half a file."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text)
+    beside.replace(path)
+
+
 def throw_away(folder: Path) -> None:
     """Remove what a run left in the folder, its report first; other files stay."""
     for path in _of_a_run(folder):
@@ -67,6 +75,6 @@ def throw_away(folder: Path) -> None:
 def _of_a_run(folder: Path) -> list[Path]:
     return [
         path
-        for name in (REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", "*checkpoint-*")
+        for name in (REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", "checkpoint-[0-9]*", BESIDE)
         for path in sorted(folder.glob(name))
     ]

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .output import write
+
 
 @dataclass(frozen=True)
 class Report:
@@ -43,9 +45,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write as JSON, beside the place first."""
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text(json.dumps(self.to_dict(), indent=1))
-        beside.replace(path)
+        write(path, json.dumps(self.to_dict(), indent=1))
 
 
 @dataclass(frozen=True)

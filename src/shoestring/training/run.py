@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import os
 import platform
 import resource
 import shutil
@@ -20,8 +21,9 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from .. import __version__
 from ..errors import RunFailed, SettingError
-from ..memory import Ledger, MemoryReport
+from ..memory import MemoryReport
 from ..recipe import Attached, Recipe, attached_to
+from ..technique import plain
 from . import checkpoints, output
 from .checks import GradientCheck
 from .data import load_splits
@@ -63,6 +65,11 @@ def train(
 
     Raises SettingError for what the user must change, before anything is written, and RunFailed if training fails.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingError(
+            "A run file is trained by one process so far, but WORLD_SIZE is above 1. For several processes, use "
+            "RecipeTrainer in a script of your own."
+        )
     folder = Path(settings.output_dir)
     with output.output_folder(folder, resume=resume, overwrite=overwrite):
         checkpoint = None
@@ -79,17 +86,17 @@ def train(
             if overwrite:  # only now that nothing is wrong with the new run
                 output.throw_away(folder)
             shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
-            (folder / output.SETTINGS).write_text(settings.to_yaml())
+            output.write(folder / output.SETTINGS, settings.to_yaml())
             before = {}
             if settings.train.get("eval_on_start"):
                 before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
                 set_seed(ready.trainer.args.seed)
             with stop.listening():
                 result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            quality = before | ({} if stop.asked else evaluate(ready, say))
             saved = {"checkpoints": str(folder)}
             if not stop.asked:
                 saved["weights"] = str(_save_final(ready, folder))
+            quality = before | ({} if stop.asked else evaluate(ready, say))
             report = Report(
                 status="interrupted" if stop.asked else "finished",
                 steps=ready.trainer.state.global_step,
@@ -166,43 +173,40 @@ def measure(
 
     module_depth: also say which modules keep what for backward, their names cut after this many parts.
     """
+    memory = StepMemory(module_depth)
+    short = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
     with TemporaryDirectory() as folder:  # a trainer makes its output folder when it is made
-        ready = prepare(settings.model_copy(update={"output_dir": folder}), say=say)
-    trainer = ready.trainer
-    loader = iter(trainer.get_train_dataloader())
-    optimizer = trainer.create_optimizer()
-    model = ready.attached.model.train()
-    micro_batches = trainer.args.gradient_accumulation_steps
-    trainer.current_gradient_accumulation_steps = micro_batches
-    ledger = Ledger(model, optimizer, module_depth=module_depth)
-    for step in range(2):
-        batches, count = trainer.get_batch_samples(loader, micro_batches, trainer.args.device)
-        if not batches:
-            raise SettingError("measure needs two batches of training data; lower the batch size or add rows.")
-        if step == 1:
-            ledger.start()
+        train_fields = {key: v for key, v in settings.train.items() if key != "load_best_model_at_end"} | short
+        ready = prepare(
+            settings.model_copy(
+                update={"output_dir": folder, "train": train_fields, "early_stopping_patience": None},
+            ),
+            say=say,
+            callbacks=[memory],
+        )
         try:
-            for batch in batches:
-                trainer.training_step(model, batch, count)
-            optimizer.step()
-            model.zero_grad()
+            ready.trainer.train()
         finally:
-            if step == 1:
-                ledger.stop()
-    return ledger.report()
+            memory.abandon()
+    if memory.report is None:
+        raise SettingError("measure needs a step of training data; lower the batch size or add rows.")
+    return memory.report
+
+
+# What changes neither the weights nor the losses of a run.
+NO_PART_OF_IDENTITY = ("logging", "log_", "report_to", "run_name", "save_total_limit", "disable_tqdm", "eval_on_start")
 
 
 def identity(settings: RunSettings) -> dict[str, Any]:
-    """What a checkpoint and a run must agree on for the one to go on with the other."""
-    keys = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "optim")
+    """What a checkpoint and a run must agree on for the one to go on with the other: all that shapes the numbers."""
+    sources = (settings.model.name, settings.data.train, settings.data.validation)
     return {
-        "model": settings.model.name,
         "task": settings.task,
-        "data.train": settings.data.train,
-        "data.max_length": settings.data.max_length,
-        "data.max_train_rows": settings.data.max_train_rows,
         "recipe": settings.build_recipe().to_list(),
-        **{f"train.{key}": settings.train.get(key) for key in keys},
+        **{f"model.{key}": value for key, value in settings.model.model_dump().items()},
+        **{f"data.{key}": value for key, value in settings.data.model_dump(exclude={"test"}).items()},
+        **{f"train.{k}": plain(v) for k, v in settings.train.items() if not k.startswith(NO_PART_OF_IDENTITY)},
+        **{f"size of {s}": Path(s).stat().st_size for s in sources if s is not None and Path(s).is_file()},
     }
 
 
@@ -223,7 +227,7 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
     }
     if "validation" in data:
         strategy = settings.train.get("eval_strategy", "epoch")
-        defaults |= {"eval_strategy": strategy, "save_strategy": strategy}
+        defaults |= {"eval_strategy": strategy, "save_strategy": strategy if strategy != "no" else "epoch"}
         if settings.train.get("save_strategy", strategy) == strategy != "no":
             defaults |= {
                 "load_best_model_at_end": True,
@@ -234,11 +238,16 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         raise SettingError("train.eval_strategy needs a validation split; name one as data.validation.")
     elif settings.early_stopping_patience is not None:
         raise SettingError("early_stopping_patience needs a validation split; name one as data.validation.")
-    if settings.task == "causal-lm":
-        defaults |= {"max_length": settings.data.max_length or 1024}
-    return settings.training_arguments(
+    defaults |= task.argument_defaults()
+    arguments = settings.training_arguments(
         **{**defaults, **settings.train, "output_dir": settings.output_dir, "eval_on_start": False}
     )
+    if arguments.n_gpu > 1:
+        raise SettingError(
+            f"{arguments.n_gpu} GPUs are visible to one process, which would copy the model without its recipe; make "
+            "one visible with CUDA_VISIBLE_DEVICES=0."
+        )
+    return arguments
 
 
 def evaluate(ready: Ready, say: Callable[[str], None]) -> dict[str, dict[str, float]]:

@@ -55,7 +55,8 @@ class RecipeTrainerMixin(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and (added := self.attached.added_loss(batch, outputs)) is not None:
             # a loss normalised over the whole accumulated batch is a share of the step's loss, others are divided later
-            whole_batch = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            whole_batch = scaled or self.compute_loss_func is not None or bool(self.loss_is_scaled_for_ga)
             loss = loss + added.to(loss) / (self.current_gradient_accumulation_steps if whole_batch else 1)
         return (loss, outputs) if return_outputs else loss
 
@@ -69,8 +70,8 @@ class RecipeTrainerMixin(Trainer):
                     "inputs hold NaN or Inf, or its dtype is too narrow; use bf16 in place of fp16."
                 )
             raise RunFailed(
-                f"The loss became {value} at step {self.state.global_step + 1}. Lower train.learning_rate "
-                f"({self.args.learning_rate:g} now), set train.max_grad_norm, or use bf16 in place of fp16."
+                f"The loss became {value} at step {self.state.global_step + 1}. Start over with --overwrite and a "
+                f"lower train.learning_rate ({self.args.learning_rate:g} now) or max_grad_norm, or bf16 in place of fp16."
             )
         return loss
 
@@ -96,6 +97,8 @@ class RecipeTrainerMixin(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The recipe's weights; the whole model for full fine-tuning; and the tokenizer."""
+        if not self.args.should_save:  # one process writes
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.attached.techniques:

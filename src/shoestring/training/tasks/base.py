@@ -36,6 +36,10 @@ class Task(ABC):
 
         return TrainingArguments
 
+    def argument_defaults(self) -> dict[str, Any]:
+        """Arguments of the trainer that differ from its own defaults for this task."""
+        return {}
+
     @abstractmethod
     def check_columns(self, split: str, dataset: Dataset) -> None:
         """Refuse a data set that lacks a column, holds no rows, or has values the task cannot use.

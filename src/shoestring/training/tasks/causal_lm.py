@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import SettingError
 from ..data import need_columns
-from ..models import load_pretrained, max_positions
+from ..models import check_length, load_pretrained, max_positions
 from .base import Task
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ class CausalLM(Task):
     The loss counts completions only where there are prompts. `data.chat: true` writes prompt and completion as turns of
     the model's chat template.
     """
+
+    limit: int | None = None
 
     name = "causal-lm"
     peft_task_type = "CAUSAL_LM"
@@ -36,6 +38,9 @@ class CausalLM(Task):
                 "The task causal-lm trains with trl, which is missing: pip install 'shoestring[trl]'"
             ) from None
         return SFTConfig
+
+    def argument_defaults(self) -> dict[str, Any]:
+        return {"max_length": self.data.max_length or min(1024, self.limit or 1024)}
 
     def _columns(self, dataset: Dataset) -> dict[str, str]:
         """The columns that are read, with the names TRL knows them by."""
@@ -60,15 +65,13 @@ class CausalLM(Task):
 
         model, tokenizer = load_pretrained(self.settings.model, AutoModelForCausalLM)
         chats = self.data.chat or "messages" in self._columns(data["train"]).values()
-        if chats and tokenizer.chat_template is None:
+        if chats and tokenizer.chat_template is None and not self.settings.train.get("chat_template_path"):
             raise SettingError(
                 f"{self.settings.model.name} has no chat template, which chats need; use prompt and completion columns "
                 "without data.chat, or set train.chat_template_path."
             )
-        limit = max_positions(model, tokenizer)
-        length = self.data.max_length
-        if length is not None and limit is not None and length > limit:
-            raise SettingError(f"data.max_length must be at most {limit}, the positions of this model, got {length}.")
+        self.limit = max_positions(model, tokenizer)
+        check_length(self.data.max_length, self.limit)
         return model, tokenizer
 
     def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import SettingError
 from ..data import need_columns
-from ..models import load_pretrained, max_positions
+from ..models import check_length, load_pretrained, max_positions
 from .base import Task
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class TextClassification(Task):
     def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         limit = max_positions(model, processor)
         length = self.data.max_length
-        if length is not None and limit is not None and length > limit:
-            raise SettingError(f"data.max_length must be at most {limit}, the positions of this model, got {length}.")
+        check_length(length, limit)
 
         def encode(rows: dict[str, list]) -> dict[str, Any]:
             texts = [rows[name] for name in (self.data.text, self.data.text_pair) if name is not None]

@@ -1,0 +1,36 @@
+"""measure: the step it counts is the step that train takes."""
+
+import json
+
+import pytest
+
+from shoestring.cli import main
+from shoestring.training import RunSettings, measure
+
+
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+def test_checkpointing_and_bf16_show_in_what_is_kept(task, run_file):
+    def saved(**train_fields) -> int:
+        settings = RunSettings.load(run_file("run", task=task, train={"max_steps": 9, **train_fields}))
+        return measure(settings, say=lambda text: None).saved_bytes
+
+    plain = saved()
+    assert saved(gradient_checkpointing=True) < 0.8 * plain
+    assert saved(bf16=True) != plain
+
+
+def test_it_says_the_same_as_the_report_of_the_run(run_file, capsys):
+    path = run_file("run")
+    assert main(["measure", str(path), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert not path.with_suffix("").exists()
+    assert main(["train", str(path), "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)["memory"]
+    assert measured["at_peak"] == trained["at_peak"]
+    assert measured["saved_bytes"] == trained["saved_bytes"]
+
+
+def test_modules_sum_to_what_is_kept(run_file, capsys):
+    assert main(["measure", str(run_file("run")), "--json", "--by-module", "5"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert sum(measured["by_module"].values()) == measured["saved_bytes"]
