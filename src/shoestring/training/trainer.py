@@ -71,7 +71,7 @@ class RecipeTrainerMixin(Trainer):
                 )
             raise RunFailed(
                 f"The loss became {value} at step {self.state.global_step + 1}. Start over with --overwrite and a "
-                f"lower train.learning_rate ({self.args.learning_rate:g} now) or max_grad_norm, or bf16 in place of fp16."
+                f"lower train.learning_rate ({self.args.learning_rate:g} now), or bf16 in place of fp16."
             )
         return loss
 
