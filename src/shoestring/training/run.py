@@ -146,6 +146,12 @@ def prepare(
     arguments = training_arguments(settings, task, data)
     set_seed(seed)
     model = _attach(recipe, model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise SettingError(
+                f"{name} would train in float16, whose range is too small for updates; set model.dtype to float32 or "
+                "bfloat16, or train.fp16 with a float32 model."
+            )
     try:
         trainer = task.trainer(
             model=model,

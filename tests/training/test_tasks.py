@@ -1,0 +1,95 @@
+"""Tasks and data: every form that data and models come in, and what of them is learned."""
+
+import json
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from shoestring.cli import main
+from shoestring.errors import SettingError
+from shoestring.testing.assets import need
+from shoestring.training import RunSettings, train
+from shoestring.training.run import prepare
+
+
+def ready(path, *overrides):
+    return prepare(RunSettings.load(path, overrides))
+
+
+def labels_of(prepared) -> list[list[int]]:
+    """The tokens that the loss counts, for each row of the first batch."""
+    batch = next(iter(prepared.trainer.get_train_dataloader()))
+    return [[int(label) for label in row if label != -100] for row in batch["labels"]]
+
+
+def test_the_same_rows_from_every_kind_of_file_train_alike(run_file, review_csv, tmp_path):
+    rows = load_dataset("csv", data_files=str(review_csv), split="train")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.to_csv(tmp_path / "rows.tsv", sep="\t", index=False)
+    losses = []
+    for source in (review_csv, *(tmp_path / f"rows.{kind}" for kind in ("parquet", "jsonl", "tsv"))):
+        report = train(RunSettings.load(run_file(f"from-{source.suffix[1:]}", data={"train": str(source)})))
+        losses.append(report.losses)
+    assert losses[0] == losses[1] == losses[2] == losses[3]
+
+
+def test_the_loss_counts_completions_only(run_file):
+    prepared = ready(run_file(task="causal-lm"))
+    tokenizer = prepared.trainer.processing_class
+    assert {tokenizer.decode(row).strip() for row in labels_of(prepared)} <= {"good </s>", "bad </s>"}
+
+
+def test_prompts_can_be_written_as_chats(run_file):
+    prepared = ready(run_file(task="causal-lm", data={"chat": True}))
+    batch = next(iter(prepared.trainer.get_train_dataloader()))
+    text = prepared.trainer.processing_class.decode(batch["input_ids"][0])
+    assert "<s> user" in text
+    assert "<s> assistant" in text
+    assert all(0 < len(row) <= 4 for row in labels_of(prepared))
+
+
+def test_chats_are_learned_whole(run_file, tmp_path):
+    chat = [{"role": "user", "content": "the film is"}, {"role": "assistant", "content": "good"}]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(8)))
+    path = run_file("chats", task="causal-lm", data={"train": str(data)})
+    assert main(["train", str(path)]) == 0
+    answers = labels_of(ready(path, "train.assistant_only_loss=true"))
+    assert all(len(row) < 5 for row in answers)
+
+
+def test_packing_fills_rows(run_file):
+    packed = ready(run_file(task="causal-lm"), "train.packing=true", "data.max_length=24")
+    assert len(packed.trainer.train_dataset) < 24
+    assert packed.trainer.args.max_length == 24
+
+
+def test_without_a_length_the_model_sets_it(run_file):
+    assert ready(run_file(task="causal-lm")).trainer.args.max_length == 32
+
+
+def test_adapters_stay_in_float32_on_a_bfloat16_model(run_file, tiny_decoder_folder):
+    path = run_file(task="causal-lm", model={"name": str(tiny_decoder_folder), "dtype": "bfloat16"})
+    model = ready(path).attached.model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_weights_that_would_train_in_float16_are_refused(run_file, tiny_decoder_folder):
+    path = run_file(task="causal-lm", model={"name": str(tiny_decoder_folder), "dtype": "float16"}, recipe=[])
+    with pytest.raises(SettingError, match="would train in float16"):
+        ready(path)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_trains(run_file):
+    need("smollm2")
+    from shoestring import assets
+
+    file = assets.files_folder("smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = run_file(task="causal-lm", model=str(file), train={"max_steps": 2}, data={"max_length": 16})
+    report = train(RunSettings.load(path))
+    assert report.total_parameters > 134_000_000
+    assert report.steps == 2
