@@ -175,7 +175,7 @@ class TestOutputFolder:
 
     def test_overwriting_leaves_files_that_are_not_the_runs(self, run_file):
         path = run_file("twice")
-        kept = finished(path) / "best-checkpoint-2"
+        kept = finished(path) / "checkpoint-2-to-keep"
         kept.mkdir()
         (kept / "notes.txt").write_text("mine")
         assert main(["train", str(path), "--overwrite"]) == 0
@@ -320,6 +320,7 @@ class TestCheckpoints:
             ("train.seed=7", "its train.seed is"),
             ("train.per_device_train_batch_size=3", "its train.per_device_train_batch_size is"),
             ("data.max_length=8", "its data.max_length is"),
+            ("train.learning_rate=1e-5", "its train.learning_rate is"),
         ],
     )
     def test_one_of_another_run_is_refused(self, override, told, stopped, capsys):

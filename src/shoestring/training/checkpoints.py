@@ -43,7 +43,7 @@ def find(folder: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]
     Raises SettingError if the newest whole checkpoint belongs to another run, naming where they differ, or if there are
     checkpoints and none is whole.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = checkpoints_in(folder)
     problems = []
     if (folder / BESIDE).exists():
         problems.append(f"{folder / BESIDE} was being written when the run ended; it is left out.")
@@ -62,6 +62,11 @@ def find(folder: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]
     if found:
         raise SettingError(f"{' '.join(problems)} No whole checkpoint is left; start over with --overwrite.")
     return None, problems
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders named checkpoint-STEP; one renamed to be kept is not among them."""
+    return [path for path in sorted(folder.glob("checkpoint-*")) if path.name.removeprefix("checkpoint-").isdigit()]
 
 
 def damage(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import SettingError
-from .checkpoints import BESIDE
+from .checkpoints import BESIDE, checkpoints_in
 
 REPORT, SETTINGS, FINAL, LOCK = "report.json", "run.yaml", "final", ".lock"
 
@@ -73,8 +73,5 @@ def throw_away(folder: Path) -> None:
 
 
 def _of_a_run(folder: Path) -> list[Path]:
-    return [
-        path
-        for name in (REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", "checkpoint-[0-9]*", BESIDE)
-        for path in sorted(folder.glob(name))
-    ]
+    names = (REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", BESIDE)
+    return [path for path in map(folder.joinpath, names) if path.exists()] + checkpoints_in(folder)
