@@ -178,6 +178,7 @@ class TestOutputFolder:
         kept = finished(path) / "checkpoint-2-to-keep"
         kept.mkdir()
         (kept / "notes.txt").write_text("mine")
+        os.utime(kept, (0, 0))  # older than every checkpoint: neither overwriting nor save_total_limit may remove it
         assert main(["train", str(path), "--overwrite"]) == 0
         assert (kept / "notes.txt").read_text() == "mine"
 

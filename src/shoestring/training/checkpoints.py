@@ -47,7 +47,7 @@ def find(folder: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]
     problems = []
     if (folder / BESIDE).exists():
         problems.append(f"{folder / BESIDE} was being written when the run ended; it is left out.")
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in sorted(found, key=_step, reverse=True):
         if (problem := damage(path)) is not None:
             problems.append(f"{path} is damaged: {problem}; it is left out.")
             continue
@@ -69,6 +69,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("checkpoint-*")) if path.name.removeprefix("checkpoint-").isdigit()]
 
 
+def rotate(folder: Path, limit: int | None, spare: set[Path]) -> None:
+    """Remove the oldest checkpoints beyond `limit` (None or 0: none), never one of `spare`, nor one renamed."""
+    if not limit:
+        return
+    found = sorted(checkpoints_in(folder), key=_step)
+    too_many = max(len(found) - max(limit, len(spare)), 0)
+    for path in [path for path in found if path not in spare][:too_many]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is as it was written."""
     try:
@@ -86,6 +96,10 @@ def damage(path: Path) -> str | None:
         if _hash(path / name) != expected["sha256"]:
             return f"{name} does not hold what was written"
     return None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _hash(path: Path) -> str:

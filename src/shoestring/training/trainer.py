@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerControl, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import RunFailed
 from ..recipe import attached_to
@@ -182,12 +182,8 @@ class RecipeTrainerMixin(Trainer):
                 json.dumps({"sum": running, "logged_at_step": self._globalstep_last_logged})
             )
             checkpoints.finish(written, folder / name, self.run_identity)
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best_now = self.state.best_model_checkpoint
+            checkpoints.rotate(folder, limit, spare={folder / name, *([Path(best_now)] if best_now else [])})
         self.accelerator.wait_for_everyone()
 
 
