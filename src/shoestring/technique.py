@@ -23,6 +23,7 @@ class Phase(IntEnum):
     SIDE = 40  # a small network beside the model
     SELECTION = 50  # which weights get gradients, and when
     BLOCK = 60  # how a block runs forward and backward
+    RECOMPUTATION = 65  # what of a block is run again in backward instead of kept
     ACTIVATION = 70  # how a tensor kept for backward is stored
     OBJECTIVE = 80  # the loss
     OPTIMIZER = 90  # the update
