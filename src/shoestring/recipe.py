@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -134,6 +135,7 @@ class Attached:
         self.accumulation_steps = 1
         self.add_losses_in_forward = True  # a trainer that adds them by itself switches it off
         self.model_loss_is_used = True  # False under a trainer that computes the loss elsewhere
+        self._outputs: Any = None  # of the last forward in training, for a trainer that adds the losses by itself
         self._base_parameters = dict(model.named_parameters())
         self._undo = ExitStack()
         self._undo.callback(_Snapshot(model).restore)
@@ -257,10 +259,26 @@ class Attached:
         terms = [term for t in self.techniques if (term := t.added_loss(self.model, batch, outputs)) is not None]
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 
+    def loss_share(self) -> float:
+        """Of the items that a trainer counts in a micro-batch, the share that the last forward scored."""
+        return math.prod(technique.loss_share for technique in self.techniques)
+
+    def take_outputs(self) -> Any:
+        """What the last forward in training returned, once, where `add_losses_in_forward` is off; else None."""
+        outputs, self._outputs = self._outputs, None
+        return outputs
+
     def _add_losses(self, model: nn.Module, args: tuple, batch: dict[str, Any], outputs: Any) -> Any:
-        wanted = self.add_losses_in_forward and model.training and torch.is_grad_enabled()
-        if model is not self.model or not wanted:
+        if model is not self.model or not (model.training and torch.is_grad_enabled()):
             return None
+        if not self.add_losses_in_forward:
+            self._outputs = outputs
+            return None
+        if not self.model_loss_is_used and self.loss_share() != 1:
+            raise ValueError(
+                "The recipe scores only a share of the tokens, but this trainer computes the loss by itself and "
+                "divides it by the number of all: train with shoestring.training.recipe_sft_trainer() instead."
+            )
         if (added := self.added_loss(batch, outputs)) is None:
             return None
         if getattr(outputs, "loss", None) is None or not self.model_loss_is_used:

@@ -68,7 +68,10 @@ class Events:
         """After the last step of an epoch."""
 
     def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
-        """A scalar to add to the loss of one forward in training, or None."""
+        """A scalar to add to the loss of one forward in training, or None.
+
+        outputs: what that forward returned, with its graph; under TRL's SFTTrainer `log_probs` and no logits.
+        """
         return None
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -106,6 +109,15 @@ class Technique(Events):
     alone_in_phase: ClassVar[bool] = False
     needs: ClassVar[frozenset[Phase]] = frozenset()
     claims: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def loss_share(self) -> float:
+        """Of the items that a trainer counted in a micro-batch, the share that the last forward scored.
+
+        Items are labelled tokens. A trainer that computes the loss outside of the model, and was told the number of
+        items, divides the loss by this share. Where the model computes the loss, the technique sees to it by itself.
+        """
+        return 1.0
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -50,10 +50,15 @@ class RecipeTrainerMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The trainer's loss, and in training what the recipe's techniques add to it."""
+        """The trainer's loss over the items scored, and in training what the recipe's techniques add to it."""
         batch = dict(inputs)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and (added := self.attached.added_loss(batch, outputs)) is not None:
+        # outputs are asked for only where the caller wants them: TRL runs the model once more to give them
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        of_forward = self.attached.take_outputs()
+        if model.training and not self.attached.model_loss_is_used and num_items_in_batch is not None:
+            loss = loss / self.attached.loss_share()
+        if model.training and (added := self.attached.added_loss(batch, of_forward)) is not None:
             # a loss normalised over the whole accumulated batch is a share of the step's loss, others are divided later
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             whole_batch = scaled or self.compute_loss_func is not None or bool(self.loss_is_scaled_for_ga)
