@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import adapters as _adapters  # noqa: F401  registers our methods with peft
+from . import blocks as _blocks  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
 from .technique import TECHNIQUES, Moment, Phase, Technique

@@ -1,0 +1,7 @@
+"""Techniques that change how transformer blocks run: token selection, reversible stacks, windows, recomputation."""
+
+from .base import BlockTechnique, Pass
+from .recompute import Recompute
+from .stacks import BlockCall, Stack, find_stacks
+
+__all__ = ["BlockCall", "BlockTechnique", "Pass", "Recompute", "Stack", "find_stacks"]

@@ -1,0 +1,216 @@
+"""Blocks: techniques that change how the transformer blocks of a stock model run forward and backward.
+
+A technique writes one of two functions. `run` computes one block's output from its call and is all that recomputation
+needs. `run_stack` computes a whole stack at once from the calls of all its blocks, for techniques whose blocks share
+state: the stock loop calls block after block as ever, each but the last only notes what it was called with, and the
+last returns what the stack computes.
+
+Both run inside a pass: one training forward of the model, from `begin` to `end`. Outside of a pass, in evaluation and
+generation, blocks run as they are. What is run again in backward belongs to the pass it was first run in.
+"""
+
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingError
+from ..technique import Phase, Technique
+from .attention import masks_by_rows, redirected
+from .stacks import BlockCall, Stack, bind, find_stacks, first_relative_bias
+
+_PASSES: contextvars.ContextVar[Mapping[int, "Pass"]] = contextvars.ContextVar(
+    "passes of techniques", default=MappingProxyType({})
+)
+
+
+@dataclass
+class Pass:
+    """One forward of the model.
+
+    model: the one called. inputs: its arguments by name. calls: of blocks that wait for the last of their stack, by the
+    stack's name. undo: left when the forward ends. Techniques keep state of their own on it.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    calls: dict[str, list[BlockCall]] = field(default_factory=dict)
+    undo: ExitStack = field(default_factory=ExitStack)
+
+
+class BlockTechnique(Technique):
+    """Changes how blocks run. A subclass overrides `run` or `run_stack`, and where needed `begin`, `end` and `check`.
+
+    training_only: evaluation and generation run the stock blocks.
+    handles_attention: the model's attention goes through `attention.handled_by`.
+    """
+
+    phase: ClassVar[Phase] = Phase.BLOCK
+    alone_in_phase: ClassVar[bool] = True
+    training_only: ClassVar[bool] = True
+    handles_attention: ClassVar[bool] = False
+
+    def check(self, model: nn.Module, stacks: list[Stack]) -> None:
+        """Raise SettingError where this model cannot be run this way."""
+
+    def begin(self, current: Pass) -> None:
+        """A pass begins; `current.inputs` may be changed."""
+
+    def end(self, current: Pass, outputs: Any) -> Any:
+        """A pass has ended; returns the model's outputs. Not called if the forward raised."""
+        return outputs
+
+    def run(self, stack: Stack, call: BlockCall) -> Tensor:
+        """The hidden states after one block."""
+        return call(call.hidden)
+
+    def run_stack(self, stack: Stack, calls: list[BlockCall]) -> Tensor:
+        """The hidden states after the whole stack; `calls[0].hidden` is what enters it."""
+        raise NotImplementedError
+
+    @property
+    def runs_whole_stacks(self) -> bool:
+        """Whether `run_stack` is written, so that blocks wait for the last one."""
+        return type(self).run_stack is not BlockTechnique.run_stack
+
+    @property
+    def current(self) -> "Pass | None":
+        """The pass that is running, or whose blocks are run again in backward."""
+        return _PASSES.get().get(id(self))
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[nn.Module]:
+        stacks = find_stacks(model)
+        self.check(model, stacks)
+        with ExitStack() as undo:
+            if self.handles_attention:
+                undo.enter_context(redirected(model))
+            for stack in stacks:
+                for index, block in enumerate(stack.blocks):
+                    undo.enter_context(_swapped(block, partial(self._block, stack, index, block, block.forward)))
+            hooks = (
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            )
+            for hook in hooks:
+                undo.callback(hook.remove)
+            yield model
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.training_only and not (model.training and torch.is_grad_enabled()):
+            return None
+        _refuse_calls_that_need_stock_blocks(self.name, model, kwargs)
+        current = Pass(model, {**_named(model, args), **kwargs})
+        current.undo.enter_context(_without_cache(model))
+        self.begin(current)
+        if self.handles_attention:
+            current.undo.enter_context(masks_by_rows())
+        token = _PASSES.set({**_PASSES.get(), id(self): current})
+        current.undo.callback(_PASSES.reset, token)
+        return (), current.inputs
+
+    def _after(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any = None) -> Any:
+        if (current := self.current) is None or current.model is not model:
+            return None
+        current.undo.close()
+        current.calls.clear()
+        return None if outputs is None else self.end(current, outputs)
+
+    def _block(
+        self, stack: Stack, index: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if (current := self.current) is None:
+            return forward(*args, **kwargs)
+        hidden, named = bind(block, args, kwargs)
+        call = BlockCall(index, forward, hidden, named)
+        biases: tuple[Any, ...] = ()
+        if "position_bias" in named:  # T5: the first block makes the bias that all use, and hands it on
+            if named["position_bias"] is None and (relative := first_relative_bias(block)) is not None:
+                make_bias: Any = relative.compute_bias
+                bias = make_bias(hidden.shape[1], hidden.shape[1], device=hidden.device)
+                call = call.with_named(position_bias=bias)
+            biases = (call.named["position_bias"], named.get("encoder_decoder_position_bias"))
+        if not self.runs_whole_stacks:
+            new = self.run(stack, call)
+        else:
+            calls = current.calls.setdefault(stack.name, [])
+            calls.append(call)
+            new = hidden
+            if index == len(stack) - 1:
+                if len(calls) != len(stack):
+                    raise SettingError(
+                        f"{stack.name} ran {len(calls)} of its {len(stack)} blocks; set layerdrop of the model to 0, "
+                        f"{self.name} needs all of them."
+                    )
+                new = self.run_stack(stack, calls)
+        return (new, *biases) if biases else new
+
+
+@contextmanager
+def within(passes: Mapping[int, Pass]) -> Iterator[None]:
+    """Run blocks as parts of passes that were noted by `running_passes`."""
+    token = _PASSES.set(passes)
+    try:
+        yield
+    finally:
+        _PASSES.reset(token)
+
+
+def running_passes() -> Mapping[int, Pass]:
+    """The passes that are running now, of all techniques, for `within`."""
+    return _PASSES.get()
+
+
+@contextmanager
+def _swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Keep stock models from filling a cache of keys and values in training, as their configs would have it."""
+    configs: list[Any] = [c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of the model by name; wrappers such as PeftModel name only what the model inside does."""
+    if not args:
+        return {}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    names = list(inspect.signature(type(inner).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False))
+
+
+def _refuse_calls_that_need_stock_blocks(name: str, model: nn.Module, kwargs: dict[str, Any]) -> None:
+    for wanted in ("output_attentions", "output_hidden_states", "use_cache"):
+        if kwargs.get(wanted):
+            raise SettingError(f"{wanted} is not there under {name}; ask for it in evaluation, or leave it out.")
+    if kwargs.get("past_key_values") is not None:
+        raise SettingError(f"{name} runs whole sequences; past_key_values cannot be given, as prefix tuning does.")
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise SettingError(
+            f"gradient_checkpointing of the trainer runs blocks again without {name}; switch it off and add the "
+            "technique recompute to the recipe."
+        )

@@ -1,0 +1,73 @@
+"""Recompute: keep only what enters a block and run the block again in backward.
+
+Source   Chen et al. 2016, arXiv:1604.06174; selective form: Korthikanti et al. 2022, arXiv:2205.05198
+Update   none: gradients are those of the stock model, dropout included
+Costs    keeps one [batch, tokens, width] tensor a block, and one block's activations while it is run again; one more
+         forward, about a third of a step. `keep="attention"` keeps attention's output too, as much again, and does not
+         run attention twice. `every=2` runs only every second block again
+Differs  never reentrant, so frozen inputs and frozen blocks are no special case
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ..errors import SettingError
+from ..technique import Phase, register_technique
+from .base import BlockTechnique, running_passes, within
+from .stacks import BlockCall, Stack
+
+ATTENTION = frozenset(name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product"))
+
+
+@register_technique
+@dataclass(kw_only=True)
+class Recompute(BlockTechnique):
+    """Runs blocks again in backward instead of keeping what they compute.
+
+    keep: "nothing" of a block, or "attention", the output of its attention.
+    every: run every n-th block again, 1 <= every; 1 for all.
+
+    Raises SettingError for other values.
+    """
+
+    name: ClassVar[str] = "recompute"
+    phase: ClassVar[Phase] = Phase.RECOMPUTATION
+    exact: ClassVar[bool] = True
+    keep: Literal["nothing", "attention"] = "nothing"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("nothing", "attention"):
+            raise SettingError(f"keep of recompute must be nothing or attention, got {self.keep!r}.")
+        if self.every < 1:
+            raise SettingError(f"every of recompute must be at least 1, got {self.every}.")
+
+    def run(self, stack: Stack, call: BlockCall) -> Tensor:
+        if call.index % self.every:
+            return call(call.hidden)
+        passes = running_passes()
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            if self.keep == "nothing":
+                return within(passes), within(passes)
+            first, again = create_selective_checkpoint_contexts(_keep_attention)
+            return _both(within(passes), first), _both(within(passes), again)
+
+        return checkpoint(call, call.hidden, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation.overloadpacket.__name__ in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield

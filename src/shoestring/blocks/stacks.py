@@ -1,0 +1,142 @@
+"""Stacks of transformer blocks: where they are in a model, and what one call of a block was given.
+
+A stack is the list of equal blocks on one side of the model, so an encoder-decoder model has two. The blocks are the
+model's own, whatever adapters sit inside them.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jaxtyping import Int, Shaped
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..adapters.placement import stacks as lists_of_equal_modules
+from ..errors import SettingError
+
+CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn|encdecattention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of blocks. `name` is its dotted name in the model, `causal` whether tokens see earlier ones only."""
+
+    name: str
+    blocks: nn.ModuleList
+    causal: bool
+    cross_attentions: frozenset[nn.Module]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What one block was called with.
+
+    hidden: [batch, tokens, width]. named: every other argument by name. forward: the block's own forward.
+    """
+
+    index: int
+    forward: Callable[..., Any]
+    hidden: Tensor
+    named: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, hidden: Tensor, **named: Any) -> Tensor:
+        """The block's new hidden states; `named` replaces arguments."""
+        return hidden_in(self.forward(hidden, **{**self.named, **named}))
+
+    def with_named(self, **named: Any) -> "BlockCall":
+        """The same call with arguments replaced."""
+        return replace(self, named={**self.named, **named})
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of a model in the order it runs them, encoder first.
+
+    Raises SettingError if it has none, naming what was looked for.
+    """
+    lists = [(name, blocks) for name, blocks in lists_of_equal_modules(model) if _attentions(blocks[0])]
+    outermost = [
+        (name, blocks) for name, blocks in lists if not any(name.startswith(f"{outer}.") for outer, _ in lists)
+    ]
+    marked = [item for item in outermost if isinstance(item[1][0], GradientCheckpointingLayer)]
+    if not (found := marked or outermost):
+        raise SettingError(
+            f"{type(model).__name__} has no list of equal transformer blocks with attention, which techniques that "
+            "change how blocks run need."
+        )
+    return [_stack(name, blocks) for name, blocks in found]
+
+
+def _stack(name: str, blocks: nn.ModuleList) -> Stack:
+    own = [m for n, m in _attentions(blocks[0]) if not CROSS_ATTENTION.search(n)]
+    causal = any(bool(getattr(m, "is_causal", False) or getattr(m, "is_decoder", False)) for m in own)
+    cross = frozenset(m for block in blocks for n, m in _attentions(block) if CROSS_ATTENTION.search(n))
+    return Stack(name, blocks, causal, cross)
+
+
+def _attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a block whose class is named as attention, with their names."""
+    return [(n, m) for n, m in block.named_modules() if "attention" in type(m).__name__.lower()]
+
+
+@functools.cache
+def _signature(block_class: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(block_class.forward)
+
+
+def bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states among a block's arguments, and all others by name."""
+    bound = _signature(type(block)).bind(block, *args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = _signature(type(block)).parameters[name].kind
+        named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    first = next(iter(named))
+    return named.pop(first), named
+
+
+def hidden_in(output: Any) -> Tensor:
+    """The hidden states in what a block returned."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def gather_tokens(x: Shaped[Tensor, "_ tokens *rest"], index: Int[Tensor, "batch kept"]) -> Tensor:
+    """`x` at the given token positions of each sample, [batch, kept, *rest]; a batch of 1 in `x` serves all samples."""
+    rest = x.shape[2:]
+    where = index.view(*index.shape, *(1 for _ in rest)).expand(*index.shape, *rest)
+    return x.expand(index.shape[0], *x.shape[1:]).gather(1, where)
+
+
+def take_tokens(value: Any, index: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
+    """An argument of a block for some of its tokens: what runs along the token axis is gathered, the rest is as it was.
+
+    Along the token axis run tensors [tokens], [batch, tokens, ...] and [tokens, width], and query rows of
+    [batch, heads, tokens, keys]; tuples, lists and dicts of them too.
+    """
+    if isinstance(value, dict):
+        return {key: take_tokens(item, index, num_tokens) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_tokens(item, index, num_tokens) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 4:
+        if value.shape[2] != num_tokens:
+            return value
+        heads_first = value.expand(index.shape[0], *value.shape[1:]).transpose(1, 2)
+        return gather_tokens(heads_first, index).transpose(1, 2)
+    if value.dim() in (2, 3) and value.shape[1] == num_tokens:
+        return gather_tokens(value, index)
+    if value.dim() in (1, 2) and value.shape[0] == num_tokens:
+        return value[index]
+    return value
+
+
+def first_relative_bias(block: nn.Module) -> nn.Module | None:
+    """The attention of a block that makes the bias by relative position for the whole stack (T5), or None."""
+    return next((m for m in block.modules() if getattr(m, "has_relative_attention_bias", False)), None)
