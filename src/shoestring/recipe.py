@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -17,12 +17,16 @@ import yaml
 from peft import PeftConfig, PromptLearningConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import adapters as _adapters  # noqa: F401  registers our methods with peft
 from . import blocks as _blocks  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
 from .technique import TECHNIQUES, Moment, Phase, Technique
+
+if typing.TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 __all__ = [
     "Attached",
@@ -102,17 +106,23 @@ class Recipe:
         return cls.from_list(yaml.safe_load(text) or [])
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
+    def __call__(
+        self, model: nn.Module, data: Mapping[str, Any] | None = None, processor: Any = None
+    ) -> Iterator[nn.Module]:
         """Attach for the length of a with-block; yields the model to train, and undoes everything after."""
-        attached = Attached(self, model)
+        attached = Attached(self, model, data, processor)
         try:
             yield attached.model
         finally:
             attached.detach()
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Attach until `remove`; returns the model to train."""
-        return Attached(self, model).model
+    def apply(self, model: nn.Module, data: Mapping[str, Any] | None = None, processor: Any = None) -> nn.Module:
+        """Attach until `remove`; returns the model to train.
+
+        data: for techniques that depend on it, all that will be run, by split, as rows of model inputs.
+        processor: the tokenizer it was made with.
+        """
+        return Attached(self, model, data, processor).model
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:
@@ -126,7 +136,9 @@ class Recipe:
 class Attached:
     """A recipe at work on one model: its own copies of the techniques, their events, what trains, saving and undo."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module):
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, data: Mapping[str, Any] | None = None, processor: Any = None
+    ):
         if find_attached(model) is not None:
             raise ValueError("This model has a recipe attached already; call Recipe.remove(model) first.")
         self.recipe = recipe
@@ -140,12 +152,19 @@ class Attached:
         self._base_parameters = dict(model.named_parameters())
         self._undo = ExitStack()
         self._undo.callback(_Snapshot(model).restore)
-        addresses = {name: p.data_ptr() for name, p in self._base_parameters.items()}
+        addresses = self._addresses()
         try:
+            if data is not None:
+                for technique in self.techniques:
+                    technique.see_data(data, processor)
             for technique in self.techniques:
                 model = self._undo.enter_context(technique.attach(model))
+                if technique.phase == Phase.PRUNING:  # takes weights away for its time, and brings them back itself
+                    addresses = self._addresses()
+            for technique in self.techniques:
+                technique.on_attached(model)
             self.model = model
-            self._replaced = [name for name, p in self._base_parameters.items() if p.data_ptr() != addresses[name]]
+            self._replaced = [name for name, now in self._addresses().items() if now != addresses[name]]
             # a plain function, so that a copy of the model does not copy the recipe at work on this one
             hook = model.register_forward_hook(lambda *seen: self._add_losses(*seen), with_kwargs=True)
             self._undo.callback(hook.remove)
@@ -153,6 +172,9 @@ class Attached:
             self._undo.close()
             raise
         _ATTACHED[model] = self
+
+    def _addresses(self) -> dict[str, int]:
+        return {name: p.data_ptr() for name, p in self._base_parameters.items()}
 
     def detach(self) -> nn.Module:
         """Undo everything; returns the base model as it was, but for base weights that were trained.
@@ -190,6 +212,21 @@ class Attached:
             seen.update(id(p) for p in group["params"])
         return groups
 
+    @property
+    def brings_optimizer(self) -> bool:
+        """Whether a technique makes the optimizer in place of the trainer."""
+        return any(type(t).make_optimizer is not Technique.make_optimizer for t in self.techniques)
+
+    def make_optimizer(self, groups: list[dict[str, Any]], arguments: "TrainingArguments") -> Optimizer | None:
+        """The optimizer that a technique makes of all that trains, in `groups`; None if none does.
+
+        Raises SettingError if two techniques make one.
+        """
+        made = {t.name: o for t in self.techniques if (o := t.make_optimizer(self.model, groups, arguments)) is not None}
+        if len(made) > 1:
+            raise SettingError(f"{' and '.join(made)} each bring an optimizer of their own; keep one of them.")
+        return next(iter(made.values()), None)
+
     def idle_parameters(self) -> set[str]:
         """Names of trainable parameters that may go without a gradient."""
         return set().union(*(technique.idle_parameters(self.model) for technique in self.techniques))
@@ -208,7 +245,7 @@ class Attached:
         for index, technique in enumerate(self.techniques):
             technique.save(self.model, self._folder(folder, index))
         if trained := self.trained_base():
-            tensors = {name: p.detach().contiguous() for name, p in trained.items()}
+            tensors = {name: self._to_saved(p).contiguous() for name, p in trained.items()}
             _write(folder / TRAINED_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         plain_state, tensors = _split({str(i): t.state_dict() for i, t in enumerate(self.techniques)})
         _write(folder / STATE_FILE, lambda path: path.write_text(json.dumps(plain_state, indent=1)))
@@ -237,6 +274,12 @@ class Attached:
             technique.restore(self.model, self._folder(folder, index))
         self._restore_shared_files(folder)
 
+    def _to_saved(self, parameter: nn.Parameter) -> Tensor:
+        value = parameter.detach()
+        for technique in reversed(self.techniques):
+            value = technique.to_saved(parameter, value)
+        return value
+
     def _folder(self, folder: Path, index: int) -> Path:
         """Where technique `index` keeps its files: the folder itself for the only peft config, else one of its own."""
         adapters = [i for i, t in enumerate(self.techniques) if isinstance(t, PeftTechnique)]
@@ -249,7 +292,10 @@ class Attached:
                 raise SettingError(f"{folder / TRAINED_FILE} holds {unknown[0]!r}, which the base model does not have.")
             with torch.no_grad():
                 for name, tensor in tensors.items():
-                    self._base_parameters[name].copy_(tensor)
+                    parameter = self._base_parameters[name]
+                    for technique in self.techniques:
+                        tensor = technique.from_saved(parameter, tensor)
+                    parameter.copy_(tensor)
         state = json.loads((folder / STATE_FILE).read_text())
         tensors = load_file(folder / STATE_TENSORS_FILE) if (folder / STATE_TENSORS_FILE).exists() else {}
         for index, own in _join(state, tensors).items():
@@ -311,12 +357,16 @@ def attached_to(model: nn.Module) -> Attached:
     return attached
 
 
-def load(base_model: nn.Module, folder: str | Path) -> nn.Module:
+def load(
+    base_model: nn.Module, folder: str | Path, data: Mapping[str, Any] | None = None, processor: Any = None
+) -> nn.Module:
     """The base model with the recipe and the weights that `Attached.save` wrote; undo with `Recipe.remove`.
+
+    data, processor: as for `Recipe.apply`; without them the model is ready for any data.
 
     Raises SettingError if the folder holds no recipe, or one that this version cannot read.
     """
-    attached = Attached(read_recipe(Path(folder)), base_model)
+    attached = Attached(read_recipe(Path(folder)), base_model, {} if data is None else data, processor)
     try:
         attached.restore(folder)
     except BaseException:
@@ -449,6 +499,7 @@ def _refuse_conflicts(techniques: tuple[Technique, ...]) -> None:
         if technique.needs and not any(t.phase in technique.needs for t in techniques if t is not technique):
             kinds = " or ".join(sorted(phase.name.lower() for phase in technique.needs))
             raise SettingError(f"{technique.name} needs a technique of the phase {kinds} beside it in the recipe.")
+        technique.check_recipe([other for other in techniques if other is not technique])
 
 
 class _Snapshot:

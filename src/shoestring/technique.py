@@ -3,15 +3,18 @@
 The kinds (adapters, blocks, selection, ...) build on this file; `recipe.py` puts techniques together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 class Phase(IntEnum):
@@ -54,6 +57,12 @@ class Moment:
 
 class Events:
     """What a technique or an adapter config may do during training. Every event does nothing unless overridden."""
+
+    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
+        """Before attaching: all data that will be run, by split, as rows of model inputs; and its tokenizer, if known.
+
+        Not called where nobody said what the data is. Empty where any data may come, as for a model that is loaded.
+        """
 
     def on_step_begin(self, moment: Moment) -> None:
         """Before the first forward of an optimizer step."""
@@ -123,6 +132,30 @@ class Technique(Events):
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Act on `model` inside the context and leave it as it was after; yields the model to go on with."""
         yield model
+
+    def check_recipe(self, others: Sequence["Technique"]) -> None:
+        """Refuse settings that cannot stand beside the recipe's other techniques; called when the recipe is built."""
+
+    def on_attached(self, model: nn.Module) -> None:
+        """All techniques of the recipe are attached; refuse what they made of the model, where it does not fit."""
+
+    def to_saved(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What to save of a base weight, in the shape it has without this technique; `value` is what there is now."""
+        return value
+
+    def from_saved(self, parameter: nn.Parameter, saved: Tensor) -> Tensor:
+        """The inverse of `to_saved`: what to put into `parameter`."""
+        return saved
+
+    def make_optimizer(
+        self, model: nn.Module, groups: list[dict[str, Any]], arguments: "TrainingArguments"
+    ) -> Optimizer | None:
+        """The optimizer of the run, made in place of the trainer's; None leaves it to the trainer.
+
+        groups: all that trains, each group with its weight_decay and the options that `parameter_groups` gave it.
+        arguments: the run's; a group's own options go before them.
+        """
+        return None
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights of its own that neither the base model nor `state_dict` holds into `folder`."""

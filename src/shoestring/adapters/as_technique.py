@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,6 +111,10 @@ class PeftTechnique(Technique):
     @property
     def _events(self) -> Events:
         return self.config if isinstance(self.config, Events) else Events()
+
+    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
+        """Pass on to the config."""
+        self._events.see_data(splits, processor)
 
     def on_step_begin(self, moment: Moment) -> None:
         """Pass on to the config."""
