@@ -36,6 +36,11 @@ class RecipeCallback(TrainerCallback):
                 f"{self.attached.recipe} gives parameters optimizer options of their own, which a callback cannot set; "
                 "use shoestring.training.RecipeTrainer in place of Trainer."
             )
+        if not self.in_recipe_trainer and self.attached.brings_optimizer:
+            raise ValueError(
+                f"{self.attached.recipe} brings an optimizer of its own, which a callback cannot set; use "
+                "shoestring.training.RecipeTrainer in place of Trainer."
+            )
         # TRL's trainers compute the loss by themselves, whatever the model's own loss says
         of_trl = any(cls.__module__.partition(".")[0] == "trl" for cls in type(args).__mro__)
         self.attached.model_loss_is_used = not of_trl

@@ -81,16 +81,29 @@ class RecipeTrainerMixin(Trainer):
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer, with the parameters that have options of their own in groups of their own."""
-        made = self.optimizer is None
+        """The recipe's own, or Trainer's with the parameters that have options of their own in groups of their own."""
+        own_groups = self.attached.parameter_groups() if self.optimizer is None else []
+        own = {id(p) for group in own_groups for p in group["params"]}
+        if self.optimizer is None:
+            self.optimizer = self.attached.make_optimizer(self._decay_groups(model, own) + own_groups, self.args)
+        trainers = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if made and (groups := self.attached.parameter_groups()):
-            own = {id(p) for group in groups for p in group["params"]}
+        if trainers and own_groups:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
-            for group in groups:
+            for group in own_groups:
                 optimizer.add_param_group(group)
         return optimizer
+
+    def _decay_groups(self, model: nn.Module | None, others: set[int]) -> list[dict[str, Any]]:
+        """What trains, without the parameters of the ids `others`, parted by weight decay as Trainer parts it."""
+        model = self.model if model is None else model
+        names = set(self.get_decay_parameter_names(model))
+        learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in others]
+        return [
+            {"params": [p for name, p in learned if name in names], "weight_decay": self.args.weight_decay},
+            {"params": [p for name, p in learned if name not in names], "weight_decay": 0.0},
+        ]
 
     def _set_signature_columns_if_needed(self) -> None:
         """Take the columns from the base model's forward; Trainer looks only one wrapper deep."""
