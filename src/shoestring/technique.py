@@ -110,6 +110,7 @@ class Technique(Events):
     alone_in_phase: no second technique of the same phase may stand beside it.
     needs: phases of which at least one other technique must be in the recipe.
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
+    removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
     """
 
     name: ClassVar[str]
@@ -118,6 +119,7 @@ class Technique(Events):
     alone_in_phase: ClassVar[bool] = False
     needs: ClassVar[frozenset[Phase]] = frozenset()
     claims: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def loss_share(self) -> float:
