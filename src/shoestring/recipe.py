@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import activations as _activations  # noqa: F401  registers its techniques
 from . import adapters as _adapters  # noqa: F401  registers our methods with peft
 from . import blocks as _blocks  # noqa: F401  registers its techniques
+from . import optimizers as _optimizers  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
 from .technique import TECHNIQUES, Moment, Phase, Technique
@@ -222,10 +224,11 @@ class Attached:
 
         Raises SettingError if two techniques make one.
         """
-        made = {t.name: o for t in self.techniques if (o := t.make_optimizer(self.model, groups, arguments)) is not None}
-        if len(made) > 1:
-            raise SettingError(f"{' and '.join(made)} each bring an optimizer of their own; keep one of them.")
-        return next(iter(made.values()), None)
+        made = {t.name: t.make_optimizer(self.model, groups, arguments) for t in self.techniques}
+        brought = {name: optimizer for name, optimizer in made.items() if optimizer is not None}
+        if len(brought) > 1:
+            raise SettingError(f"{' and '.join(brought)} each bring an optimizer of their own; keep one of them.")
+        return next(iter(brought.values()), None)
 
     def idle_parameters(self) -> set[str]:
         """Names of trainable parameters that may go without a gradient."""

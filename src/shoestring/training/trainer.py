@@ -32,6 +32,7 @@ class RecipeTrainerMixin(Trainer):
     """
 
     model: Any
+    optimizer: Any
     run_identity: dict[str, Any]
 
     def __init__(self, *args: Any, run_identity: dict[str, Any] | None = None, **kwargs: Any):
