@@ -1,6 +1,9 @@
 """Activations: how what is kept for backward is stored, or what is kept instead. One file a method."""
 
+from .base import Codec, Operation, Stage
+from .low_bit_activations import LowBitActivations
+from .offload import Offload
 from .shared_norm import SharedNorm
 from .step_activation import StepActivation
 
-__all__ = ["SharedNorm", "StepActivation"]
+__all__ = ["Codec", "LowBitActivations", "Offload", "Operation", "SharedNorm", "Stage", "StepActivation"]

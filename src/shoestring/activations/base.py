@@ -1,0 +1,301 @@
+"""Codecs: how a tensor kept for backward is stored, and the one place where all of them act.
+
+Method   torch calls a pair of hooks for each tensor that autograd keeps; of nested pairs only the innermost is called, so
+         each model has one pair, and the codecs of a recipe run one after another inside it: those that compress, then
+         those that put what is left elsewhere. The pair is in force during the model's own forward, while it trains.
+Keeps    Weights, buffers and quantization constants, views of them too, and layouts other than strided stay as they are.
+         Each storage is packed once: queries, keys and values that read one x share one copy of it. A view of less than
+         half its storage is packed by itself.
+In place A packed tensor has the values it had when it was saved, so changing the original later does no harm, where
+         plain torch would refuse. One that is kept as it is refuses as in plain torch.
+Beside   Under torch's checkpoint, not reentrant, only what a checkpointed block takes in arrives here.
+Misses   Tensors that a custom autograd function puts on `ctx` without `save_for_backward`. What a loss outside the
+         model's forward keeps. Graphs that torch.compile made.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ..errors import SettingError
+from ..memory.storages import storages_of, weight_tensors
+from ..technique import Phase, Technique
+
+
+class Stage(IntEnum):
+    """The order in which the codecs of one model see a tensor."""
+
+    COMPRESSION = 10  # fewer bytes
+    STORAGE = 20  # the same bytes in another place
+
+
+class Operation(NamedTuple):
+    """The call of a torch function that is saving a tensor."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Codec(Technique):
+    """Packs tensors that are kept for backward and gives them back; a subclass writes `pack` and `unpack`.
+
+    min_bytes: smaller tensors stay as they are.
+
+    stage: compression comes before storage.
+    reads_operations: `excludes` wants to know the operation; costs some microseconds for each torch function called.
+    """
+
+    phase = Phase.ACTIVATION
+    stage: ClassVar[Stage]
+    reads_operations: ClassVar[bool] = False
+    min_bytes: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.min_bytes < 0:
+            raise SettingError(f"min_bytes of {self.name} must be 0 or more, got {self.min_bytes}.")
+
+    def pack(self, tensor: Tensor) -> Any:
+        """A contiguous tensor of one dimension as whatever `unpack` takes.
+
+        Tensors in it, inside tuples, lists and dicts, go on to the next codec. What is not a tensor stays as it is.
+        """
+        raise NotImplementedError
+
+    def unpack(self, packed: Any) -> Tensor:
+        """What was packed, in its shape, dtype and device; may be called again for the same `packed`."""
+        raise NotImplementedError
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether `pack` should be called for a tensor, a saved one or part of what a codec before this one packed."""
+        return tensor.is_floating_point() and tensor.nbytes >= self.min_bytes
+
+    def excludes(self, tensor: Tensor, operation: Operation | None) -> bool:
+        """Whether a tensor, in the shape in which `operation` saves it, must stay as it is."""
+        return False
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Pack what the model's training forwards keep, together with the codecs that are there already."""
+        with _joined(self, model):
+            yield model
+
+
+@dataclass
+class _Stored:
+    """What one codec made of a tensor; other codecs may have gone on with the tensors in it."""
+
+    codec: Codec
+    packed: Any
+
+
+def _store(tensor: Tensor, codecs: list[Codec]) -> Any:
+    for index, codec in enumerate(codecs):
+        if codec.takes(tensor):
+            rest = codecs[index + 1 :]
+            return _Stored(codec, tree_map_only(Tensor, lambda part: _store(part, rest), codec.pack(tensor)))
+    return tensor
+
+
+def _load(stored: Any) -> Tensor:
+    if isinstance(stored, _Stored):
+        return stored.codec.unpack(tree_map_only(_Stored, _load, stored.packed))
+    return stored
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A storage, or part of one, that any number of saved tensors share."""
+
+    stored: Any
+    original: "_Kept | None"  # where no codec took it
+    loaded: ReferenceType[Tensor] | None = field(default=None, repr=False)
+
+    def load(self) -> Tensor:
+        """All of it, in one dimension; the same tensor as long as somebody still uses the last one."""
+        if self.original is not None:
+            return self.original.load()
+        flat = self.loaded() if self.loaded is not None else None
+        if flat is None:
+            flat = _load(self.stored)
+            self.loaded = ref(flat)
+        return flat
+
+
+class _Kept:
+    """A tensor that stays as it is, and refuses to be used once it was changed, as autograd itself does."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.version = tensor._version
+
+    def load(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"A tensor of shape {list(self.tensor.shape)} that backward needs was changed in place after it was "
+                f"saved: it is at version {self.tensor._version}, expected {self.version}."
+            )
+        return self.tensor
+
+
+class _View(NamedTuple):
+    """A saved tensor as a window on the storage that its entry holds."""
+
+    entry: _Entry
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def load(self) -> Tensor:
+        return self.entry.load().as_strided(self.size, self.stride, self.offset)
+
+
+class _Part(NamedTuple):
+    """A saved tensor whose entry holds its own elements only; strides come back, since kernels may round by them."""
+
+    entry: _Entry
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    def load(self) -> Tensor:
+        flat = self.entry.load()
+        return torch.empty_strided(self.size, self.stride, dtype=flat.dtype, device=flat.device).copy_(
+            flat.view(self.size)
+        )
+
+
+class _Operations(TorchFunctionMode):
+    """Knows which torch function is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current: Operation | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outer, self.current = self.current, Operation(getattr(func, "__name__", ""), args, kwargs or {})
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.current = outer
+
+
+class _Manager:
+    """The saved-tensor hooks of one model and the codecs that act in them."""
+
+    def __init__(self, model: nn.Module):
+        self.model = ref(model)
+        self.codecs: list[Codec] = []
+        self._open: list[ExitStack] = []  # one a running forward of the model, outermost first
+        self._watch: _Operations | None = None
+        self._weights: dict[int, torch.UntypedStorage] = {}  # by id; held, so that no id is used again meanwhile
+        # by identity of a living storage: addresses are used again, dead keys leave by themselves
+        self._entries: WeakKeyDictionary[torch.UntypedStorage, WeakValueDictionary[Any, _Entry]] = WeakKeyDictionary()
+        # plain functions, so that a copy of the model does not copy the manager
+        before = model.register_forward_pre_hook(lambda module, args: self._before(module), prepend=True)
+        after = model.register_forward_hook(lambda module, args, result: self._after(module), always_call=True)
+        self._handles = (before, after)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        while self._open:
+            self._open.pop().close()
+
+    def _before(self, module: nn.Module) -> None:
+        if module is not self.model():
+            return  # a copy of the model
+        self._open.append(ExitStack())
+        if len(self._open) > 1 or not (module.training and torch.is_grad_enabled()):
+            return
+        self._weights = {id(storage): storage for weight in weight_tensors(module) for storage in storages_of(weight)}
+        if any(codec.reads_operations for codec in self.codecs):
+            self._watch = self._open[0].enter_context(_Operations())
+        self._open[0].enter_context(saved_tensors_hooks(self._pack, _unpack))
+        self._open[0].callback(self._forget)
+
+    def _after(self, module: nn.Module) -> None:
+        if module is self.model() and self._open:
+            self._open.pop().close()
+
+    def _forget(self) -> None:
+        self._weights = {}
+        self._watch = None
+
+    def _pack(self, tensor: Tensor) -> "_Kept | _View | _Part":
+        if not _is_plain(tensor) or id(tensor.untyped_storage()) in self._weights:
+            return _Kept(tensor)
+        entries = self._entries.setdefault(tensor.untyped_storage(), WeakValueDictionary())
+        size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+        whole_key = (tensor._version, tensor.dtype)
+        part_key = (*whole_key, size, stride, offset)
+        if whole_key in entries:
+            return _View(entries[whole_key], size, stride, offset)
+        if part_key in entries:
+            return _Part(entries[part_key], size, stride)
+
+        operation = self._watch.current if self._watch is not None else None
+        codecs = [codec for codec in self.codecs if not codec.excludes(tensor, operation)]
+        if codecs and _is_small_part(tensor):
+            stored = _store(tensor.contiguous().view(-1), codecs)
+            if isinstance(stored, _Stored):
+                entries[part_key] = entry = _Entry(stored, None)
+                return _Part(entry, size, stride)
+            return _Kept(tensor)
+        flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+        stored = _store(flat, codecs)
+        entry = _Entry(stored, None) if isinstance(stored, _Stored) else _Entry(None, _Kept(flat))
+        entries[whole_key] = entry
+        return _View(entry, size, stride, offset)
+
+
+def _unpack(saved: "_Kept | _View | _Part") -> Tensor:
+    return saved.load()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is nothing but a window on one storage."""
+    return (
+        tensor.layout is torch.strided
+        and not hasattr(tensor, "__tensor_flatten__")
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _is_small_part(tensor: Tensor) -> bool:
+    """Whether the tensor has less than half the bytes of its storage, and no element twice."""
+    if 2 * tensor.nbytes >= tensor.untyped_storage().nbytes():
+        return False
+    reach = 0  # of the dimensions so far, in elements
+    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+_MANAGERS: WeakKeyDictionary[nn.Module, _Manager] = WeakKeyDictionary()
+
+
+@contextmanager
+def _joined(codec: Codec, model: nn.Module) -> Iterator[None]:
+    """The codec among those of the model; the first one brings the manager, the last one takes it away."""
+    home = next((module for module in model.modules() if module in _MANAGERS), model)
+    manager = _MANAGERS.get(home) or _MANAGERS.setdefault(home, _Manager(home))
+    manager.codecs = sorted([*manager.codecs, codec], key=lambda each: each.stage)
+    try:
+        yield
+    finally:
+        manager.codecs = [each for each in manager.codecs if each is not codec]
+        if not manager.codecs:
+            manager.close()
+            del _MANAGERS[home]
