@@ -1,0 +1,6 @@
+"""Objectives: how the loss is computed. One file a method."""
+
+from .base import HeadLoss, LazyLogits
+from .chunked_loss import ChunkedLoss, summed_cross_entropy
+
+__all__ = ["ChunkedLoss", "HeadLoss", "LazyLogits", "summed_cross_entropy"]
