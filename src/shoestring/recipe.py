@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from . import activations as _activations  # noqa: F401  registers its techniques
 from . import adapters as _adapters  # noqa: F401  registers our methods with peft
 from . import blocks as _blocks  # noqa: F401  registers its techniques
+from . import objectives as _objectives  # noqa: F401  registers its techniques
 from . import optimizers as _optimizers  # noqa: F401  registers its techniques
 from . import pruning as _pruning  # noqa: F401  registers its methods
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs

@@ -7,7 +7,7 @@ Shapes   h [rows, width], W [vocabulary, width], y [rows]
 Trains   what trained before: h, W and b get the gradients they had
 Costs    keeps dh, and dW where W trains; one chunk of logits at a time, two with soft-capping. No second product with
          W: time as before, less where labels are masked, as rows without a label are left out
-Differs  Chunks are counted over labelled rows. Gradients are scaled in place as backward hands them on, and kept outside
+Differs  Chunks are counted over labelled rows. Gradients are scaled in place as backward hands them on, and are outside
          of saved-tensor hooks, so that no technique rounds them. dW is summed in float32 where W is narrower.
 """
 
