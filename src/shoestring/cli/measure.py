@@ -8,12 +8,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .kept import needed_table, spare_table
 from .tables import memory_table, size
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "[cyan]shoestring measure examples/first.yaml[/]\n\n"
     "[cyan]shoestring measure run.yaml --by-module 5[/]   which modules keep what for backward\n\n"
+    "[cyan]shoestring measure run.yaml --kept[/]   what is kept without need, and what removes it\n\n"
     "[cyan]shoestring measure run.yaml train.per_device_train_batch_size=8 --json[/]"
 )
 
@@ -27,6 +29,9 @@ def measure(
         int | None,
         typer.Option("--by-module", metavar="DEPTH", min=1, help="Also by module, names cut after DEPTH parts."),
     ] = None,
+    kept: Annotated[
+        bool, typer.Option("--kept", help="Also why each tensor is kept for backward, and what would remove it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
     """Run two real training steps and count the memory of the second, by part; nothing is written."""
@@ -38,13 +43,17 @@ def measure(
         from .progress import quiet, training_run
 
     quiet()
-    report = training_run.measure(
-        settings,
-        module_depth=by_module,
-        say=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
-    )
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    explained = None
+    if kept:
+        report, explained = training_run.explain_memory(settings, module_depth=by_module, say=say)
+    else:
+        report = training_run.measure(settings, module_depth=by_module, say=say)
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        typer.echo(json.dumps(report.to_dict() | ({"kept": explained.to_dict()} if explained else {})))
         return
     console.print(memory_table(report.to_dict(), title="Memory of one training step"))
     console.print(
@@ -59,3 +68,6 @@ def measure(
         for name, count in sorted(report.by_module.items(), key=lambda item: -item[1]):
             table.add_row(name or "(outside the modules)", size(count))
         console.print(table)
+    if explained:
+        console.print(spare_table(explained))
+        console.print(needed_table(explained))

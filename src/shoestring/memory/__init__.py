@@ -1,6 +1,7 @@
-"""Memory: measured by the ledger."""
+"""Memory: measured by the ledger, and explained tensor by tensor."""
 
+from .kept import Kept, KeptReport, KeptRow
 from .ledger import Ledger
 from .report import PARTS, MemoryReport
 
-__all__ = ["PARTS", "Ledger", "MemoryReport"]
+__all__ = ["PARTS", "Kept", "KeptReport", "KeptRow", "Ledger", "MemoryReport"]

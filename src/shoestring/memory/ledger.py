@@ -120,8 +120,7 @@ class Ledger:
         self._gradients_due = False
         self._cuda_max: int | None = None
         self._started = True
-        paths = ((module, name.split(".")[: self.module_depth or 0]) for name, module in self.model.named_modules())
-        self._paths = {id(module): ".".join(path) for module, path in paths}
+        self._paths = {id(module): name for name, module in self.model.named_modules()}
 
         trainable = storage_sizes((p for p in self.model.parameters() if p.requires_grad), self.device)
         weights = storage_sizes(weight_tensors(self.model), self.device)
@@ -163,7 +162,8 @@ class Ledger:
         by_module: dict[str, int] = {}
         if self.module_depth is not None:
             for record, size in saved.items():
-                by_module[record.module] = by_module.get(record.module, 0) + size
+                path = ".".join(record.module.split(".")[: self.module_depth])
+                by_module[path] = by_module.get(path, 0) + size
 
         kept = {record for window in windows for record in window}
 
@@ -186,6 +186,11 @@ class Ledger:
             device=str(self.device),
             cuda_max_allocated_bytes=self._cuda_max,
         )
+
+    def kept(self) -> list[tuple[torch.UntypedStorage, int, str]]:
+        """Storages kept for backward if it began now, with bytes and the path of the module each was born in."""
+        storages = ((record.reference() if record.reference else None, record) for record in self._kept_now())
+        return [(storage, record.size, record.module) for storage, record in storages if storage is not None]
 
     # What the ledger is told, by torch's hooks
 

@@ -4,17 +4,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import RecipeCallback
-    from .run import measure, train
+    from .run import explain_memory, measure, train
     from .settings import RunSettings
     from .trainer import RecipeTrainer, recipe_sft_trainer
 
-__all__ = ["RecipeCallback", "RecipeTrainer", "RunSettings", "measure", "recipe_sft_trainer", "train"]
+__all__ = ["RecipeCallback", "RecipeTrainer", "RunSettings", "explain_memory", "measure", "recipe_sft_trainer", "train"]
 
 _WHERE = {
     "RecipeCallback": "callback",
     "RecipeTrainer": "trainer",
     "recipe_sft_trainer": "trainer",
     "RunSettings": "settings",
+    "explain_memory": "run",
     "measure": "run",
     "train": "run",
 }

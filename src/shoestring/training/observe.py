@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..memory import Ledger, MemoryReport
+from ..memory import Kept, KeptReport, Ledger, MemoryReport
 
 
 class StepMemory(TrainerCallback):
     """The ledger over one step: the second of this process, when the optimizer's state is there, or the only one."""
 
-    def __init__(self, module_depth: int | None = None) -> None:
+    def __init__(self, module_depth: int | None = None, *, explain: bool = False) -> None:
         self.module_depth = module_depth
+        self.explain = explain
         self.report: MemoryReport | None = None
+        self.kept: KeptReport | None = None  # only if it is to explain what is kept
         self.watching = False
         self.steps = 0
         self._ledger: Ledger | None = None
+        self._kept: Kept | None = None
 
     def on_step_begin(
         self,
@@ -40,16 +43,23 @@ class StepMemory(TrainerCallback):
             self._ledger = Ledger(model, getattr(optimizer, "optimizer", optimizer), module_depth=self.module_depth)
             self._ledger.start()
             self.watching = True
+            if self.explain:
+                self._kept = Kept(self._ledger)
+                self._kept.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after it."""
         if self.watching and self._ledger is not None:
-            self._ledger.stop()
-            self.report, self._ledger, self.watching = self._ledger.report(), None, False
+            self.abandon()
+            self.report = self._ledger.report()
+            self.kept = self._kept.report() if self._kept is not None else None
+            self._ledger = self._kept = None
 
     def abandon(self) -> None:
-        """Stop in the middle of a step that failed."""
+        """Stop, also in the middle of a step that failed."""
         if self.watching and self._ledger is not None:
+            if self._kept is not None:
+                self._kept.stop()
             self._ledger.stop()
             self.watching = False
 

@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from .. import __version__
 from ..errors import RunFailed, SettingError
-from ..memory import MemoryReport
+from ..memory import KeptReport, MemoryReport
 from ..recipe import Attached, Recipe, attached_to
 from ..technique import plain
 from . import checkpoints, output
@@ -145,7 +145,8 @@ def prepare(
     data = task.prepare(data, model, processor)
     arguments = training_arguments(settings, task, data)
     set_seed(seed)
-    model = _attach(recipe, model)
+    reads_data = any(technique.reads_data for technique in recipe.techniques)
+    model = _attach(recipe, model, task.model_inputs(data, processor) if reads_data else None, processor)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise SettingError(
@@ -180,6 +181,23 @@ def measure(
     module_depth: also say which modules keep what for backward, their names cut after this many parts.
     """
     memory = StepMemory(module_depth)
+    _two_steps(settings, memory, say)
+    assert memory.report is not None
+    return memory.report
+
+
+def explain_memory(
+    settings: RunSettings, *, module_depth: int | None = None, say: Callable[[str], None] = print
+) -> tuple[MemoryReport, KeptReport]:
+    """As `measure`, and also why each tensor is kept for backward."""
+    memory = StepMemory(module_depth, explain=True)
+    _two_steps(settings, memory, say)
+    assert memory.report is not None
+    assert memory.kept is not None
+    return memory.report, memory.kept
+
+
+def _two_steps(settings: RunSettings, memory: StepMemory, say: Callable[[str], None]) -> None:
     short = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
     with TemporaryDirectory() as folder:  # a trainer makes its output folder when it is made
         train_fields = {key: v for key, v in settings.train.items() if key != "load_best_model_at_end"} | short
@@ -196,7 +214,6 @@ def measure(
             memory.abandon()
     if memory.report is None:
         raise SettingError("measure needs a step of training data; lower the batch size or add rows.")
-    return memory.report
 
 
 # What changes neither the weights nor the losses of a run.
@@ -288,9 +305,9 @@ def _version(package: str) -> str:
         return ""
 
 
-def _attach(recipe: Recipe, model: Any) -> Any:
+def _attach(recipe: Recipe, model: Any, data: DatasetDict | None, processor: Any) -> Any:
     try:
-        return recipe.apply(model)
+        return recipe.apply(model, data, processor)
     except (ValueError, TypeError) as error:
         raise SettingError(f"The recipe does not fit the model: {error}") from error
 
