@@ -159,6 +159,10 @@ class Attached:
         addresses = self._addresses()
         try:
             if data is not None:
+                if not isinstance(data, Mapping):
+                    raise SettingError(
+                        f"data must be rows by split, such as {{'train': rows}}, got a {type(data).__name__}."
+                    )
                 for technique in self.techniques:
                     technique.see_data(data, processor)
             for technique in self.techniques:

@@ -130,6 +130,11 @@ class Technique(Events):
         """
         return 1.0
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether `see_data` does anything, so that data must be there before the recipe is attached."""
+        return type(self).see_data is not Events.see_data
+
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Act on `model` inside the context and leave it as it was after; yields the model to go on with."""

@@ -112,6 +112,11 @@ class PeftTechnique(Technique):
     def _events(self) -> Events:
         return self.config if isinstance(self.config, Events) else Events()
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether the config does."""
+        return type(self._events).see_data is not Events.see_data
+
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Pass on to the config."""
         self._events.see_data(splits, processor)

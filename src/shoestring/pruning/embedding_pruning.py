@@ -13,8 +13,6 @@ Differs  ids are mapped in front of the embedding, not in data sets or collators
          A tied head is refused where it trains, or pruned too on request, with a softmax over S alone
 """
 
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +30,7 @@ from torch._subclasses import FakeTensor
 
 from ..errors import SettingError
 from ..technique import Moment, Phase, Technique, register_technique
+from .rows import ATTRIBUTE, KeptRows, kept_at_home
 from .used_ids import is_stream, used_ids
 
 NO_ROW = -1
@@ -75,7 +74,7 @@ class EmbeddingPruning(Technique):
         self._data: Mapping[str, Any] | None = None
         self._processor: Any = None
         self._saved_ids: Tensor | None = None
-        self._rows: list[_Rows] = []
+        self._rows: list[KeptRows] = []
 
     def check_recipe(self, others: Sequence[Technique]) -> None:
         """Refuse what reads or trains the embedding by the ids of the full table."""
@@ -109,6 +108,10 @@ class EmbeddingPruning(Technique):
         if len(self._kept) == embedding.num_embeddings:
             yield model
             return
+        if self.offload_folder is not None and not Path(self.offload_folder).is_dir():
+            raise SettingError(
+                f"offload_folder of embedding_pruning must be a folder, and {self.offload_folder} is none."
+            )
         holders = _holders(model, table)
         embeddings = [module for module, _ in holders if isinstance(module, nn.Embedding)]
         heads = [module for module, _ in holders if not isinstance(module, nn.Embedding)]
@@ -201,7 +204,8 @@ class EmbeddingPruning(Technique):
 
     def _prune(self, undo: ExitStack, model: nn.Module, parameter: nn.Parameter) -> None:
         """Swap the data of a parameter, so that ties, optimizers and names stay as they are."""
-        rows = _Rows(parameter, self._kept, self._at_home(parameter), _holders(model, parameter))
+        full = kept_at_home(parameter.detach(), self.offload_folder)
+        rows = KeptRows(parameter, self._kept, full, _holders(model, parameter))
         rows.shrink()
         undo.callback(rows.grow)
         self._follow(undo, rows)
@@ -216,18 +220,12 @@ class EmbeddingPruning(Technique):
         for module in embeddings:
             module.weight = own
             undo.callback(setattr, module, "weight", table)
-        self._follow(undo, _Rows(own, self._kept, table, [(module, "weight") for module in embeddings]))
+        self._follow(undo, KeptRows(own, self._kept, table, [(module, "weight") for module in embeddings]))
 
-    def _follow(self, undo: ExitStack, rows: "_Rows") -> None:
-        """Have state dicts of the modules give and take the full matrix."""
+    def _follow(self, undo: ExitStack, rows: KeptRows) -> None:
         self._rows.append(rows)
         undo.callback(self._rows.remove, rows)
-        for module, name in rows.holders:
-            if "pruned_rows" not in module.__dict__:
-                _set(undo, module, "pruned_rows", {})
-                undo.callback(module.register_state_dict_post_hook(_give_whole).remove)
-                undo.callback(module.register_load_state_dict_pre_hook(_take_part).remove)
-            module.__dict__["pruned_rows"][name] = rows
+        rows.in_state_dicts(undo)
 
     def _look_up_in(self, undo: ExitStack, module: nn.Embedding) -> None:
         positions = torch.full((module.num_embeddings,), NO_ROW, dtype=torch.int32)
@@ -257,21 +255,6 @@ class EmbeddingPruning(Technique):
         _buffer(undo, head, "pruned_ids", self._kept.to(head.weight.device))
         undo.callback(head.register_forward_hook(_spread).remove)
 
-    def _at_home(self, parameter: nn.Parameter) -> Tensor:
-        """The full values outside of the device: in host memory, or in a file that is mapped into it."""
-        values = parameter.detach()
-        if self.offload_folder is None or values.is_meta:
-            return values if values.is_meta else values.cpu()
-        if not (folder := Path(self.offload_folder)).is_dir():
-            raise SettingError(f"offload_folder of embedding_pruning must be a folder, and {folder} is none.")
-        handle, path = tempfile.mkstemp(dir=folder, prefix="embedding-")
-        os.close(handle)
-        try:
-            mapped = torch.from_file(path, shared=True, size=values.numel(), dtype=values.dtype)
-        finally:
-            os.unlink(path)  # the mapping stays until it is let go
-        return mapped.view(values.shape).copy_(values)
-
     def _refuse_trained_tie(self) -> None:
         if self._head is not None and self._table.requires_grad:
             raise SettingError(
@@ -279,41 +262,6 @@ class EmbeddingPruning(Technique):
                 "fewer rows is another loss. Freeze the embedding (as adapters do), accept that loss with "
                 "restricted_softmax: true, or take out embedding_pruning."
             )
-
-
-class _Rows:
-    """A parameter of which only some rows are there, and where the full values are."""
-
-    def __init__(self, parameter: nn.Parameter, kept: Tensor, full: Tensor, holders: list[tuple[nn.Module, str]]):
-        self.parameter = parameter
-        self.kept = kept
-        self.full = full  # a parameter where a head holds the full values in use
-        self.holders = holders
-
-    def shrink(self) -> None:
-        """Put the kept rows in place of the full values."""
-        device = self.parameter.device
-        _replace(self.parameter, self.parameter.detach()[self.kept.to(device)])
-
-    def grow(self) -> None:
-        """Put the full values back, with what the rows have become."""
-        whole, now = self.whole(), self.parameter
-        mapped = whole.untyped_storage().filename is not None
-        whole = whole.to(now.device, now.dtype)
-        _replace(now, whole.clone() if mapped else whole)
-
-    @torch.no_grad()
-    def whole(self) -> Tensor:
-        """The full values as of now, the same tensor every time."""
-        if not isinstance(self.full, nn.Parameter):
-            self.full[self.kept.to(self.full.device)] = self.parameter.detach().to(self.full)
-        return self.full.detach()
-
-    @torch.no_grad()
-    def take(self, whole: Tensor) -> Tensor:
-        """The kept rows of other full values, which take the place of those here."""
-        self.full.copy_(whole)
-        return whole[self.kept.to(whole.device)]
 
 
 class _Names:
@@ -367,19 +315,6 @@ def _spread(head: Any, args: Any, logits: Float[Tensor, "*batch kept"]) -> Float
     return logits.new_full((*logits.shape[:-1], head.pruned_size), low).index_copy(-1, head.pruned_ids, logits)
 
 
-def _give_whole(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for name, rows in module.pruned_rows.items():
-        if prefix + name in state_dict:
-            state_dict[prefix + name] = rows.whole()
-
-
-def _take_part(module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for name, rows in module.pruned_rows.items():
-        given = state_dict.get(prefix + name)
-        if given is not None and given.shape == rows.full.shape:
-            state_dict[prefix + name] = rows.take(given)
-
-
 def _input_embedding(model: nn.Module) -> nn.Embedding:
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -392,7 +327,7 @@ def _input_embedding(model: nn.Module) -> nn.Embedding:
             f"embedding_pruning needs an nn.Embedding of plain numbers as the input of {type(model).__name__}, got "
             f"{kind}. One that is adapted, saved as a whole or quantized must be pruned before that is done."
         )
-    if hasattr(embedding, "pruned_rows"):
+    if hasattr(embedding, ATTRIBUTE):
         raise SettingError("The embedding is pruned already: undo that first.")
     return embedding
 
@@ -433,15 +368,6 @@ def _over_processes(ids: Tensor) -> Tensor:
     all_ids: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(all_ids, ids)
     return torch.cat(all_ids).unique()
-
-
-def _replace(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape."""
-    parameter.grad = None
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    # autograd's accumulator knows the old shape, and a change of dtype is what it is thrown away for
-    parameter.data = torch.empty(0, dtype=other, device=data.device)
-    parameter.data = data
 
 
 def _set(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:

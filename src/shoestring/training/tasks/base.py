@@ -55,6 +55,10 @@ class Task(ABC):
         """The rows as model inputs."""
         return data
 
+    def model_inputs(self, data: DatasetDict, processor: Any) -> DatasetDict:
+        """The prepared rows with the ids that the model will get, for techniques that read the data."""
+        return data
+
     @abstractmethod
     def trainer(self, **kwargs: Any) -> Trainer:
         """A trainer of transformers or TRL in which a recipe rides along."""

@@ -85,6 +85,27 @@ class CausalLM(Task):
             data[split] = dataset
         return data
 
+    def model_inputs(self, data: DatasetDict, processor: Any) -> DatasetDict:
+        """The rows as TRL will encode them, before it cuts or packs them."""
+        end = self.settings.train.get("eos_token") or processor.eos_token or ""
+
+        def ids(text: Any, **options: Any) -> list[int]:
+            encoded = processor(text) if isinstance(text, str) else processor.apply_chat_template(text, **options)
+            return list(encoded["input_ids"])
+
+        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+            if "messages" in row:
+                return {"input_ids": ids(row["messages"], return_dict=True)}
+            if "prompt" not in row:
+                return {"input_ids": ids(row["text"] + end)}
+            whole = row["prompt"] + row["completion"] + (end if isinstance(row["prompt"], str) else [])
+            # at the seam, the end of the prompt may be other tokens than in the whole
+            opening = ids(row["prompt"], add_generation_prompt=True, return_dict=True)
+            return {"input_ids": [*opening, *ids(whole, return_dict=True)]}
+
+        made = {name: rows.map(encode, remove_columns=rows.column_names) for name, rows in data.items()}
+        return type(data)(made)
+
     def trainer(self, **kwargs: Any) -> Trainer:
         from ..trainer import recipe_sft_trainer
 
