@@ -118,6 +118,7 @@ class SharedNorm(Technique):
     phase: ClassVar[Phase] = Phase.ACTIVATION
     exact: ClassVar[bool] = True
     claims: ClassVar[frozenset[str]] = frozenset({"the norms of the blocks"})
+    removes: ClassVar[frozenset[str]] = frozenset({"norm inputs beside outputs", "normalised inputs"})
     largest_shift: float = 16.0
 
     def __post_init__(self) -> None:

@@ -116,6 +116,7 @@ class StepActivation(Technique):
     name: ClassVar[str] = "step_activation"
     phase: ClassVar[Phase] = Phase.ACTIVATION
     claims: ClassVar[frozenset[str]] = frozenset({"the activation functions of the blocks"})
+    removes: ClassVar[frozenset[str]] = frozenset({"activation inputs"})
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

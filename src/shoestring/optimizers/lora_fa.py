@@ -55,6 +55,7 @@ class LoraFA(Technique):
     phase: ClassVar[Phase] = Phase.OPTIMIZER
     alone_in_phase: ClassVar[bool] = True
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
+    removes: ClassVar[frozenset[str]] = frozenset({"inputs of trained weights"})
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
