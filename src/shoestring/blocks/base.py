@@ -35,12 +35,13 @@ _PASSES: contextvars.ContextVar[Mapping[int, "Pass"]] = contextvars.ContextVar(
 class Pass:
     """One forward of the model.
 
-    model: the one called. inputs: its arguments by name. calls: of blocks that wait for the last of their stack, by the
-    stack's name. undo: left when the forward ends. Techniques keep state of their own on it.
+    model: the one called. inputs: its arguments by name. state: whatever the technique keeps for this pass.
+    calls: of blocks that wait for the last of their stack, by the stack's name. undo: left when the forward ends.
     """
 
     model: nn.Module
     inputs: dict[str, Any]
+    state: Any = None
     calls: dict[str, list[BlockCall]] = field(default_factory=dict)
     undo: ExitStack = field(default_factory=ExitStack)
 
@@ -48,14 +49,16 @@ class Pass:
 class BlockTechnique(Technique):
     """Changes how blocks run. A subclass overrides `run` or `run_stack`, and where needed `begin`, `end` and `check`.
 
+    stacks: those of the model it is attached to.
     training_only: evaluation and generation run the stock blocks.
     handles_attention: the model's attention goes through `attention.handled_by`.
     """
 
     phase: ClassVar[Phase] = Phase.BLOCK
     alone_in_phase: ClassVar[bool] = True
+    stacks: list[Stack]
     training_only: ClassVar[bool] = True
-    handles_attention: ClassVar[bool] = False
+    handles_attention: bool = False
 
     def check(self, model: nn.Module, stacks: list[Stack]) -> None:
         """Raise SettingError where this model cannot be run this way."""
@@ -87,7 +90,7 @@ class BlockTechnique(Technique):
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
-        stacks = find_stacks(model)
+        self.stacks = stacks = find_stacks(model)
         self.check(model, stacks)
         with ExitStack() as undo:
             if self.handles_attention:
@@ -95,25 +98,27 @@ class BlockTechnique(Technique):
             for stack in stacks:
                 for index, block in enumerate(stack.blocks):
                     undo.enter_context(_swapped(block, partial(self._block, stack, index, block, block.forward)))
-            hooks = (
-                model.register_forward_pre_hook(self._before, with_kwargs=True),
-                model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            )
-            for hook in hooks:
-                undo.callback(hook.remove)
+            beginnings = [model]
+            if not self.training_only:  # generation calls parts of the model by themselves, such as its encoder
+                beginnings += [model.get_submodule(stack.name.rpartition(".")[0]) for stack in stacks]
+            for module in dict.fromkeys(beginnings):
+                undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
             yield model
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.training_only and not (model.training and torch.is_grad_enabled()):
+        if self.current is not None or (self.training_only and not (model.training and torch.is_grad_enabled())):
             return None
-        _refuse_calls_that_need_stock_blocks(self.name, model, kwargs)
         current = Pass(model, {**_named(model, args), **kwargs})
-        current.undo.enter_context(_without_cache(model))
-        self.begin(current)
-        if self.handles_attention:
-            current.undo.enter_context(masks_by_rows())
-        token = _PASSES.set({**_PASSES.get(), id(self): current})
-        current.undo.callback(_PASSES.reset, token)
+        _refuse_calls_that_need_stock_blocks(self, model, current.inputs)
+        with ExitStack() as undo:  # undone at once if something here raises, by _after otherwise
+            undo.enter_context(_without_cache(model))
+            self.begin(current)
+            if self.handles_attention:
+                undo.enter_context(masks_by_rows())
+            token = _PASSES.set({**_PASSES.get(), id(self): current})
+            undo.callback(_PASSES.reset, token)
+            current.undo = undo.pop_all()
         return (), current.inputs
 
     def _after(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any = None) -> Any:
@@ -203,13 +208,20 @@ def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(names, args, strict=False))
 
 
-def _refuse_calls_that_need_stock_blocks(name: str, model: nn.Module, kwargs: dict[str, Any]) -> None:
-    for wanted in ("output_attentions", "output_hidden_states", "use_cache"):
-        if kwargs.get(wanted):
-            raise SettingError(f"{wanted} is not there under {name}; ask for it in evaluation, or leave it out.")
-    if kwargs.get("past_key_values") is not None:
-        raise SettingError(f"{name} runs whole sequences; past_key_values cannot be given, as prefix tuning does.")
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+def _refuse_calls_that_need_stock_blocks(technique: BlockTechnique, model: nn.Module, inputs: dict[str, Any]) -> None:
+    name = technique.name
+    if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
+        raise SettingError(
+            f"{name} runs whole sequences and keeps no keys and values: pass use_cache=False, and no past_key_values, "
+            "as prefix tuning does."
+        )
+    config = getattr(model, "config", None)
+    for wanted in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        given = inputs.get(wanted)
+        if getattr(config, wanted, False) if given is None else given:
+            where = "ask for it in evaluation, or " if technique.training_only else ""
+            raise SettingError(f"{wanted} is not there under {name}; {where}leave it out.")
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise SettingError(
             f"gradient_checkpointing of the trainer runs blocks again without {name}; switch it off and add the "
             "technique recompute to the recipe."
