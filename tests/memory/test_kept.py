@@ -294,17 +294,32 @@ def test_a_technique_outside_the_package_is_named(monkeypatch):
     assert any("smaller" in row.removed_by for row in of_batch(lora(llama())).rows)
 
 
-@pytest.mark.parametrize(("technique", "kinds"), [("shared_norm", ["norm inputs beside outputs"])])
-def test_what_is_said_to_go_goes_to_the_byte(technique, kinds, techniques):
-    adapters = LoraConfig(r=RANK, target_modules=ALL)
-    with Recipe(adapters)(llama()) as model:
+NORMS = ["norm inputs beside outputs", "normalised inputs"]
+MLPS = ["activation outputs", "gated products"]
+
+
+@pytest.mark.parametrize(("technique", "kinds"), [("shared_norm", NORMS), ("lean_mlp", MLPS)])
+@pytest.mark.parametrize("adapters", [[LoraConfig(r=RANK, target_modules=ALL)], []], ids=["lora", "full"])
+def test_what_is_said_to_go_goes_to_the_byte(technique, kinds, adapters, techniques):
+    with Recipe(*adapters)(llama()) as model:
         before = of_batch(model.train())
-    with Recipe(adapters, techniques[technique]())(llama()) as model:
+    with Recipe(*adapters, techniques[technique]())(llama()) as model:
         after = of_batch(model.train())
     expected = sum(before.bytes_of(kind) for kind in kinds)
     assert expected > 0
+    assert set(kinds) <= techniques[technique].removes
     assert before.saved_bytes - after.saved_bytes == expected
-    assert [after.bytes_of(kind) for kind in kinds] == [0] * len(kinds)
+    assert not set(kinds) & set(spare(after))
+
+
+def test_a_block_without_what_is_spare_keeps_what_the_table_of_operations_says(techniques):
+    adapters = LoraConfig(r=RANK, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
+    with Recipe(adapters, techniques["shared_norm"](), techniques["lean_mlp"]())(llama()) as model:
+        ledger = Ledger(model.train(), module_depth=5)
+        with ledger:
+            model(**batch()).loss.backward()
+    kept = ledger.report().by_module["base_model.model.model.layers.1"]
+    assert kept == pytest.approx(needed_of_a_block(inputs_of_width=2, num_adapters=6), rel=0.05)
 
 
 # A real model

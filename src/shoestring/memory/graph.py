@@ -47,7 +47,7 @@ class Slot:
 
     value: the edge it came in by; None if the node made it, as softmax keeps its result.
     serves: edges whose gradients need it.
-    tensor: the tensor, or one that a hook packed in its place (`packed`).
+    tensor: the tensor, or one that stands in what a hook made of it (`packed`).
     """
 
     node: Any
@@ -91,10 +91,9 @@ class Graph:
         """All tensors that nodes keep."""
         for node in self.nodes:
             for name, saved in _saved(node):
-                packed = getattr(saved, "unpack_hook", None) is not None
                 content = saved if isinstance(saved, Tensor) else saved.data
                 for tensor in tensors_in(content):
-                    yield Slot(node, name, *_edges(node, name), tensor, packed)
+                    yield Slot(node, name, *_edges(node, name), tensor, packed=content is not tensor)
 
 
 def through(edge: Edge, kinds: frozenset[str]) -> Edge:

@@ -7,10 +7,10 @@ Needed   The input of a weight that trains; and what passes a gradient on to a l
 Spare    Kept although a trained weight's gradient does not need it in this form: it can be formed again, element by
          element or row by row, from what is needed; it stands there twice; a seed replaces it; or the same gradient can
          be had without it (logits in chunks, fused attention). What is left after removing all of it is enough.
-Misses   Tensors packed by a saved-tensor hook and those that Python holds beside the graph, such as the inputs of a
-         checkpointed block, are counted and named so, and never called spare. Values decide what is a dropout mask and
-         whether two masks are equal, so fake tensors tell neither. Weight arithmetic between a kept tensor and the
-         weight it serves (DoRA) is reported as passing gradients.
+Misses   Tensors that a saved-tensor hook put into another form, and those that Python holds beside the graph, such as
+         the inputs of a checkpointed block, are counted and named so, and never called spare. Values decide what is a
+         dropout mask and whether two masks are equal, so fake tensors tell neither. Weight arithmetic between a kept
+         tensor and the weight it serves (DoRA) is reported as passing gradients.
 """
 
 import re
@@ -265,11 +265,11 @@ class _Explanation:
             need = "nothing"
             serves_none = all(edge[0] is None for slot in uses for edge in slot.serves)
             parts = {"inputs of frozen layers" if serves_none else "unused gradient paths": size}
-        elif any(slot.packed for slot in needed):
+        elif not (plain := [slot for slot in needed if not slot.packed]):
             parts = {"packed": size}
         else:
-            chosen, kind = self._kind(key, needed, born_in)
-            repeats = max(map(_repeats, needed)) if kind == "attention inputs" else 1
+            chosen, kind = self._kind(key, plain, born_in)
+            repeats = max(map(_repeats, plain)) if kind == "attention inputs" else 1
             parts = {kind: size // repeats}
             if repeats > 1:
                 parts["repeated heads"] = size - size // repeats
