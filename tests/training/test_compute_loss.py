@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from shoestring.objectives import ChunkedLoss
 from shoestring.recipe import Phase, Recipe, Technique, attached_to
 from shoestring.training import RecipeCallback, recipe_sft_trainer
 
@@ -132,3 +133,14 @@ def test_a_loss_over_a_share_of_the_tokens_is_refused_in_plain_sft_trainer(sft):
     trainer = sft(HalfOfTheLabels(), trainer=SFTTrainer, callbacks=[RecipeCallback()])
     with pytest.raises(ValueError, match="recipe_sft_trainer"):
         trainer.train()
+
+
+def test_chunked_loss_leaves_trl_to_its_own_head(sft):
+    def losses(*techniques: Technique) -> list[float]:
+        trainer = sft(*techniques, max_steps=2)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    with pytest.warns(UserWarning, match="chunked_loss has no effect"):
+        mine = losses(ChunkedLoss())
+    assert mine == losses()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..errors import SettingError
@@ -125,10 +126,13 @@ def find_head(model: nn.Module, name: str) -> tuple[PreTrainedModel, nn.Linear]:
     if isinstance(head, ModulesToSaveWrapper):  # a whole copy of the head that peft trains
         head = head.modules_to_save[head.active_adapters[0]]
     where = next((path for path, module in owner.named_modules() if module is head), "the head")
-    if type(head) is not nn.Linear:
+    kind = type(head)
+    if kind is nn.Linear and is_traceable_wrapper_subclass(head.weight):  # quantised or sharded
+        kind = type(head.weight)
+    if kind is not nn.Linear:
         raise SettingError(
-            f"{name} needs a plain nn.Linear as output head, but {where} is of type {type(head).__name__}: leave it "
-            f"out of target_modules and of quantization (modules_to_save trains a copy of it), or leave out {name}."
+            f"{name} needs a plain nn.Linear as output head, but {where} is of type {kind.__name__}: leave it out of "
+            f"target_modules and of quantization (modules_to_save trains a copy of it), or leave out {name}."
         )
     return owner, head
 
@@ -138,7 +142,8 @@ def _forward_replaced(module: nn.Module, replacement: Callable[..., Any]) -> Ite
     """Call `replacement(plain forward, module, ...)` in place of `module.forward`, on deep copies of it too."""
     before = module.__dict__.get("forward")
 
-    @functools.wraps(module.forward)  # trainers and generate() read the signature
+    # trainers and generate() read the signature, which a bound method has lost its `self` from
+    @functools.wraps(getattr(module.forward, "__func__", type(module).forward))
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = before if before is not None else functools.partial(type(self).forward, self)
         return replacement(plain, self, *args, **kwargs)
@@ -327,7 +332,8 @@ class LazyLogits:
     def __add__(self, other: Any) -> LazyLogits:
         if not isinstance(other, Tensor) or other.requires_grad or other.numel() != self.shape[-1]:
             raise self._wanted("an addition of something else than a fixed bias for each word")
-        return self._with(self.hidden, Shift(other.to(self.dtype).flatten()))
+        promoted = self.to(torch.promote_types(self.dtype, other.dtype))
+        return promoted._with(self.hidden, Shift(other.flatten()))
 
     __radd__ = add = __add__
 

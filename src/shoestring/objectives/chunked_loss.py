@@ -5,8 +5,8 @@ Update   for rows C of h: Z = h_C W^T + b, lse = log sum exp Z, loss = sum (lse 
          dh_C = P W, dW += P^T h_C, db += sum P, all in the forward; backward multiplies them by the upstream gradient
 Shapes   h [rows, width], W [vocabulary, width], y [rows]
 Trains   what trained before: h, W and b get the gradients they had
-Costs    keeps dh, and dW where W trains; one chunk of logits at a time, two with soft-capping. No second product with
-         W: time as before, less where labels are masked, as rows without a label are left out
+Costs    keeps dh, and dW where W trains; one chunk of logits at a time, two with soft-capping. Time as before, and less
+         where labels are masked: rows without a label are left out
 Differs  Chunks are counted over labelled rows. Gradients are scaled in place as backward hands them on, and are outside
          of saved-tensor hooks, so that no technique rounds them. dW is summed in float32 where W is narrower.
 """
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import SettingError
@@ -137,24 +138,15 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The summed loss and its gradients for hidden, weight and bias, where wanted."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = (labels != plan.ignore_index).nonzero().squeeze(1)
+    rows = _labelled_rows(labels, plan.ignore_index)
     of_hidden = torch.zeros_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
     losses = []
     for some in rows.split(plan.chunk_rows or rows_of_chunk(len(rows), *weight.shape)):
         h = hidden[some]
-        z, kept = F.linear(h, weight, bias), []
-        for step in plan.steps:
-            z, needed = step.forward(z)
-            kept.append(needed)
-        loss, gradient = _softmax_loss(z.to(wide), labels[some], plan.label_smoothing)
-        del z
+        loss, gradient = _of_chunk(h, weight, labels[some], bias, plan, wide)
         losses.append(loss)
-        if not any(wanted):
-            continue
-        for step, needed in zip(reversed(plan.steps), reversed(kept), strict=True):
-            gradient = step.backward(gradient, needed)  # type: ignore[arg-type]  # each gets what it kept
         if of_bias is not None:
             of_bias += gradient.sum(0)
         gradient = gradient.to(h.dtype)
@@ -164,22 +156,39 @@ def _in_chunks(
             of_weight.addmm_(gradient.T, h)
         elif of_weight is not None:
             of_weight += gradient.T @ h
+        del gradient, h  # before the next chunk comes
     if of_weight is not None and weight.dtype != torch.float16:  # whose range sums that are not yet scaled may leave
         of_weight = of_weight.to(weight.dtype)
-    total = torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=wide)
-    return total, of_hidden, of_weight, of_bias
+    return torch.cat(losses).sum(), of_hidden, of_weight, of_bias
 
 
-def _softmax_loss(z: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Loss of each row and the gradient of their sum; `z` [rows, vocabulary] is overwritten by the gradient."""
+def _labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
+    """Positions of the rows that count; all where labels have no values, as in a forward that is only planned."""
+    if labels.is_meta or isinstance(labels, FakeTensor):
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
+def _of_chunk(
+    h: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, plan: _Plan, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row and the gradient of their sum for what the linear layer gives, in one tensor after the other."""
+    z, kept = F.linear(h, weight, bias), []
+    for step in plan.steps:
+        z, needed = step.forward(z)
+        kept.append(needed)
     labels = labels[:, None]
+    z = z.to(wide)
     z -= z.amax(1, keepdim=True)
-    target = (1 - label_smoothing) * z.gather(1, labels).squeeze(1)
-    if label_smoothing:
-        target += label_smoothing * z.mean(1)
+    target = (1 - plan.label_smoothing) * z.gather(1, labels).squeeze(1)
+    if plan.label_smoothing:
+        target += plan.label_smoothing * z.mean(1)
     total = z.exp_().sum(1, keepdim=True)
     loss = total.log().squeeze(1) - target
     gradient = z.div_(total)
-    if label_smoothing:
-        gradient -= label_smoothing / z.shape[1]
-    return loss, gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, label_smoothing - 1))
+    if plan.label_smoothing:
+        gradient -= plan.label_smoothing / z.shape[1]
+    gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, plan.label_smoothing - 1))
+    for step, needed in zip(reversed(plan.steps), reversed(kept), strict=True):
+        gradient = step.backward(gradient, needed)  # type: ignore[arg-type]  # each gets what it kept
+    return loss, gradient
