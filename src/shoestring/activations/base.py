@@ -1,11 +1,11 @@
 """Codecs: how a tensor kept for backward is stored, and the one place where all of them act.
 
-Method   torch calls a pair of hooks for each tensor that autograd keeps; of nested pairs only the innermost is called, so
-         each model has one pair, and the codecs of a recipe run one after another inside it: those that compress, then
-         those that put what is left elsewhere. The pair is in force during the model's own forward, while it trains.
-Keeps    Weights, buffers and quantization constants, views of them too, and layouts other than strided stay as they are.
-         Each storage is packed once: queries, keys and values that read one x share one copy of it. A view of less than
-         half its storage is packed by itself.
+Method   torch calls a pair of hooks for each tensor that autograd keeps. Of nested pairs only the innermost is called,
+         so each model has one pair, and the codecs of a recipe run one after another inside it: those that compress,
+         then those that put what is left elsewhere. It is in force during the model's own forward, while it trains.
+Keeps    Weights, buffers and quantization constants, views of them too, and layouts other than strided stay as they
+         are. Each storage is packed once: queries, keys and values that read one x share one copy of it. A view of less
+         than half its storage is packed by itself.
 In place A packed tensor has the values it had when it was saved, so changing the original later does no harm, where
          plain torch would refuse. One that is kept as it is refuses as in plain torch.
 Beside   Under torch's checkpoint, not reentrant, only what a checkpointed block takes in arrives here.
@@ -13,10 +13,11 @@ Misses   Tensors that a custom autograd function puts on `ctx` without `save_for
          model's forward keeps. Graphs that torch.compile made.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -53,7 +54,7 @@ class Codec(Technique):
     min_bytes: smaller tensors stay as they are.
 
     stage: compression comes before storage.
-    reads_operations: `excludes` wants to know the operation; costs some microseconds for each torch function called.
+    reads_operations: `packer` wants to know the operation; costs some microseconds for each torch function called.
     """
 
     phase = Phase.ACTIVATION
@@ -80,15 +81,20 @@ class Codec(Technique):
         """Whether `pack` should be called for a tensor, a saved one or part of what a codec before this one packed."""
         return tensor.is_floating_point() and tensor.nbytes >= self.min_bytes
 
-    def excludes(self, tensor: Tensor, operation: Operation | None) -> bool:
-        """Whether a tensor, in the shape in which `operation` saves it, must stay as it is."""
-        return False
+    def packer(self, tensor: Tensor, operation: Operation | None) -> Callable[[Tensor], Any] | None:
+        """What packs a tensor, which has the shape in which `operation` saves it; None: it must stay as it is."""
+        return self.pack
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Pack what the model's training forwards keep, together with the codecs that are there already."""
         with _joined(self, model):
             yield model
+
+
+class _Packer(NamedTuple):
+    codec: Codec
+    pack: Callable[[Tensor], Any]
 
 
 @dataclass
@@ -99,11 +105,12 @@ class _Stored:
     packed: Any
 
 
-def _store(tensor: Tensor, codecs: list[Codec]) -> Any:
-    for index, codec in enumerate(codecs):
+def _store(tensor: Tensor, packers: list[_Packer]) -> Any:
+    """The tensor, or a `_Stored` where a codec took it."""
+    for index, (codec, pack) in enumerate(packers):
         if codec.takes(tensor):
-            rest = codecs[index + 1 :]
-            return _Stored(codec, tree_map_only(Tensor, lambda part: _store(part, rest), codec.pack(tensor)))
+            store_part = partial(_store, packers=packers[index + 1 :])
+            return _Stored(codec, tree_map_only(Tensor, store_part, pack(tensor)))
     return tensor
 
 
@@ -111,25 +118,6 @@ def _load(stored: Any) -> Tensor:
     if isinstance(stored, _Stored):
         return stored.codec.unpack(tree_map_only(_Stored, _load, stored.packed))
     return stored
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A storage, or part of one, that any number of saved tensors share."""
-
-    stored: Any
-    original: "_Kept | None"  # where no codec took it
-    loaded: ReferenceType[Tensor] | None = field(default=None, repr=False)
-
-    def load(self) -> Tensor:
-        """All of it, in one dimension; the same tensor as long as somebody still uses the last one."""
-        if self.original is not None:
-            return self.original.load()
-        flat = self.loaded() if self.loaded is not None else None
-        if flat is None:
-            flat = _load(self.stored)
-            self.loaded = ref(flat)
-        return flat
 
 
 class _Kept:
@@ -146,6 +134,24 @@ class _Kept:
                 f"saved: it is at version {self.tensor._version}, expected {self.version}."
             )
         return self.tensor
+
+
+class _Entry:
+    """A storage, or part of one, that any number of saved tensors share."""
+
+    def __init__(self, stored: _Stored | _Kept):
+        self.stored = stored
+        self._loaded: ReferenceType[Tensor] | None = None
+
+    def load(self) -> Tensor:
+        """All of it, in one dimension; the same tensor as long as somebody still uses the last one."""
+        if isinstance(self.stored, _Kept):
+            return self.stored.load()
+        flat = self._loaded() if self._loaded is not None else None
+        if flat is None:
+            flat = _load(self.stored)
+            self._loaded = ref(flat)
+        return flat
 
 
 class _View(NamedTuple):
@@ -235,7 +241,7 @@ class _Manager:
         if not _is_plain(tensor) or id(tensor.untyped_storage()) in self._weights:
             return _Kept(tensor)
         entries = self._entries.setdefault(tensor.untyped_storage(), WeakValueDictionary())
-        size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+        size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
         whole_key = (tensor._version, tensor.dtype)
         part_key = (*whole_key, size, stride, offset)
         if whole_key in entries:
@@ -243,19 +249,22 @@ class _Manager:
         if part_key in entries:
             return _Part(entries[part_key], size, stride)
 
-        operation = self._watch.current if self._watch is not None else None
-        codecs = [codec for codec in self.codecs if not codec.excludes(tensor, operation)]
-        if codecs and _is_small_part(tensor):
-            stored = _store(tensor.contiguous().view(-1), codecs)
-            if isinstance(stored, _Stored):
-                entries[part_key] = entry = _Entry(stored, None)
-                return _Part(entry, size, stride)
-            return _Kept(tensor)
+        packers = self._packers(tensor)
+        if packers and _is_small_part(tensor):
+            stored = _store(tensor.contiguous().view(-1), packers)
+            if not isinstance(stored, _Stored):
+                return _Kept(tensor)
+            entries[part_key] = entry = _Entry(stored)
+            return _Part(entry, size, stride)
         flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
-        stored = _store(flat, codecs)
-        entry = _Entry(stored, None) if isinstance(stored, _Stored) else _Entry(None, _Kept(flat))
-        entries[whole_key] = entry
+        stored = _store(flat, packers)
+        entries[whole_key] = entry = _Entry(stored if isinstance(stored, _Stored) else _Kept(flat))
         return _View(entry, size, stride, offset)
+
+    def _packers(self, tensor: Tensor) -> list[_Packer]:
+        operation = self._watch.current if self._watch is not None else None
+        packers = ((codec, codec.packer(tensor, operation)) for codec in self.codecs)
+        return [_Packer(codec, pack) for codec, pack in packers if pack is not None]
 
 
 def _unpack(saved: "_Kept | _View | _Part") -> Tensor:

@@ -3,24 +3,26 @@ r"""Low-bit activations: tensors kept for backward in 8 or 4 bits, rounded at ra
 Source   Liu et al. 2022, GACT: Activation Compressed Training for Generic Network Architectures, arXiv:2206.11357
 Update   in groups of 256: m = min x, s = (max x - m) / (2^b - 1), code = floor((x - m) / s + u), u ~ U(0, 1);
          backward sees code * s + m, so E = x and |error| <= s
-Shapes   x [n]; codes [groups, 256 b / 8] bytes, two codes a byte at b = 4; m, s [groups]
-Costs    b / 8 + 8 / 256 bytes an element in place of 4 (0.26 of float32 at 8 bits, 0.13 at 4; 0.52 and 0.26 of 16-bit
-         numbers); one pass over x to pack it, one to unpack it, in slices of a few million elements
-Error    of all gradients of a 4-layer model together, relative: about 1 % at 8 bits, 15 to 25 % at 4. Random, and unbiased
-         for what linear layers keep; what an activation function or a norm keeps enters its derivative, which bends it.
-Keeps    integers, booleans and random states (by dtype); norm statistics and attention's log-sum-exp (one number a row, or
-         saved by a norm or an attention of torch in another shape than its inputs); probabilities of softmax and
-         cross-entropy (by operation); masks given to attention; copies of weights that autocast makes; small tensors.
+Shapes   x [n]; codes [groups, 256], two to a byte at b = 4; m, s [groups]
+Costs    b / 8 + 8 / 256 bytes an element in place of 4: 0.26 of float32 at 8 bits, 0.13 at 4; twice that of 16-bit
+         numbers. One pass over x to pack it and one to unpack it, in slices of a few million elements.
+Error    ERRORS
+Keeps    integers, booleans and random states (by dtype); norm statistics and attention's log-sum-exp (one number a row,
+         or saved by a norm or an attention of torch in another shape than its inputs); what softmax gives (by the
+         operation); masks given to attention; copies of weights that autocast makes; small tensors.
          A log-sum-exp that an attention outside torch keeps is not known as one.
-Differs  the bits are the same everywhere: GACT allots them by measured sensitivity. A NaN or an infinity spreads over
-         its group as NaN.
+Differs  Bits are the same everywhere, where GACT allots them by measured sensitivity, but for exponents: torch's fused
+         attention computes exp(q k - lse) again in backward, so q and k get 16 bits, and stay as they are if they have
+         no more; log-probabilities get 8. A NaN or an infinity spreads over its group as NaN.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from ..errors import SettingError
@@ -28,15 +30,9 @@ from ..technique import register_technique
 from .base import Codec, Operation, Stage
 
 SLICE = 1 << 22  # elements quantized at a time: bounds what packing needs beside its result
-PROBABILITIES = {"softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "cross_entropy", "logsumexp"}
-WITH_STATISTICS = {
-    "scaled_dot_product_attention",
-    "layer_norm",
-    "rms_norm",
-    "group_norm",
-    "batch_norm",
-    "instance_norm",
-}
+PROBABILITIES = {"softmax", "softmin"}
+LOG_PROBABILITIES = {"log_softmax", "cross_entropy"}
+NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 
 
 @register_technique
@@ -67,28 +63,25 @@ class LowBitActivations(Codec):
             raise SettingError(f"group of low_bit_activations must be an even number from 2 on, got {self.group}.")
         self._packed = 0
 
-    def pack(self, tensor: Float[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor, int, torch.dtype]:
-        """Codes, minima, scales, and what the tensor was."""
-        codes, low, step = quantize(tensor, self.bits, self.group, self._generator(tensor.device))
-        return codes, low, step, tensor.numel(), tensor.dtype
+    def pack(self, tensor: Float[Tensor, " n"]) -> "_Packed":
+        """The tensor in `bits` bits an element."""
+        return self._round(tensor, self.bits)
 
-    def unpack(self, packed: tuple[Tensor, Tensor, Tensor, int, torch.dtype]) -> Float[Tensor, " n"]:
+    def unpack(self, packed: "_Packed") -> Float[Tensor, " n"]:
         """The tensor, each element off by a scale of its group at most."""
-        codes, low, step, numel, dtype = packed
-        return dequantize(codes, low, step, self.group, dtype).flatten()[:numel]
+        flat = dequantize(packed.codes, packed.low, packed.step, packed.bits, self.group, packed.dtype)
+        return flat.view(-1)[: packed.numel]
 
-    def excludes(self, tensor: Tensor, operation: Operation | None) -> bool:
-        """Whether few bits would do harm out of proportion to the bytes they save."""
+    def packer(self, tensor: Tensor, operation: Operation | None) -> Callable[[Tensor], Any] | None:
+        """`pack`, one with more bits for what is an exponent in backward, or None for what must stay as it is."""
         if tensor.dim() == 0 or tensor.shape[-1] == 1:
-            return True
-        if operation is None:
-            return False
-        if operation.name in PROBABILITIES:
-            return True
-        inputs = [value for value in (*operation.args, *operation.kwargs.values()) if isinstance(value, Tensor)]
-        if any(_is_cast_copy(tensor, value) for value in inputs):
-            return True
-        return operation.name in WITH_STATISTICS and not _is_like_an_input(tensor, operation)
+            return None
+        bits = self.bits if operation is None else _bits_for(tensor, operation, self.bits)
+        return partial(self._round, bits=bits) if 0 < bits < 8 * tensor.itemsize else None
+
+    def _round(self, tensor: Tensor, bits: int) -> "_Packed":
+        codes, low, step = quantize(tensor, bits, self.group, self._generator(tensor.device))
+        return _Packed(codes, low, step, bits, tensor.numel(), tensor.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """How many tensors were packed, which the next one's rounding depends on."""
@@ -107,14 +100,33 @@ class LowBitActivations(Codec):
         return torch.Generator(device).manual_seed((self.seed * 0x9E3779B1 + self._packed) % 2**32)
 
 
+class _Packed(NamedTuple):
+    """What `quantize` gave, and what the tensor was."""
+
+    codes: Tensor
+    low: Tensor
+    step: Tensor
+    bits: int
+    numel: int
+    dtype: torch.dtype
+
+
 def quantize(
     x: Float[Tensor, " n"], bits: int, group: int, generator: torch.Generator | None = None
-) -> tuple[UInt8[Tensor, "groups bytes"], Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
-    """Codes of `bits` bits, the minimum and the scale of each group; the last group is filled up with its last element."""
+) -> tuple[Integer[Tensor, "groups codes"], Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
+    """Codes of 16, 8 or 4 bits, the minimum and the scale of each group.
+
+    The last group is filled up with its last element. Codes are bytes, or of type int16 with the bits of a uint16.
+    """
     num_groups, highest_code = -(-x.numel() // group), 2**bits - 1
     wide = torch.promote_types(x.dtype, torch.float32)
-    codes = x.new_empty(num_groups, group * bits // 8, dtype=torch.uint8)
-    low, step = x.new_empty(2, num_groups, 1, dtype=wide).unbind()
+    low, step = x.new_empty(num_groups, 1, dtype=wide), x.new_empty(num_groups, 1, dtype=wide)
+    codes = torch.empty(
+        num_groups,
+        group // 2 if bits == 4 else group,
+        dtype=torch.int16 if bits == 16 else torch.uint8,
+        device=x.device,
+    )
     rows = max(SLICE // group, 1)
     for start in range(0, num_groups, rows):
         here = slice(start, start + rows)
@@ -126,17 +138,18 @@ def quantize(
         low[here] = minima
         # a group of equal numbers has scale 0, which the next line must not divide by
         step[here] = ((maxima - minima) / highest_code).clamp_min(torch.finfo(wide).tiny)
-        scaled = (part - low[here]).div_(step[here])
+        scaled = (part - minima).div_(step[here])
         scaled += torch.rand(part.shape, dtype=wide, device=x.device, generator=generator)
-        whole = scaled.clamp_(0, highest_code).to(torch.uint8)  # towards 0, the floor of what is not negative
-        codes[here] = whole if bits == 8 else whole[:, 0::2] | whole[:, 1::2] << 4
+        whole = scaled.clamp_(0, highest_code).to(torch.int32)  # towards 0, the floor of what is not negative
+        codes[here] = whole[:, 0::2] | whole[:, 1::2] << 4 if bits == 4 else whole
     return codes, low, step
 
 
 def dequantize(
-    codes: UInt8[Tensor, "groups bytes"],
+    codes: Integer[Tensor, "groups codes"],
     low: Float[Tensor, "groups 1"],
     step: Float[Tensor, "groups 1"],
+    bits: int,
     group: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "groups group"]:
@@ -146,10 +159,30 @@ def dequantize(
     for start in range(0, len(codes), rows):
         here = slice(start, start + rows)
         whole = codes[here]
-        if whole.shape[1] < group:
+        if bits == 4:
             whole = torch.stack([whole & 15, whole >> 4], dim=-1).flatten(1)
+        elif bits == 16:
+            whole = whole.to(torch.int32) & 0xFFFF
         x[here] = whole.to(low.dtype).mul_(step[here]).add_(low[here])
     return x
+
+
+def _bits_for(tensor: Tensor, operation: Operation, bits: int) -> int:
+    """Bits for a tensor that `operation` saves; 0 where it must stay as it is."""
+    inputs = [value for value in (*operation.args, *operation.kwargs.values()) if isinstance(value, Tensor)]
+    if operation.name in PROBABILITIES or any(_is_cast_copy(tensor, value) for value in inputs):
+        return 0
+    if operation.name in LOG_PROBABILITIES:
+        return max(bits, 8)
+    if operation.name in NORMS:
+        return bits if _is_like(tensor, inputs[0]) else 0
+    if operation.name == "scaled_dot_product_attention":
+        query, key, value = (_argument(operation, i, name) for i, name in enumerate(("query", "key", "value")))
+        mask = _argument(operation, 3, "attn_mask")
+        if _shares(tensor, query) or _shares(tensor, key):
+            return 16
+        return bits if _is_like(tensor, value) and not _shares(tensor, mask) else 0
+    return bits
 
 
 def _is_cast_copy(tensor: Tensor, weight: Tensor) -> bool:
@@ -160,12 +193,13 @@ def _is_cast_copy(tensor: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _is_like_an_input(tensor: Tensor, operation: Operation) -> bool:
-    """Whether an operation saves an input or a result of that shape, and not a mask or a statistic."""
-    mask = operation.kwargs.get("attn_mask", operation.args[3] if len(operation.args) > 3 else None)
-    if isinstance(mask, Tensor) and mask.untyped_storage() is tensor.untyped_storage():
-        return False
-    names = ("input", "query", "key", "value")
-    inputs = [*operation.args[:3], *(operation.kwargs.get(name) for name in names)]
-    shapes = [value.shape for value in inputs if isinstance(value, Tensor)]
-    return any(len(shape) == tensor.dim() and shape[-1] == tensor.shape[-1] for shape in shapes)
+def _argument(operation: Operation, index: int, name: str) -> Any:
+    return operation.args[index] if index < len(operation.args) else operation.kwargs.get(name)
+
+
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dim() == other.dim() and tensor.shape[-1] == other.shape[-1]
+
+
+def _shares(tensor: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and tensor.untyped_storage() is other.untyped_storage()

@@ -2,10 +2,10 @@ r"""Offload: tensors kept for backward wait in host memory or in files, and come
 
 Source   the exact form of torch.autograd.graph.save_on_cpu; a bounded number in flight as in torchtune and trl
 Update   none: every bit comes back
-Costs    host: on a GPU, pinned host memory for all that is kept, and `max_in_flight` tensors on the device. Copies run on
-         a stream of their own beside the computation; hidden where bytes / bandwidth is below a block's compute time
-         (32 MiB in about 1.3 ms at 25 GB/s). disk: one file a tensor, written and read while the computation waits.
-         Cheapest beside recomputation: then only the blocks' inputs are kept.
+Costs    host: for a model on a GPU, pinned memory for all that is kept, and `max_in_flight` tensors on the device.
+         Copies run on a stream of their own beside the computation, hidden where bytes / bandwidth is below a block's
+         compute time (32 MiB take about 1.3 ms at 25 GB/s). disk: one file a tensor, written and read while the
+         computation waits. Cheapest beside recomputation: then only the blocks' inputs are kept.
 Differs  integers and masks move too: nothing is rounded, so nothing needs sparing.
 """
 
@@ -44,6 +44,7 @@ class Offload(Codec):
     name = "offload"
     exact = True
     stage = Stage.STORAGE
+    removes = frozenset({"everything kept"})
 
     to: Literal["host", "disk"] = "host"
     folder: str | None = None
@@ -68,14 +69,19 @@ class Offload(Codec):
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Move what the model's training forwards keep; files are gone after."""
-        with self._opened() as self._place, super().attach(model):
-            yield model
-        self._place = None
+        with self._opened() as self._place:
+            try:
+                with super().attach(model):
+                    yield model
+            finally:
+                self._place = None
 
     def pack(self, tensor: Tensor) -> "_Moved":
         """Where the tensor went."""
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             return _Unreal(tensor)
+        if self.to == "host" and tensor.device.type != "cuda":
+            return _Slow(tensor)
         assert self._place is not None, "pack is called inside attach only"
         return self._place.put(tensor)
 
@@ -157,7 +163,7 @@ class _File:
         finalize(self, _remove, path)
         try:
             with open(path, "wb", buffering=0) as file:
-                _write(file.fileno(), memoryview(_bytes_of(tensor.detach().cpu()).numpy()))
+                _write(file.fileno(), tensor.cpu().view(torch.uint8).numpy().data)
         except OSError as error:
             _remove(path)
             raise RunFailed(
@@ -169,7 +175,7 @@ class _File:
         data = torch.empty(self.nbytes, dtype=torch.uint8)
         try:
             with open(self.path, "rb") as file:
-                read = file.readinto(data.numpy())
+                read = file.readinto(data.numpy().data)
         except FileNotFoundError:
             raise RunFailed(
                 f"offload no longer has {self.path}: call backward before the recipe is removed from the model."
@@ -179,10 +185,6 @@ class _File:
         if read != self.nbytes:
             raise RunFailed(f"offload wrote {self.nbytes:,} bytes to {self.path}, but only {read:,} are left.")
         return data.view(self.dtype).to(self.device)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _write(file: int, data: memoryview) -> None:
@@ -205,9 +207,7 @@ class _Host:
         self._coming: list[ReferenceType[_HostCopy]] = []
         self._last: ReferenceType[_HostCopy] | None = None
 
-    def put(self, tensor: Tensor) -> "_HostCopy | _Slow":
-        if tensor.device.type != "cuda":
-            return _Slow(tensor)
+    def put(self, tensor: Tensor) -> "_HostCopy":
         copy = _HostCopy(tensor, self, before=self._last)
         self._last = ref(copy)
         self._leaving.append(self._last)
@@ -237,7 +237,7 @@ class _Host:
 
 
 class _Slow:
-    """A copy on the CPU, for devices without streams that torch shares a way to use."""
+    """A copy on the CPU that the computation waits for: other accelerators than CUDA's."""
 
     def __init__(self, tensor: Tensor):
         self.copy, self.device = tensor.cpu(), tensor.device
@@ -257,13 +257,17 @@ class _OnDevice:
         self.home.wait_event(self.done)
 
 
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
 class _HostCopy:
     """One tensor in pinned memory, and on the device while it is on its way there or back."""
 
     def __init__(self, tensor: Tensor, place: _Host, before: "ReferenceType[_HostCopy] | None"):
         self.place, self.before = place, before
         self.device, self.version, self.is_coming, self.changed = tensor.device, tensor._version, False, False
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.host = _pinned(tensor)
         self.on_device: _OnDevice | None = _OnDevice(tensor, self._copy(tensor, self.host))
 
     def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
@@ -299,7 +303,7 @@ class _HostCopy:
             self.changed = tensor._version != self.version
         if self.changed:
             raise RuntimeError(
-                "A tensor that backward needs was changed in place while offload copied it; plain torch would refuse too."
+                "A tensor that backward needs was changed in place while offload copied it; change a copy of it."
             )
         self.place.fetch_before(self)
         return tensor
