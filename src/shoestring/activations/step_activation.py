@@ -7,7 +7,7 @@ Shapes   x [..., ff]; code = [x > c0] + [x > c1] + [x > c2], four to a byte
 Costs    ceil(n ff / 4) bytes in place of x; largest error of the derivative 0.55 (GELU), 0.54 (SiLU), both near 0.
          ReLU takes one bit, ceil(n ff / 8) bytes, and is exact; stock it keeps its result, which a linear layer that
          trains keeps too: a gain only before a frozen one. In a gated block, f(g) * u, the product still keeps f(g)
-         and u, and only g goes: `fused_glu` saves as much, exactly
+         and u, and only g goes: `lean_mlp` saves more, exactly
 Differs  f may be any GELU, tanh forms included, with the same constants; QuickGELU, x sigmoid(k x) = SiLU(k x) / k,
          takes SiLU's thresholds divided by k. Functions that a model does not hold as modules stay as they are
 """
