@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -60,6 +61,18 @@ class TokenMask:
         made = self._rows(queries)
         self._made.append((queries, made))
         return made
+
+    def part(self, queries: slice, keys: slice) -> Bool[Tensor, "batch _ queries keys"]:
+        """The keys of one range visible from the queries of another, the same for all samples; not remembered."""
+        if self.whole is not None:
+            return self.whole[:, :, queries, keys]
+        batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
+        query = torch.arange(queries.start, queries.stop, device=self.device)[None, None, :, None]
+        key = torch.arange(keys.start, keys.stop, device=self.device)[None, None, None, :]
+        visible = self.mask_function(batch, torch.zeros_like(batch), query, key)
+        if self.padding is not None:
+            visible = visible & self.padding[:, None, None, keys]
+        return visible.expand(self.batch_size, 1, queries.stop - queries.start, keys.stop - keys.start)
 
     def _rows(self, queries: Tensor) -> Tensor:
         if self.whole is not None:
@@ -123,12 +136,18 @@ def attend(
     return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
+# masks per group, made once for all blocks: a mask is kept for backward, and so would be each copy
+_GROUPED = WeakTensorKeyDictionary()
+
+
 def _per_group(mask: Tensor | None, kv_heads: int, groups: int) -> Tensor | None:
     if mask is None:
         return None
-    if mask.shape[1] == 1:
-        return mask.repeat(1, 1, groups, 1)
-    return mask.reshape(mask.shape[0], kv_heads, groups * mask.shape[2], mask.shape[3])
+    if mask.shape[1] > 1:
+        return mask.reshape(mask.shape[0], kv_heads, groups * mask.shape[2], mask.shape[3])
+    if mask not in _GROUPED:
+        _GROUPED[mask] = mask.repeat(1, 1, groups, 1)
+    return _GROUPED[mask]  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class BlockTechnique(Technique):
                 undo.enter_context(redirected(model))
             for stack in stacks:
                 for index, block in enumerate(stack.blocks):
-                    undo.enter_context(_swapped(block, partial(self._block, stack, index, block, block.forward)))
+                    undo.enter_context(forward_swapped(block, partial(self._block, stack, index, block, block.forward)))
             beginnings = [model]
             if not self.training_only:  # generation calls parts of the model by themselves, such as its encoder
                 beginnings += [model.get_submodule(stack.name.rpartition(".")[0]) for stack in stacks]
@@ -174,7 +174,8 @@ def running_passes() -> Mapping[int, Pass]:
 
 
 @contextmanager
-def _swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand in for a module's own inside the context."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -85,6 +85,12 @@ def _attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in block.named_modules() if "attention" in type(m).__name__.lower()]
 
 
+def attention_leaves(block: nn.Module) -> list[nn.Module]:
+    """The modules inside a block's attention that hold no others."""
+    inside = [module for _, attention in _attentions(block) for module in attention.modules()]
+    return list({id(m): m for m in inside if not list(m.children())}.values())
+
+
 @functools.cache
 def _signature(block_class: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(block_class.forward)
@@ -113,30 +119,71 @@ def gather_tokens(x: Shaped[Tensor, "_ tokens *rest"], index: Int[Tensor, "batch
     return x.expand(index.shape[0], *x.shape[1:]).gather(1, where)
 
 
+def scatter_tokens(
+    rows: Shaped[Tensor, "batch kept *rest"], index: Int[Tensor, "batch kept"], num_tokens: int
+) -> Tensor:
+    """The inverse of `gather_tokens`: [batch, num_tokens, *rest] with `rows` at the given positions and 0 elsewhere."""
+    rest = rows.shape[2:]
+    where = index.view(*index.shape, *(1 for _ in rest)).expand(*index.shape, *rest)
+    return rows.new_zeros(index.shape[0], num_tokens, *rest).scatter(1, where, rows)
+
+
 def take_tokens(value: Any, index: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
     """An argument of a block for some of its tokens: what runs along the token axis is gathered, the rest is as it was.
 
-    Along the token axis run tensors [tokens], [batch, tokens, ...] and [tokens, width], and query rows of
-    [batch, heads, tokens, keys]; tuples, lists and dicts of them too.
+    Tuples, lists and dicts are looked into. See `token_axis`.
     """
     if isinstance(value, dict):
         return {key: take_tokens(item, index, num_tokens) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(take_tokens(item, index, num_tokens) for item in value)
-    if not isinstance(value, Tensor):
+    axis = token_axis(value, num_tokens)
+    if axis is None:
         return value
-    if value.dim() == 4:
-        if value.shape[2] != num_tokens:
-            return value
-        heads_first = value.expand(index.shape[0], *value.shape[1:]).transpose(1, 2)
-        return gather_tokens(heads_first, index).transpose(1, 2)
-    if value.dim() in (2, 3) and value.shape[1] == num_tokens:
-        return gather_tokens(value, index)
-    if value.dim() in (1, 2) and value.shape[0] == num_tokens:
+    if axis == 0:
         return value[index]
-    return value
+    if axis == 1:
+        return gather_tokens(value, index)
+    heads_first = value.expand(index.shape[0], *value.shape[1:]).transpose(1, 2)
+    return gather_tokens(heads_first, index).transpose(1, 2)
+
+
+def token_axis(value: Any, num_tokens: int) -> int | None:
+    """The axis of a block's argument that runs along the tokens, or None.
+
+    There is one in tensors [tokens], [batch, tokens, ...] and [tokens, width], and in [batch, heads, tokens, keys].
+    """
+    if not isinstance(value, Tensor):
+        return None
+    if value.dim() == 4:
+        return 2 if value.shape[2] == num_tokens else None
+    if value.dim() in (2, 3) and value.shape[1] == num_tokens:
+        return 1
+    return 0 if value.dim() in (1, 2) and value.shape[0] == num_tokens else None
 
 
 def first_relative_bias(block: nn.Module) -> nn.Module | None:
     """The attention of a block that makes the bias by relative position for the whole stack (T5), or None."""
     return next((m for m in block.modules() if getattr(m, "has_relative_attention_bias", False)), None)
+
+
+MIXING = re.compile(r"BatchNorm|Mamba|SSM|RWKV|Hyena|DeltaNet|ShortConv|LSTM|GRU|Recurrent", re.IGNORECASE)
+ROUTING = re.compile(r"MoE|MoeBlock|SparseMoe|Router|Experts", re.IGNORECASE)
+
+
+def refuse_token_mixing(stack: Stack, technique: str) -> None:
+    """Raise SettingError where blocks mix tokens other than by attention, or route each token by what others do."""
+    for name, module in stack.blocks[0].named_modules():
+        what = type(module).__name__
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and max(module.kernel_size) > 1:
+            reason = "mixes neighbouring tokens"
+        elif MIXING.search(what):
+            reason = "couples tokens or samples"
+        elif ROUTING.search(what):
+            reason = "routes tokens to experts, with a balance over all of them"
+        else:
+            continue
+        raise SettingError(
+            f"{technique} needs blocks in which tokens meet in attention only, but {stack.name}.0.{name} ({what}) "
+            f"{reason}; use recompute instead."
+        )

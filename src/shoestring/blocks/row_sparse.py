@@ -1,0 +1,83 @@
+"""Stock blocks with only the selected rows of what they keep for backward: the same gradients on any attention.
+
+Rows of tokens outside the selection have a gradient of zero everywhere but at keys and values, which is where it is
+stopped; so what is stored of them is never read, and zeros can take its place. Tensors of another form than
+[batch, tokens, ...] or [batch * tokens, ...], such as heads-first queries and keys, are kept whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .token_selection import Selection
+
+
+@contextmanager
+def kept_by_rows(block: nn.Module, selection: Selection, batch: int, tokens: int) -> Iterator[None]:
+    """Store only the selected rows of what is saved inside the context and has rows for tokens; weights stay whole."""
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    rows = selection.mask.view(-1).nonzero().view(-1)
+
+    def pack(x: Tensor) -> Any:
+        fits = x.shape[:2] == (batch, tokens) or x.shape[:1] == (batch * tokens,)
+        if not fits or x.dim() < 2 or x.untyped_storage().data_ptr() in weights:
+            return x
+        flat = x.reshape(batch * tokens, -1)
+        return flat[rows], x.shape
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        kept, shape = packed
+        whole = kept.new_zeros(batch * tokens, kept.shape[1])
+        return whole.index_copy_(0, rows.to(whole.device), kept).view(shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@contextmanager
+def gradient_stopped(modules: list[nn.Module], of_input: Any) -> Iterator[None]:
+    """Stop gradients outside the selection at the outputs of `modules`.
+
+    of_input: gives, for the tensor a module was called with, the mask [batch, tokens] of its selection, or None.
+    """
+    with ExitStack() as undo:
+        for module in modules:
+            undo.callback(module.register_forward_hook(partial(_stop, of_input)).remove)
+        yield
+
+
+def _stop(of_input: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if not isinstance(output, Tensor) or not output.requires_grad or not args or not isinstance(args[0], Tensor):
+        return None
+    heads_first = args[0].dim() == 4  # a norm of queries or keys, [batch, heads, tokens, width]
+    mask = of_input(args[0].transpose(1, 2) if heads_first else args[0])
+    along = output.transpose(1, 2) if heads_first else output
+    if mask is None or along.shape[:2] != mask.shape:
+        return None
+    stopped = stopped_outside(along, mask)
+    return stopped.transpose(1, 2) if heads_first else stopped
+
+
+class _Stopped(torch.autograd.Function):
+    """The identity, with a gradient of zero where the mask is False."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (mask,) = gradients, ctx.saved_tensors
+        return gradient * mask.view(*mask.shape, *(1 for _ in gradient.shape[2:])), None
+
+
+def stopped_outside(x: Tensor, mask: Tensor) -> Tensor:
+    """`x`, [batch, tokens, ...], with a gradient of zero where `mask`, [batch, tokens], is False."""
+    return _Stopped.apply(x, mask)
