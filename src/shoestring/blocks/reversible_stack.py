@@ -1,0 +1,376 @@
+r"""Two coupled streams run forward without a graph, and backward by inverting block after block.
+
+One block        y1 = c1 x1 + F(x2),  y2 = c2 x2 + G(y1);  the next block gets (y1, y2), or (y2, y1) where `swapped`
+Its inverse      x2 = (y2 - G(y1)) / c2,  x1 = (y1 - F(x2)) / c1
+Its gradients    du = dy2 G'(y1);  dz = dy1 + du;  dx2 = c2 dy2 + dz F'(x2);  dx1 = c1 dz
+Kept             the last two streams, the bits that an inverse needs (see stream_arithmetic), and the random state
+                 before each F and G that draws numbers
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..errors import RunFailed
+from .stream_arithmetic import StreamArithmetic, has_values
+
+Part = Callable[[Tensor], Tensor]
+Slot = tuple[nn.Module, str]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """F and G of one block. G is None where it is 0. slots: where the trained parameters that they read stand."""
+
+    f: Part
+    g: Part | None
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What all blocks of a stack share.
+
+    factors: of the two streams, as the arithmetic has them. dtype: of the values that F and G are given, and of
+    gradients. autocast: what was active, replayed in backward; (enabled, dtype).
+    """
+
+    arithmetic: StreamArithmetic
+    factors: tuple[float, float]
+    swapped: bool
+    dtype: torch.dtype
+    device: torch.device
+    autocast: tuple[bool, torch.dtype]
+
+    @contextmanager
+    def replayed_autocast(self) -> Iterator[None]:
+        """Autocast as it was, without its cache: weights cast without a graph must not serve where one is needed."""
+        if self.device.type == "meta":
+            yield
+            return
+        enabled, dtype = self.autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+            yield
+
+
+def autocast_now(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on for a device, and its dtype."""
+    if device.type == "meta":
+        return False, torch.float32
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+Streams = tuple[Tensor, Tensor]
+
+
+def trained_slots(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
+    """Where the trained parameters under `modules` stand, those that adapters share with other layers included."""
+    slots: dict[tuple[int, str], Slot] = {}
+    for root in modules:
+        for module in root.modules():
+            shared = module.shared_state if isinstance(module, Adapter) else ()
+            for holder in (module, *(inner for state in shared for inner in state.modules())):
+                for name, parameter in holder._parameters.items():
+                    if parameter is not None and parameter.requires_grad:
+                        slots[id(holder), name] = holder, name
+    return tuple(slots.values())
+
+
+def parameters_at(slots: Iterable[Slot]) -> list[Tensor]:
+    """The parameters that stand there, each once."""
+    return list({id(p): p for module, name in slots if (p := module._parameters[name]) is not None}.values())
+
+
+@contextmanager
+def aliased(slots: Iterable[Slot]) -> Iterator[dict[int, Tensor]]:
+    """Put new leaves on the same storage in the parameters' places, so that hooks on parameters run once, outside.
+
+    Yields the leaf for each parameter's id.
+    """
+    own = [(module, name, module._parameters[name]) for module, name in slots]
+    leaves = {id(p): p.detach().requires_grad_() for _, _, p in own if p is not None}
+    try:
+        for module, name, parameter in own:
+            module._parameters[name] = leaves[id(parameter)]  # type: ignore[assignment]
+        yield leaves
+    finally:
+        for module, name, parameter in own:
+            module._parameters[name] = parameter
+
+
+class _Random:
+    """The random state of the CPU and of one device more."""
+
+    def __init__(self, device: torch.device):
+        self.device = device if device.type not in ("cpu", "meta") else None
+
+    def get(self) -> tuple[Tensor, ...]:
+        cpu = torch.get_rng_state()
+        if self.device is None:
+            return (cpu,)
+        return cpu, torch.get_device_module(self.device).get_rng_state(self.device)
+
+    def set(self, state: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(state[0])
+        if self.device is not None:
+            torch.get_device_module(self.device).set_rng_state(state[1], self.device)
+
+    @contextmanager
+    def replayed(self, state: tuple[Tensor, ...] | None) -> Iterator[None]:
+        """Run under `state`, and go on after as if nothing had been drawn; None: nothing will be drawn."""
+        if state is None:
+            yield
+            return
+        now = self.get()
+        self.set(state)
+        try:
+            yield
+        finally:
+            self.set(now)
+
+
+def run_segment(
+    rules: Rules,
+    couplings: Sequence[Coupling],
+    streams: Streams,
+    values: Streams,
+    inputs: Sequence[Tensor],
+    equal_at_start: bool,
+) -> tuple[Streams, Streams]:
+    """The streams after some blocks as numbers and as values; backward inverts the blocks.
+
+    values: the streams as the graph before knows them. inputs: leaves among what F and G read beside the streams and
+    parameters, each with the tensor of the graph that it stands for, as (tensor, leaf) pairs one after the other.
+    equal_at_start: both streams are the same where the segment begins, which backward then checks.
+    """
+    ends: list[Tensor] = []
+    tensors, leaves = tuple(inputs[::2]), tuple(inputs[1::2])
+    parameters = parameters_at(slot for coupling in couplings for slot in coupling.slots)
+    first, second = _Segment.apply(
+        rules, couplings, streams, leaves, len(tensors), equal_at_start, ends, *values, *tensors, *parameters
+    )
+    return (ends[0], ends[1]), (first, second)
+
+
+def run_ordinary(
+    rules: Rules, couplings: Sequence[Coupling], streams: Streams, values: Streams
+) -> tuple[Streams, Streams]:
+    """As `run_segment`, with the same numbers, in ordinary autograd."""
+    add, (c1, c2) = rules.arithmetic.add, rules.factors
+    (x1, x2), (v1, v2) = streams, values
+    for coupling in couplings:
+        delta = coupling.f(v2)
+        x1, _ = add(x1, c1, delta.detach())
+        v1 = linked(rules, x1, v1, delta, c1)
+        if coupling.g is not None:
+            delta = coupling.g(v1)
+            x2, _ = add(x2, c2, delta.detach())
+            v2 = linked(rules, x2, v2, delta, c2)
+        else:
+            x2, _ = add(x2, c2, None)
+            v2 = linked(rules, x2, v2, None, c2)
+        if rules.swapped:
+            x1, x2, v1, v2 = x2, x1, v2, v1
+    return (x1, x2), (v1, v2)
+
+
+def linked(rules: Rules, numbers: Tensor, x: Tensor, delta: Tensor | None, factor: float) -> Tensor:
+    """The value of `numbers`, to the graph c x + delta."""
+    gain = rules.arithmetic.gain(factor)
+    return _Linked.apply(lambda: rules.arithmetic.value(numbers, rules.dtype), gain, x, delta)
+
+
+def enter(rules: Rules, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Both streams begin as `hidden`: its numbers, and their value, to the graph `hidden` itself."""
+    carrier = hidden.to(rules.dtype)
+    numbers = rules.arithmetic.enter(carrier.detach())
+    gain = 1.0
+    return numbers, _Linked.apply(lambda: rules.arithmetic.value(numbers, rules.dtype), gain, carrier, None)
+
+
+class _Linked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], gain: float, x: Tensor, delta: Tensor | None) -> Tensor:
+        ctx.gain, ctx.dtype = gain, None if delta is None else delta.dtype
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        d_delta = None if ctx.dtype is None else dy.to(ctx.dtype)
+        return None, None, dy if ctx.gain == 1 else ctx.gain * dy, d_delta
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one block needs for its inverse beside its outputs: random states, and which packed rests are its own."""
+
+    random: tuple[Any, Any]
+    rests: tuple[int | None, int | None]
+
+
+class _Segment(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rules: Rules,
+        couplings: Sequence[Coupling],
+        streams: Streams,
+        leaves: tuple[Tensor, ...],
+        num_inputs: int,
+        equal_at_start: bool,
+        ends: list[Tensor],
+        *tensors: Tensor,
+    ) -> Streams:
+        random = _Random(rules.device)
+        x1, x2 = streams
+        rests: list[Tensor] = []
+        kept: list[_Kept] = []
+
+        def keep(rest: Tensor | None) -> int | None:
+            if rest is not None:
+                rests.append(rest)
+            return None if rest is None else len(rests) - 1
+
+        add, (c1, c2) = rules.arithmetic.add, rules.factors
+        for coupling in couplings:
+            delta, state_f = _run(rules, random, coupling.f, x2)
+            x1, rest1 = add(x1, c1, delta)
+            delta, state_g = _run(rules, random, coupling.g, x1)
+            x2, rest2 = add(x2, c2, delta)
+            kept.append(_Kept((state_f, state_g), (keep(rest1), keep(rest2))))
+            if rules.swapped:
+                x1, x2 = x2, x1
+        ctx.rules, ctx.couplings, ctx.leaves, ctx.kept = rules, couplings, leaves, kept
+        ctx.num_inputs, ctx.num_tensors, ctx.equal_at_start = num_inputs, len(tensors), equal_at_start
+        ctx.save_for_backward(x1, x2, *rests)
+        ends += [x1.detach(), x2.detach()]
+        return _own(rules, x1, streams), _own(rules, x2, streams)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
+        rules, leaves, couplings = ctx.rules, ctx.leaves, ctx.couplings
+        x1, x2, *rests = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # unless the graph is to be kept: the last streams are not needed for long
+        found = _Gradients(rules, leaves)
+        take_back, gain, (c1, c2) = rules.arithmetic.take_back, rules.arithmetic.gain, rules.factors
+        for coupling, kept in zip(reversed(couplings), reversed(ctx.kept), strict=True):
+            if rules.swapped:
+                x1, x2, d1, d2 = x2, x1, d2, d1
+            rest1, rest2 = (None if at is None else rests[at] for at in kept.rests)
+            delta, du = found.run(coupling.g, x1, d2, kept.random[1], coupling.slots)
+            x2 = take_back(x2, c2, delta, rest2)
+            d1 = d1 if du is None else d1 + du
+            delta, dv = found.run(coupling.f, x2, d1, kept.random[0], coupling.slots)
+            x1 = take_back(x1, c1, delta, rest1)
+            d2 = gain(c2) * d2 if dv is None else gain(c2) * d2 + dv
+            d1 = gain(c1) * d1
+            del delta, du, dv, rest1, rest2
+            for at in kept.rests:
+                if at is not None:
+                    rests[at] = None
+        if ctx.equal_at_start:
+            _check_start(rules, x1, x2)
+        parameters = parameters_at(slot for coupling in couplings for slot in coupling.slots)
+        given = [*(found.leaves[id(leaf)] for leaf in leaves), *(found.parameters.get(id(p)) for p in parameters)]
+        return *(None,) * 7, d1, d2, *given
+
+
+def _own(rules: Rules, numbers: Tensor, streams: Streams) -> Tensor:
+    """The value of a stream, in storage that no input of the function has."""
+    value = rules.arithmetic.value(numbers, rules.dtype)
+    return value.clone() if any(value is given for given in streams) else value
+
+
+def _run(rules: Rules, random: _Random, part: Part | None, numbers: Tensor) -> tuple[Tensor | None, Any]:
+    """What F or G says to a stream, and the random state before, if it drew numbers.
+
+    It runs with a graph, which is dropped at once, so that it takes the same paths and kernels as in backward.
+    """
+    if part is None:
+        return None, None
+    before = random.get()
+    with torch.enable_grad(), _no_packing(), rules.replayed_autocast():
+        delta = part(rules.arithmetic.value(numbers, rules.dtype).detach().requires_grad_()).detach()
+    drew = any(not torch.equal(a, b) for a, b in zip(before, random.get(), strict=True))
+    return delta, before if drew else None
+
+
+def _no_packing() -> Any:
+    """Spare saved-tensor hooks around the model the work on a graph that is dropped."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+class _Gradients:
+    """Runs parts again with a graph and adds up the gradients of parameters, by id, and of leaves."""
+
+    def __init__(self, rules: Rules, leaves: tuple[Tensor, ...]):
+        self.rules = rules
+        self.random = _Random(rules.device)
+        self.all_leaves = leaves
+        self.leaves: dict[int, Tensor | None] = {id(leaf): None for leaf in leaves}
+        self.parameters: dict[int, Tensor] = {}
+
+    def run(
+        self, part: Part | None, numbers: Tensor, dy: Tensor, state: Any, slots: tuple[Slot, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What F or G says to a stream, and the gradient of that stream; the graph is gone when it returns."""
+        if part is None:
+            return None, None
+        x = self.rules.arithmetic.value(numbers, self.rules.dtype).detach().requires_grad_()
+        with torch.enable_grad(), self.random.replayed(state), self.rules.replayed_autocast(), aliased(slots) as new:
+            delta = part(x)
+            wanted = [x, *self.all_leaves, *new.values()]
+            dx, *rest = torch.autograd.grad(delta, wanted, dy.to(delta.dtype), allow_unused=True)
+        for leaf, gradient in zip(self.all_leaves, rest, strict=False):
+            self.leaves[id(leaf)] = _sum(self.leaves[id(leaf)], gradient)
+        for key, gradient in zip(new, rest[len(self.all_leaves) :], strict=True):
+            if (total := _sum(self.parameters.get(key), gradient)) is not None:
+                self.parameters[key] = total
+        return delta.detach(), dx
+
+
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if total is None else total if more is None else total + more
+
+
+def _check_start(rules: Rules, x1: Tensor, x2: Tensor) -> None:
+    """Both streams began as the same numbers: whatever went wrong in between shows here.
+
+    Raises RunFailed where they differ in exact arithmetic, or far in floating point.
+    """
+    if not has_values(x1):
+        return
+    if not x1.is_floating_point():
+        if not torch.equal(x1, x2):
+            raise RunFailed(
+                "Blocks did not compute in backward what they computed in forward: the streams that were taken back "
+                "to the first block differ. A block keeps state, or draws numbers from a generator of its own, or its "
+                "kernels do not give the same result twice; try torch.use_deterministic_algorithms(True)."
+            )
+        return
+    error = ((x1 - x2).norm() / x1.norm().clamp_min(1e-30)).item()
+    if not error < 0.1:
+        raise RunFailed(
+            f"Streams taken back to the first block differ by {error:.1e} of their size: gradients are no longer "
+            "right. Set mode to exact, segment_blocks to a lower number or reversible_layers to fewer blocks."
+        )
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """The tensors that an output's graph ends in."""
+    found, seen, waiting = [], set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
