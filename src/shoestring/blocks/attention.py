@@ -124,7 +124,7 @@ def attend(
     if position_bias is not None:
         mask = position_bias if mask is None else position_bias + mask
     if original == "eager":
-        eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)[0]
     if options.get("softcap") is not None:
         raise SettingError("sdpa attention cannot cap scores; load this model with attn_implementation='eager'.")
@@ -147,7 +147,7 @@ def _per_group(mask: Tensor | None, kv_heads: int, groups: int) -> Tensor | None
         return mask.reshape(mask.shape[0], kv_heads, groups * mask.shape[2], mask.shape[3])
     if mask not in _GROUPED:
         _GROUPED[mask] = mask.repeat(1, 1, groups, 1)
-    return _GROUPED[mask]  # type: ignore[no-any-return]
+    return _GROUPED[mask]
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def _attention(
         options.setdefault("is_causal", False)
         mask = additive(mask.rows(positions), query)
     if original == "eager":
-        eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, mask, **options)
     return ALL_ATTENTION_FUNCTIONS[original](module, query, key, value, mask, **options)
 
@@ -253,7 +253,7 @@ def _mask(
             **stock.keywords, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         )
         return TokenMask(batch_size, kv_length, device=device, whole=whole)
-    padding = None if nothing_hidden else attention_mask[:, :kv_length].bool()
+    padding = None if attention_mask is None or nothing_hidden else attention_mask[:, :kv_length].bool()
     return TokenMask(batch_size, kv_length, mask_function, padding, device)
 
 

@@ -4,7 +4,6 @@ A stack is the list of equal blocks on one side of the model, so an encoder-deco
 model's own, whatever adapters sit inside them.
 """
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -91,7 +90,6 @@ def attention_leaves(block: nn.Module) -> list[nn.Module]:
     return list({id(m): m for m in inside if not list(m.children())}.values())
 
 
-@functools.cache
 def _signature(block_class: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(block_class.forward)
 

@@ -337,7 +337,7 @@ class _Streams:
             visible = self._reordered(visible) if reorder else visible
             return additive(visible, like)
 
-        return self._once("mask", mask, queries, make)  # type: ignore[no-any-return]
+        return self._once("mask", mask, queries, make)
 
     def _biased(self, options: dict[str, Any]) -> dict[str, Any]:
         bias = options.get("position_bias")
@@ -453,7 +453,7 @@ def _decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
     """What a decoder reads to predict `labels`: the same, one to the right."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
-        return inner.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[no-any-return]
+        return inner.prepare_decoder_input_ids_from_labels(labels=labels)
     config = inner.config
     shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
     return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
