@@ -1,8 +1,6 @@
 """What is kept and why, against counts by hand on tiny stock models, and against what techniques then really remove."""
 
 import copy
-import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +10,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-import shoestring
 from shoestring import assets
 from shoestring.memory import Kept, KeptReport, Ledger
 from shoestring.memory.kept import KINDS, REMOVABLE
@@ -196,6 +201,16 @@ def test_masks_of_an_encoder_and_its_gelu():
     assert report.bytes_of("activation inputs") == 2 * FLOAT * TOKENS * INNER
 
 
+def test_an_activation_of_several_operations_needs_its_input_only():
+    torch.manual_seed(0)
+    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": WORDS, "n_embd": WIDTH, "n_inner": INNER, "n_layer": 2, "n_head": HEADS}
+    report = of_batch(lora(GPT2LMHeadModel(GPT2Config(**sizes, **drops)), ["c_attn", "c_fc"], fan_in_fan_out=True))
+    one = FLOAT * TOKENS * INNER  # of new_gelu: x; 0.5 x, tanh and 1 + tanh
+    assert report.bytes_of("activation inputs") == 2 * one
+    assert spare(report)["activation outputs"] == 2 * 3 * one
+
+
 def test_relu_keeps_its_result_once_also_where_an_adapter_reads_it():
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     report = explained(model, lambda: model(torch.ones(11, 5)).sum().backward())
@@ -259,24 +274,15 @@ def test_the_backward_with_most_kept_is_explained():
 # Techniques
 
 
-@pytest.fixture(scope="module")
-def techniques() -> dict[str, type[Technique]]:
-    """Every technique of the package."""
-    for module in pkgutil.walk_packages(shoestring.__path__, "shoestring."):
-        if not module.name.startswith(("shoestring.cli", "shoestring.testing")):
-            importlib.import_module(module.name)
-    return TECHNIQUES
-
-
-def test_techniques_say_what_they_remove_in_the_words_of_the_report(techniques):
-    for name, cls in techniques.items():
+def test_techniques_say_what_they_remove_in_the_words_of_the_report():
+    for name, cls in TECHNIQUES.items():
         assert cls.removes <= REMOVABLE, name
 
 
 @pytest.mark.parametrize("kind", [kind for kind, about in KINDS.items() if about.spare])
-def test_all_that_is_spare_has_a_remedy(kind, techniques):
+def test_all_that_is_spare_has_a_remedy(kind):
     inside_blocks = {kind, "block activations", "everything kept"}
-    assert KINDS[kind].setting or any(cls.removes & inside_blocks for cls in techniques.values())
+    assert KINDS[kind].setting or any(cls.removes & inside_blocks for cls in TECHNIQUES.values())
 
 
 def test_a_technique_outside_the_package_is_named(monkeypatch):
@@ -300,21 +306,21 @@ MLPS = ["activation outputs", "gated products"]
 
 @pytest.mark.parametrize(("technique", "kinds"), [("shared_norm", NORMS), ("lean_mlp", MLPS)])
 @pytest.mark.parametrize("adapters", [[LoraConfig(r=RANK, target_modules=ALL)], []], ids=["lora", "full"])
-def test_what_is_said_to_go_goes_to_the_byte(technique, kinds, adapters, techniques):
+def test_what_is_said_to_go_goes_to_the_byte(technique, kinds, adapters):
     with Recipe(*adapters)(llama()) as model:
         before = of_batch(model.train())
-    with Recipe(*adapters, techniques[technique]())(llama()) as model:
+    with Recipe(*adapters, TECHNIQUES[technique]())(llama()) as model:
         after = of_batch(model.train())
     expected = sum(before.bytes_of(kind) for kind in kinds)
     assert expected > 0
-    assert set(kinds) <= techniques[technique].removes
+    assert set(kinds) <= TECHNIQUES[technique].removes
     assert before.saved_bytes - after.saved_bytes == expected
     assert not set(kinds) & set(spare(after))
 
 
-def test_a_block_without_what_is_spare_keeps_what_the_table_of_operations_says(techniques):
+def test_a_block_without_what_is_spare_keeps_what_the_table_of_operations_says():
     adapters = LoraConfig(r=RANK, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
-    with Recipe(adapters, techniques["shared_norm"](), techniques["lean_mlp"]())(llama()) as model:
+    with Recipe(adapters, TECHNIQUES["shared_norm"](), TECHNIQUES["lean_mlp"]())(llama()) as model:
         ledger = Ledger(model.train(), module_depth=5)
         with ledger:
             model(**batch()).loss.backward()
@@ -325,7 +331,7 @@ def test_a_block_without_what_is_spare_keeps_what_the_table_of_operations_says(t
 # A real model
 
 
-def test_a_pretrained_decoder_with_adapters(techniques):
+def test_a_pretrained_decoder_with_adapters():
     need("smollm2")
     model = AutoModelForCausalLM.from_pretrained(assets.model_folder("smollm2"), dtype=torch.float32)
     config, tokens = model.config, 24

@@ -300,7 +300,7 @@ class _Explanation:
             return "attention probabilities" if slot.tensor.ndim > 2 else "other"
         if any(self.graph.is_weight(edge) for edge in slot.serves) and slot.value is not None and norm is None:
             return "inputs of trained weights"
-        if operation in _ACTIVATIONS:
+        if operation in _ACTIVATIONS or self._in_activation(slot.node):
             return "activation inputs"
         if norm is not None:
             return "norm inputs" if slot.tensor.numel() == self._norm_sizes[norm] else "norm statistics"
@@ -335,11 +335,11 @@ class _Explanation:
         if norm is not None:
             inside = all(self._norm(slot.node) == norm for slot in uses)
             return "normalised inputs" if inside and operation in _CHEAP and all(map(self._available, inputs)) else None
-        if _made_here(uses, edge) or operation not in _CHEAP or not all(map(self._available, inputs)):
+        if operation not in _CHEAP or not all(map(self._available, inputs)):
             return None
-        if operation in _ACTIVATIONS:
+        if operation in _ACTIVATIONS or self._in_activation(edge[0]):
             return "activation outputs"
-        return "gated products" if operation == "Mul" else "copies"
+        return "gated products" if all(below is not None for below, _ in inputs) else "copies"
 
     def _repeated_constant(self, key: int, uses: list[Slot], born_in: str, dropped: bool) -> str | None:
         """For a tensor without gradient: a copy of one dropped before in the same block, or of an equal one."""
@@ -384,6 +384,11 @@ class _Explanation:
         while edge[0] is not None and (kind_of(edge[0]) in COPIES or self._is_dropout(edge[0])):
             edge = source(edge[0].next_functions[0])
         return edge[0] is not None and kind_of(edge[0]) in _SOFTMAXES
+
+    def _in_activation(self, node: Any) -> bool:
+        """Whether the node belongs to a module of an activation function that is made of several operations."""
+        name = self._classes.get(self.places.of(node)[0], "")
+        return any(word in name for word in ("activation", "gelu", "silu", "swish", "mish"))
 
     # Norms
 
@@ -438,11 +443,6 @@ def _origin(slot: Slot) -> Edge | None:
         return (slot.node, 0) if slot.name in _RESULTS else None
     edge = source(slot.value)
     return edge if edge[0] is not None else None
-
-
-def _made_here(uses: list[Slot], edge: Edge) -> bool:
-    """Whether the node that made a storage keeps it as its own result, as ReLU does."""
-    return any(slot.node is edge[0] for slot in uses)
 
 
 def _repeats(slot: Slot) -> int:
