@@ -222,6 +222,14 @@ class TestBytes:
         assert plain.largest["optimizer_state"] - pruned.largest["optimizer_state"] == 2 * fewer
         assert plain.largest["weights"] - pruned.largest["weights"] == fewer - 4 * 1009
 
+    def test_tables_that_share_a_weight_share_the_places_of_its_rows(self):
+        model = t5()
+        with Recipe(EmbeddingPruning(keep_ids=KEPT))(model):
+            tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == D]
+            assert len(tables) == 3
+            assert len({table.pruned_positions.data_ptr() for table in tables}) == 1
+            assert len({id(table.weight) for table in tables}) == 1
+
     def test_the_full_matrix_in_a_file_takes_no_host_memory_and_comes_back(self, tmp_path):
         model, before = bert(), state(bert())
         with Recipe(EmbeddingPruning(keep_ids=KEPT, offload_folder=str(tmp_path)))(model) as pruned:
@@ -533,6 +541,13 @@ class TestTiedHead:
             torch.testing.assert_close(weight.grad, full.grad[ids], rtol=1e-5, atol=1e-6)
             assert model.get_output_embeddings().weight is weight
             assert_same(state(model), state(plain))
+
+    def test_a_restricted_softmax_with_an_untied_head_is_told_to_change_nothing(self):
+        model = llama()
+        (batch,) = batches(model)
+        with pytest.warns(UserWarning, match="changes nothing here"):
+            pruned = Recipe(EmbeddingPruning(restricted_softmax=True)).apply(model, data=rows_of(model, [batch]))
+        assert torch.equal(pruned(**batch).logits, llama()(**batch).logits)
 
     def test_a_restricted_softmax_under_capped_logits_or_an_adapted_head_is_refused(self):
         torch.manual_seed(0)

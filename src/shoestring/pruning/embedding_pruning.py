@@ -115,6 +115,8 @@ class EmbeddingPruning(Technique):
         holders = _holders(model, table)
         embeddings = [module for module, _ in holders if isinstance(module, nn.Embedding)]
         heads = [module for module, _ in holders if not isinstance(module, nn.Embedding)]
+        if self.restricted_softmax and not heads:
+            warnings.warn("restricted_softmax of embedding_pruning changes nothing here: the head has its own weight.")
         with ExitStack() as undo:
             if heads and not self.restricted_softmax:
                 self._head = heads[0]
@@ -123,8 +125,11 @@ class EmbeddingPruning(Technique):
                 self._prune(undo, model, table)
                 for head in heads:
                     self._prune_head(undo, model, head)
+            positions = torch.full((embedding.num_embeddings,), NO_ROW, dtype=torch.int32)
+            positions[self._kept] = torch.arange(len(self._kept), dtype=torch.int32)
+            positions = positions.to(table.device)
             for shared in embeddings:
-                self._look_up_in(undo, shared)
+                self._look_up_in(undo, shared, positions)
             for module in model.modules():
                 for name in NEED_EVERY_ROW if self._head is None else (*NEED_EVERY_ROW, "tie_weights"):
                     if hasattr(type(module), name):
@@ -227,14 +232,12 @@ class EmbeddingPruning(Technique):
         undo.callback(self._rows.remove, rows)
         rows.in_state_dicts(undo)
 
-    def _look_up_in(self, undo: ExitStack, module: nn.Embedding) -> None:
-        positions = torch.full((module.num_embeddings,), NO_ROW, dtype=torch.int32)
-        positions[self._kept] = torch.arange(len(self._kept), dtype=torch.int32)
+    def _look_up_in(self, undo: ExitStack, module: nn.Embedding, positions: Int[Tensor, " vocabulary"]) -> None:
         padding = module.padding_idx
         _set(undo, module, "num_embeddings", len(self._kept))
-        _set(undo, module, "padding_idx", None if padding is None else int(positions[padding]))
+        _set(undo, module, "padding_idx", None if padding is None else self._kept.tolist().index(padding))
         _set(undo, module, "pruned_names", _Names(self._processor, self._seen))
-        _buffer(undo, module, "pruned_positions", positions.to(module.weight.device))
+        _buffer(undo, module, "pruned_positions", positions)
         undo.callback(module.register_forward_pre_hook(_look_up, with_kwargs=True).remove)
 
     def _prune_head(self, undo: ExitStack, model: nn.Module, head: nn.Module) -> None:
