@@ -50,6 +50,12 @@ class LowBitActivations(Codec):
     name = "low_bit_activations"
     stage = Stage.COMPRESSION
     reads_operations = True
+    # fmt: off
+    removes = frozenset({
+        "inputs of trained weights", "activation inputs", "activation outputs", "gated products", "norm inputs",
+        "norm inputs beside outputs", "normalised inputs", "attention inputs", "factors", "dropout outputs", "copies",
+    })
+    # fmt: on
 
     bits: int = 8
     group: int = 256

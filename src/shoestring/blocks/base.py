@@ -56,6 +56,7 @@ class BlockTechnique(Technique):
 
     phase: ClassVar[Phase] = Phase.BLOCK
     alone_in_phase: ClassVar[bool] = True
+    removes: ClassVar[frozenset[str]] = frozenset({"block activations"})
     stacks: list[Stack]
     training_only: ClassVar[bool] = True
     handles_attention: bool = False

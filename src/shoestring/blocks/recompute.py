@@ -39,7 +39,6 @@ class Recompute(BlockTechnique):
     name: ClassVar[str] = "recompute"
     phase: ClassVar[Phase] = Phase.RECOMPUTATION
     exact: ClassVar[bool] = True
-    removes: ClassVar[frozenset[str]] = frozenset({"block activations"})
     keep: Literal["nothing", "attention"] = "nothing"
     every: int = 1
 

@@ -37,6 +37,7 @@ class HeadLoss(Technique):
 
     phase: ClassVar[Phase] = Phase.OBJECTIVE
     claims: ClassVar[frozenset[str]] = frozenset({"the output head"})
+    removes: ClassVar[frozenset[str]] = frozenset({"logits"})
     _num_losses = 0
 
     @abstractmethod
