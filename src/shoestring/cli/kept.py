@@ -19,7 +19,8 @@ def spare_table(report: KeptReport) -> Table:
     table = _table(title, "module")
     for row in report.by_module():
         if row.spare:
-            table.add_row(row.kind, size(row.num_bytes), str(row.num_tensors), row.module or "(outside)", remedies(row))
+            module = row.module.removeprefix("base_model.model.") or "(outside the modules)"
+            table.add_row(row.kind, size(row.num_bytes), str(row.num_tensors), module, remedies(row))
     return table
 
 
@@ -31,17 +32,27 @@ def needed_table(report: KeptReport) -> Table:
             what = f"{row.kind} ({row.operation})" if row.operation else row.kind
             need = row.need if row.in_block else f"{row.need}, outside blocks"
             table.add_row(what, size(row.num_bytes), str(row.num_tensors), need, remedies(row))
-    table.caption = "~ changes the gradients"
-    table.caption_justify = "left"
     return table
 
 
 def remedies(row: KeptRow) -> str:
-    """Names of techniques, those that change gradients marked; else a setting; else a dash."""
-    from ..memory.kept import KINDS
+    """Techniques that name this kind, and the setting that removes it; a dash if there is neither."""
+    from ..memory.kept import KINDS, techniques_against
 
-    names = [*row.removed_by, *(f"~{name}" for name in row.reduced_by)]
-    return ", ".join(filter(None, [*names, KINDS[row.kind].setting])) or "-"
+    return _listed(techniques_against({row.kind}), KINDS[row.kind].setting)
+
+
+def remedies_of_all_kinds() -> str:
+    """Techniques that act on whatever is kept, for a line below the tables."""
+    from ..memory.kept import BLOCKS, EVERYTHING, techniques_against
+
+    inside, everywhere = _listed(techniques_against({BLOCKS})), _listed(techniques_against({EVERYTHING}))
+    return f"Of all kinds, inside blocks: {inside}; everywhere: {everywhere}. ~ changes the gradients"
+
+
+def _listed(techniques: tuple[tuple[str, ...], tuple[str, ...]], setting: str = "") -> str:
+    exact, others = techniques
+    return ", ".join(filter(None, [*exact, *(f"~{name}" for name in others), setting])) or "-"
 
 
 def _table(title: str, third: str) -> Table:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .kept import needed_table, spare_table
+from .kept import needed_table, remedies_of_all_kinds, spare_table
 from .tables import memory_table, size
 
 EXAMPLES = (
@@ -71,3 +71,4 @@ def measure(
     if explained:
         console.print(spare_table(explained))
         console.print(needed_table(explained))
+        console.print(remedies_of_all_kinds(), highlight=False)

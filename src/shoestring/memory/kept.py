@@ -247,7 +247,7 @@ class _Explanation:
             place, need, parts, operation = self._explain(key, size, born_in)
             in_block = any(place.startswith(stack) for stack in self._stacks)
             for kind, num_bytes in parts.items():
-                against = techniques_against(kind, in_block)
+                against = techniques_against({kind, EVERYTHING, BLOCKS} if in_block else {kind, EVERYTHING})
                 shown = operation if kind == "other" else ""
                 rows.append(KeptRow(place, kind, need, num_bytes, 1, in_block, shown, *against))
         return rows
@@ -413,9 +413,8 @@ class _Explanation:
         return found
 
 
-def techniques_against(kind: str, in_block: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of registered techniques that say they remove a kind: those that are exact, and the others."""
-    words = {kind, EVERYTHING} | ({BLOCKS} if in_block else set())
+def techniques_against(words: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of registered techniques that say they remove one of these: those that are exact, and the others."""
     found = sorted(cls.name for cls in TECHNIQUES.values() if cls.removes & words)
     exact = tuple(name for name in found if TECHNIQUES[name].exact)
     return exact, tuple(name for name in found if name not in exact)
