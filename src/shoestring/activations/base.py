@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Codec(Technique):
     def pack(self, tensor: Tensor) -> Any:
         """A contiguous tensor of one dimension as whatever `unpack` takes.
 
-        Tensors in it, inside tuples, lists and dicts, go on to the next codec. What is not a tensor stays as it is.
+        Tensors inside tuples, lists and dicts go on to the next codec and come back as they were.
         """
         raise NotImplementedError
 
@@ -103,6 +103,7 @@ class _Stored:
 
     codec: Codec
     packed: Any
+    shape: torch.Size
 
 
 def _store(tensor: Tensor, packers: list[_Packer]) -> Any:
@@ -110,13 +111,14 @@ def _store(tensor: Tensor, packers: list[_Packer]) -> Any:
     for index, (codec, pack) in enumerate(packers):
         if codec.takes(tensor):
             store_part = partial(_store, packers=packers[index + 1 :])
-            return _Stored(codec, tree_map_only(Tensor, store_part, pack(tensor)))
+            packed = pack(tensor.contiguous().view(-1))
+            return _Stored(codec, tree_map_only(Tensor, store_part, packed), tensor.shape)
     return tensor
 
 
 def _load(stored: Any) -> Tensor:
     if isinstance(stored, _Stored):
-        return stored.codec.unpack(tree_map_only(_Stored, _load, stored.packed))
+        return stored.codec.unpack(tree_map_only(_Stored, _load, stored.packed)).view(stored.shape)
     return stored
 
 
@@ -141,17 +143,9 @@ class _Entry:
 
     def __init__(self, stored: _Stored | _Kept):
         self.stored = stored
-        self._loaded: ReferenceType[Tensor] | None = None
 
     def load(self) -> Tensor:
-        """All of it, in one dimension; the same tensor as long as somebody still uses the last one."""
-        if isinstance(self.stored, _Kept):
-            return self.stored.load()
-        flat = self._loaded() if self._loaded is not None else None
-        if flat is None:
-            flat = _load(self.stored)
-            self._loaded = ref(flat)
-        return flat
+        return self.stored.load() if isinstance(self.stored, _Kept) else _load(self.stored)
 
 
 class _View(NamedTuple):
@@ -170,14 +164,11 @@ class _Part(NamedTuple):
     """A saved tensor whose entry holds its own elements only; strides come back, since kernels may round by them."""
 
     entry: _Entry
-    size: torch.Size
     stride: tuple[int, ...]
 
     def load(self) -> Tensor:
-        flat = self.entry.load()
-        return torch.empty_strided(self.size, self.stride, dtype=flat.dtype, device=flat.device).copy_(
-            flat.view(self.size)
-        )
+        part = self.entry.load()
+        return torch.empty_strided(part.shape, self.stride, dtype=part.dtype, device=part.device).copy_(part)
 
 
 class _Operations(TorchFunctionMode):
@@ -238,6 +229,7 @@ class _Manager:
         self._watch = None
 
     def _pack(self, tensor: Tensor) -> "_Kept | _View | _Part":
+        tensor = tensor.detach()  # an operation that keeps its result hands it over with itself behind it: a cycle
         if not _is_plain(tensor) or id(tensor.untyped_storage()) in self._weights:
             return _Kept(tensor)
         entries = self._entries.setdefault(tensor.untyped_storage(), WeakValueDictionary())
@@ -247,15 +239,15 @@ class _Manager:
         if whole_key in entries:
             return _View(entries[whole_key], size, stride, offset)
         if part_key in entries:
-            return _Part(entries[part_key], size, stride)
+            return _Part(entries[part_key], stride)
 
         packers = self._packers(tensor)
         if packers and _is_small_part(tensor):
-            stored = _store(tensor.contiguous().view(-1), packers)
+            stored = _store(tensor, packers)
             if not isinstance(stored, _Stored):
                 return _Kept(tensor)
             entries[part_key] = entry = _Entry(stored)
-            return _Part(entry, size, stride)
+            return _Part(entry, stride)
         flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
         stored = _store(flat, packers)
         entries[whole_key] = entry = _Entry(stored if isinstance(stored, _Stored) else _Kept(flat))
