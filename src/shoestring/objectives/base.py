@@ -7,6 +7,7 @@ There the method takes over. No file of a model is copied or changed, and no los
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
@@ -93,6 +94,8 @@ class HeadLoss(Technique):
                 f"{self.name} takes one label a row of logits, but labels of shape {list(labels.shape)} "
                 f"({labels.dtype}) met logits of shape {list(logits.shape)}; take {self.name} out of the recipe."
             )
+        if logits.weight is None:
+            raise logits._wanted("a loss after the forward")
         self._num_losses += 1
         total = self.summed_loss(logits, labels, ignore_index, label_smoothing)
         if reduction == "sum":
@@ -237,24 +240,32 @@ class LazyLogits:
     Takes part in views, slices of rows, scalings, tanh, casts and `cross_entropy`; anything else raises SettingError.
     """
 
-    __slots__ = ("__weakref__", "bias", "device", "dtype", "hidden", "method", "shape", "steps", "weight")
-
-    def __init__(
-        self, method: HeadLoss, hidden: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Step, ...] = ()
-    ):
-        self.method, self.weight, self.bias, self.steps = method, weight, bias, steps
-        self.hidden: Tensor | None = hidden
-        self.shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
+    def __init__(self, method: HeadLoss, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        self.method, self.hidden, self.bias = method, hidden, bias
+        self.weight: Tensor | None = weight
+        self.steps: tuple[Step, ...] = ()
+        self.vocabulary = weight.shape[0]
         self.device = hidden.device
-        self.dtype = next((step.dtype for step in reversed(steps) if isinstance(step, Cast)), linear_dtype(hidden))
+        self.dtype = linear_dtype(hidden)
 
     def release(self) -> None:
         """Let go of the tensors; the shape stays known."""
-        self.hidden = self.weight = self.bias = None  # type: ignore[assignment]
-        self.steps = ()
+        self.hidden = torch.empty_like(self.hidden, device="meta")
+        self.weight = self.bias = None
+
+    def _with(self, *steps: Step, hidden: Tensor | None = None) -> LazyLogits:
+        new = copy.copy(self)
+        new.hidden = self.hidden if hidden is None else hidden
+        new.steps = (*self.steps, *steps)
+        return new
 
     def __repr__(self) -> str:
         return f"LazyLogits({list(self.shape)}, not computed because of {self.method.name})"
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., vocabulary]."""
+        return torch.Size((*self.hidden.shape[:-1], self.vocabulary))
 
     @property
     def ndim(self) -> int:
@@ -268,11 +279,6 @@ class LazyLogits:
     def size(self, dim: int | None = None) -> Any:
         """The shape, or one number of it."""
         return self.shape if dim is None else self.shape[dim]
-
-    def _with(self, hidden: Tensor | None, *steps: Step) -> LazyLogits:
-        if hidden is None:
-            raise self._wanted("something after the forward")
-        return LazyLogits(self.method, hidden, self.weight, self.bias, (*self.steps, *steps))
 
     def _wanted(self, what: str) -> SettingError:
         name = self.method.name
@@ -290,7 +296,7 @@ class LazyLogits:
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if not sizes or sizes[-1] != self.shape[-1]:
             raise self._wanted(f"view{sizes}, which splits the vocabulary of {self.shape[-1]},")
-        return self._with(None if self.hidden is None else self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+        return self._with(hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
 
     reshape = view
 
@@ -301,7 +307,7 @@ class LazyLogits:
         in_vocabulary = taken >= self.ndim or any(part is Ellipsis for part in parts[:-1])
         if parts[-1] is None or (in_vocabulary and not (isinstance(parts[-1], slice) and parts[-1] == slice(None))):
             raise self._wanted("an index into the vocabulary")
-        return self._with(None if self.hidden is None else self.hidden[index])
+        return self._with(hidden=self.hidden[index])
 
     def to(self, *args: Any, **kwargs: Any) -> LazyLogits:
         """The logits in another dtype; they cannot change their device."""
@@ -310,7 +316,11 @@ class LazyLogits:
             raise self._wanted("a move to another device")
         dtype = next((w if isinstance(w, torch.dtype) else w.dtype for w in wanted if hasattr(w, "dtype")), None)
         dtype = next((w for w in wanted if isinstance(w, torch.dtype)), dtype)
-        return self if dtype in (None, self.dtype) else self._with(self.hidden, Cast(dtype, self.dtype))
+        if dtype in (None, self.dtype):
+            return self
+        cast = self._with(Cast(dtype, self.dtype))
+        cast.dtype = dtype
+        return cast
 
     def float(self) -> LazyLogits:
         """The logits in float32."""
@@ -318,15 +328,15 @@ class LazyLogits:
 
     def tanh(self) -> LazyLogits:
         """The hyperbolic tangent of the logits."""
-        return self._with(self.hidden, Tanh())
+        return self._with(Tanh())
 
     def __mul__(self, other: Any) -> LazyLogits:
-        return self._with(self.hidden, Scale(_fixed_number(self, other)))
+        return self._with(Scale(_fixed_number(self, other)))
 
     __rmul__ = mul = multiply = __mul__
 
     def __truediv__(self, other: Any) -> LazyLogits:
-        return self._with(self.hidden, Scale(_fixed_number(self, other), divide=True))
+        return self._with(Scale(_fixed_number(self, other), divide=True))
 
     div = divide = true_divide = __truediv__
 
@@ -334,7 +344,7 @@ class LazyLogits:
         if not isinstance(other, Tensor) or other.requires_grad or other.numel() != self.shape[-1]:
             raise self._wanted("an addition of something else than a fixed bias for each word")
         promoted = self.to(torch.promote_types(self.dtype, other.dtype))
-        return promoted._with(self.hidden, Shift(other.flatten()))
+        return promoted._with(Shift(other.flatten()))
 
     __radd__ = add = __add__
 

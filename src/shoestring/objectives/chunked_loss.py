@@ -7,8 +7,8 @@ Shapes   h [rows, width], W [vocabulary, width], y [rows]
 Trains   what trained before: h, W and b get the gradients they had
 Costs    keeps dh, and dW where W trains; one chunk of logits at a time, two with soft-capping. Time as before, and less
          where labels are masked: rows without a label are left out
-Differs  Chunks are counted over labelled rows. Gradients are scaled in place as backward hands them on, and are outside
-         of saved-tensor hooks, so that no technique rounds them. dW is summed in float32 where W is narrower.
+Differs  Chunks count labelled rows and hold at least 64. Gradients are scaled in place as backward hands them on; they
+         are kept outside of saved-tensor hooks, so that no technique rounds them. dW is summed in float32 or wider.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.autograd.function import once_differentiable
 from ..errors import SettingError
 from ..technique import register_technique
 from .base import HeadLoss, LazyLogits, Step, linear_dtype
+
+LEAST_ROWS = 64  # products of fewer rows are slow, and below 8 rows CPUs round them worse
 
 
 @register_technique
@@ -50,7 +52,7 @@ class ChunkedLoss(HeadLoss):
 
     def summed_loss(self, logits: LazyLogits, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
         """The sum of the cross-entropies, computed in chunks."""
-        assert logits.hidden is not None
+        assert logits.weight is not None
         return summed_cross_entropy(
             logits.hidden,
             logits.weight,
@@ -91,13 +93,13 @@ def summed_cross_entropy(
 
 
 def rows_of_chunk(rows: int, vocabulary: int, width: int) -> int:
-    """How many rows make logits about as large as all of the head's input, rounded up to a power of two.
+    """How many rows make logits about as large as all of the head's input, rounded up to a power of two; at least 64.
 
-    >>> rows_of_chunk(1024, 8000, 256), rows_of_chunk(0, 8000, 256)
-    (32, 1)
+    >>> rows_of_chunk(8192, 8000, 256), rows_of_chunk(100, 8000, 256)
+    (256, 64)
     """
     chunks = -(-vocabulary // width)
-    return 1 << (max(1, -(-rows // chunks)) - 1).bit_length()
+    return max(LEAST_ROWS, 1 << (-(-rows // chunks) - 1).bit_length())
 
 
 @dataclass(frozen=True)
