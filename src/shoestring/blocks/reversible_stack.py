@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from ..adapters.base import Adapter
 from ..errors import RunFailed
@@ -152,7 +153,7 @@ def run_segment(
     tensors, leaves = tuple(inputs[::2]), tuple(inputs[1::2])
     parameters = parameters_at(slot for coupling in couplings for slot in coupling.slots)
     first, second = _Segment.apply(
-        rules, couplings, streams, leaves, len(tensors), equal_at_start, ends, *values, *tensors, *parameters
+        rules, couplings, streams, leaves, equal_at_start, ends, *values, *tensors, *parameters
     )
     return (ends[0], ends[1]), (first, second)
 
@@ -221,7 +222,6 @@ class _Segment(torch.autograd.Function):
         couplings: Sequence[Coupling],
         streams: Streams,
         leaves: tuple[Tensor, ...],
-        num_inputs: int,
         equal_at_start: bool,
         ends: list[Tensor],
         *tensors: Tensor,
@@ -245,8 +245,13 @@ class _Segment(torch.autograd.Function):
             kept.append(_Kept((state_f, state_g), (keep(rest1), keep(rest2))))
             if rules.swapped:
                 x1, x2 = x2, x1
-        ctx.rules, ctx.couplings, ctx.leaves, ctx.kept = rules, couplings, leaves, kept
-        ctx.num_inputs, ctx.num_tensors, ctx.equal_at_start = num_inputs, len(tensors), equal_at_start
+        ctx.rules, ctx.couplings, ctx.leaves, ctx.kept, ctx.equal_at_start = (
+            rules,
+            couplings,
+            leaves,
+            kept,
+            equal_at_start,
+        )
         ctx.save_for_backward(x1, x2, *rests)
         ends += [x1.detach(), x2.detach()]
         return _own(rules, x1, streams), _own(rules, x2, streams)
@@ -254,31 +259,17 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
-        rules, leaves, couplings = ctx.rules, ctx.leaves, ctx.couplings
         x1, x2, *rests = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # unless the graph is to be kept: the last streams are not needed for long
-        found = _Gradients(rules, leaves)
-        take_back, gain, (c1, c2) = rules.arithmetic.take_back, rules.arithmetic.gain, rules.factors
-        for coupling, kept in zip(reversed(couplings), reversed(ctx.kept), strict=True):
-            if rules.swapped:
-                x1, x2, d1, d2 = x2, x1, d2, d1
-            rest1, rest2 = (None if at is None else rests[at] for at in kept.rests)
-            delta, du = found.run(coupling.g, x1, d2, kept.random[1], coupling.slots)
-            x2 = take_back(x2, c2, delta, rest2)
-            d1 = d1 if du is None else d1 + du
-            delta, dv = found.run(coupling.f, x2, d1, kept.random[0], coupling.slots)
-            x1 = take_back(x1, c1, delta, rest1)
-            d2 = gain(c2) * d2 if dv is None else gain(c2) * d2 + dv
-            d1 = gain(c1) * d1
-            del delta, du, dv, rest1, rest2
-            for at in kept.rests:
-                if at is not None:
-                    rests[at] = None
+        way_back = _WayBack(ctx.rules, [x1, x2], [d1, d2], rests, ctx.leaves)
+        del x1, x2, d1, d2, rests
+        for coupling, kept in zip(reversed(ctx.couplings), reversed(ctx.kept), strict=True):
+            way_back.one_block(coupling, kept)
         if ctx.equal_at_start:
-            _check_start(rules, x1, x2)
-        parameters = parameters_at(slot for coupling in couplings for slot in coupling.slots)
-        given = [*(found.leaves[id(leaf)] for leaf in leaves), *(found.parameters.get(id(p)) for p in parameters)]
-        return *(None,) * 7, d1, d2, *given
+            _check_start(*way_back.numbers)
+        parameters = parameters_at(slot for coupling in ctx.couplings for slot in coupling.slots)
+        inputs = [*(way_back.of_leaves[id(leaf)] for leaf in ctx.leaves)]
+        return *(None,) * 6, *way_back.gradients, *inputs, *(way_back.of_parameters.get(id(p)) for p in parameters)
 
 
 def _own(rules: Rules, numbers: Tensor, streams: Streams) -> Tensor:
@@ -290,56 +281,101 @@ def _own(rules: Rules, numbers: Tensor, streams: Streams) -> Tensor:
 def _run(rules: Rules, random: _Random, part: Part | None, numbers: Tensor) -> tuple[Tensor | None, Any]:
     """What F or G says to a stream, and the random state before, if it drew numbers.
 
-    It runs with a graph, which is dropped at once, so that it takes the same paths and kernels as in backward.
+    It runs with a graph, which keeps nothing and is dropped at once, so that it takes the same kernels as in backward.
     """
     if part is None:
         return None, None
     before = random.get()
-    with torch.enable_grad(), _no_packing(), rules.replayed_autocast():
+    with torch.enable_grad(), _nothing_kept(), rules.replayed_autocast():
         delta = part(rules.arithmetic.value(numbers, rules.dtype).detach().requires_grad_()).detach()
     drew = any(not torch.equal(a, b) for a, b in zip(before, random.get(), strict=True))
     return delta, before if drew else None
 
 
-def _no_packing() -> Any:
-    """Spare saved-tensor hooks around the model the work on a graph that is dropped."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+def _nothing_kept() -> Any:
+    """Let a graph that no one will run backward keep no tensor, whatever saved-tensor hooks stand around the model."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _refuse_backward)
 
 
-class _Gradients:
-    """Runs parts again with a graph and adds up the gradients of parameters, by id, and of leaves."""
+def _refuse_backward(packed: None) -> Tensor:
+    raise RuntimeError("This graph was made without its tensors.")
 
-    def __init__(self, rules: Rules, leaves: tuple[Tensor, ...]):
+
+class _WayBack:
+    """The two streams on their way from the last block to the first, with their gradients.
+
+    numbers, gradients: of both streams, where the way has got to. rests: packed bits, let go once used.
+    of_leaves, of_parameters: gradients so far, by id.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        numbers: list[Tensor],
+        gradients: list[Tensor],
+        rests: list[Tensor | None],
+        leaves: tuple[Tensor, ...],
+    ):
         self.rules = rules
+        self.numbers = numbers
+        self.gradients = gradients
+        self.rests = rests
+        self.leaves = leaves
         self.random = _Random(rules.device)
-        self.all_leaves = leaves
-        self.leaves: dict[int, Tensor | None] = {id(leaf): None for leaf in leaves}
-        self.parameters: dict[int, Tensor] = {}
+        self.of_leaves: dict[int, Tensor | None] = {id(leaf): None for leaf in leaves}
+        self.of_parameters: dict[int, Tensor] = {}
 
-    def run(
-        self, part: Part | None, numbers: Tensor, dy: Tensor, state: Any, slots: tuple[Slot, ...]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What F or G says to a stream, and the gradient of that stream; the graph is gone when it returns."""
+    def one_block(self, coupling: Coupling, kept: _Kept) -> None:
+        """Go back over one block."""
+        if self.rules.swapped:
+            self.numbers.reverse()
+            self.gradients.reverse()
+        self._take_back(1, coupling.g, coupling.slots, kept)
+        self._take_back(0, coupling.f, coupling.slots, kept)
+
+    def _take_back(self, changed: int, part: Part | None, slots: tuple[Slot, ...], kept: _Kept) -> None:
+        """Undo what a part made of one stream out of the other; its graph is gone when this returns."""
+        factor, at, arithmetic = self.rules.factors[changed], kept.rests[changed], self.rules.arithmetic
+        rest = None
+        if at is not None:
+            rest, self.rests[at] = self.rests[at], None
+        dy, gain = self.gradients[changed], arithmetic.gain(factor)
         if part is None:
-            return None, None
-        x = self.rules.arithmetic.value(numbers, self.rules.dtype).detach().requires_grad_()
-        with torch.enable_grad(), self.random.replayed(state), self.rules.replayed_autocast(), aliased(slots) as new:
-            delta = part(x)
-            wanted = [x, *self.all_leaves, *new.values()]
-            dx, *rest = torch.autograd.grad(delta, wanted, dy.to(delta.dtype), allow_unused=True)
-        for leaf, gradient in zip(self.all_leaves, rest, strict=False):
-            self.leaves[id(leaf)] = _sum(self.leaves[id(leaf)], gradient)
-        for key, gradient in zip(new, rest[len(self.all_leaves) :], strict=True):
-            if (total := _sum(self.parameters.get(key), gradient)) is not None:
-                self.parameters[key] = total
-        return delta.detach(), dx
+            self.numbers[changed] = arithmetic.take_back(self.numbers[changed], factor, None, rest)
+        else:
+            x = arithmetic.value(self.numbers[1 - changed], self.rules.dtype).detach().requires_grad_()
+            with (
+                torch.enable_grad(),
+                self.random.replayed(kept.random[changed]),
+                self.rules.replayed_autocast(),
+                aliased(slots) as aliases,
+            ):
+                delta = part(x)
+                # before the gradients, so that neither delta nor the old stream is there while they are computed
+                self.numbers[changed] = arithmetic.take_back(self.numbers[changed], factor, delta.detach(), rest)
+                edge, dy_of_part = get_gradient_edge(delta), dy.to(delta.dtype)
+                del delta, rest
+                wanted = [x, *self.leaves, *aliases.values()]
+                dx, *others = torch.autograd.grad(edge, wanted, dy_of_part, allow_unused=True)
+            self._note(aliases, others)
+            if dx is not None:
+                self.gradients[1 - changed] = self.gradients[1 - changed] + dx
+        self.gradients[changed] = dy if gain == 1 else gain * dy
+
+    def _note(self, aliases: dict[int, Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Add up gradients of the leaves and then of the parameters."""
+        for leaf, gradient in zip(self.leaves, gradients, strict=False):
+            self.of_leaves[id(leaf)] = _sum(self.of_leaves[id(leaf)], gradient)
+        for key, gradient in zip(aliases, gradients[len(self.leaves) :], strict=True):
+            if (total := _sum(self.of_parameters.get(key), gradient)) is not None:
+                self.of_parameters[key] = total
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more if total is None else total if more is None else total + more
 
 
-def _check_start(rules: Rules, x1: Tensor, x2: Tensor) -> None:
+def _check_start(x1: Tensor, x2: Tensor) -> None:
     """Both streams began as the same numbers: whatever went wrong in between shows here.
 
     Raises RunFailed where they differ in exact arithmetic, or far in floating point.
