@@ -34,3 +34,16 @@ def test_modules_sum_to_what_is_kept(run_file, capsys):
     assert main(["measure", str(run_file("run")), "--json", "--by-module", "5"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert sum(measured["by_module"].values()) == measured["saved_bytes"]
+
+
+def test_why_tensors_are_kept_sums_to_what_is_kept(run_file, capsys):
+    path = str(run_file("run"))
+    assert main(["measure", path, "--json", "--kept"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    kept = measured["kept"]
+    assert sum(row["num_bytes"] for row in kept["rows"]) == kept["saved_bytes"] == measured["saved_bytes"]
+    assert kept["spare_bytes"] == sum(row["num_bytes"] for row in kept["rows"] if row["spare"])
+    assert main(["measure", path, "--kept"]) == 0
+    shown = capsys.readouterr().out
+    assert "Kept though no trained weight needs it" in shown
+    assert "Kept and needed" in shown

@@ -69,6 +69,9 @@ def measure(
             table.add_row(name or "(outside the modules)", size(count))
         console.print(table)
     if explained:
-        console.print(spare_table(explained))
+        if explained.spare_bytes:
+            console.print(spare_table(explained))
+        else:
+            console.print("All that is kept for backward is needed.")
         console.print(needed_table(explained))
         console.print(remedies_of_all_kinds(), highlight=False)
