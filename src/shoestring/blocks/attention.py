@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -119,7 +120,8 @@ def attend(
 ) -> Float[Tensor, "batch queries heads value_width"]:
     """Attention of `query` over all keys, as the implementation `original` computes it, under a mask that is added.
 
-    Keys and values of grouped heads are not repeated: queries of one group stand behind each other instead.
+    Where it may be kept for backward, keys and values of grouped heads are not repeated: queries of one group stand
+    behind each other instead.
     """
     if position_bias is not None:
         mask = position_bias if mask is None else position_bias + mask
@@ -129,7 +131,9 @@ def attend(
     if options.get("softcap") is not None:
         raise SettingError("sdpa attention cannot cap scores; load this model with attn_implementation='eager'.")
     (batch, heads, queries, width), groups = query.shape, query.shape[1] // key.shape[1]
-    if groups > 1:
+    if groups > 1 and not torch.is_grad_enabled():  # the mask is larger than they are
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    elif groups > 1:
         query = query.reshape(batch, key.shape[1], groups * queries, width)
         mask = _per_group(mask, key.shape[1], groups)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scaling)
@@ -245,7 +249,8 @@ def _mask(
     )
     if not by_rows():
         return stock(**options)
-    nothing_hidden = attention_mask is None or bool(attention_mask.all())
+    has_values = attention_mask is not None and not (attention_mask.is_meta or isinstance(attention_mask, FakeTensor))
+    nothing_hidden = attention_mask is None or (has_values and bool(attention_mask.all()))
     if options.get("allow_is_bidirectional_skip") and nothing_hidden:
         return None
     if use_vmap or q_offset or kv_offset:
