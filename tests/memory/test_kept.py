@@ -265,6 +265,17 @@ def test_nothing_is_left_behind_and_no_report_is_refused():
         kept.report()
 
 
+def test_two_forwards_before_one_backward_keep_twice_as_much():
+    model = lora(llama())
+
+    def step() -> None:
+        (model(**batch()).loss + model(**batch()).loss).backward()
+
+    once, twice = spare(of_batch(model)), spare(explained(model, step))
+    assert twice.pop("copies") > 0  # what reads the words alone is equal in both
+    assert twice == {kind: 2 * num_bytes for kind, num_bytes in once.items()}
+
+
 def test_the_backward_with_most_kept_is_explained():
     model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
     report = explained(model, lambda: [model(torch.ones(rows, 5)).sum().backward() for rows in (2, 11, 3)])

@@ -128,8 +128,6 @@ class Places:
     def enter(self, module: nn.Module, *seen: Any) -> None:
         """A module begins; a forward pre-hook."""
         if id(module) in self._paths:
-            if not self._open:
-                self._events = []
             self._calls += 1
             self._open.append((id(module), (self._paths[id(module)], self._calls)))
             self._note()

@@ -103,7 +103,7 @@ class KeptRow:
     """Kept tensors of one kind in one module.
 
     module: path of the module whose operation keeps them; "" outside all modules.
-    need: what they are needed for, spare ones too, which are needed in another form; "unknown" for packed ones.
+    need: what they are needed for, spare ones too, which are needed in another form; "unknown" beside the graph.
     num_bytes, num_tensors: of distinct storages; a storage of which a part is spare counts as a tensor in both rows.
     in_block: the module belongs to a stack of blocks.
     operation: the node of autograd's graph, for kind "other".
@@ -221,7 +221,8 @@ class _Explanation:
     ):
         self.graph, self.places = graph, places
         self.kept = {id(storage): (size, born_in) for storage, size, born_in in kept}
-        self._classes = {name: type(module).__name__.lower() for name, module in model.named_modules()}
+        leaves = ((name, module) for name, module in model.named_modules() if not any(module.children()))
+        self._classes = {name: type(module).__name__.lower() for name, module in leaves}
         self._stacks = [f"{n}." for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
         self.uses: dict[int, list[Slot]] = {}
         self.made: dict[Edge, int] = {}  # where a kept storage was made
@@ -316,12 +317,11 @@ class _Explanation:
 
     def _formed_again(self, key: int, uses: list[Slot], born_in: str) -> str | None:
         origins = [edge for slot in uses if (edge := _origin(slot)) is not None]
-        dropped = "dropout" in self._classes.get(born_in, "") or any(self._is_dropout(node) for node, _ in origins)
         if not origins:
-            return self._repeated_constant(key, uses, born_in, dropped)
+            return self._repeated_constant(key, uses, born_in)
         edge = origins[0]
-        if dropped:
-            below = edge[0].next_functions[0] if self._is_dropout(edge[0]) else edge
+        if self._is_dropout(edge[0]):
+            below = source(edge[0].next_functions[0])
             spare = self._available(below) or self._comes_second(("dropped", below), key)
             return "dropout outputs" if spare else None
         if kind_of(edge[0]) in COPIES:
@@ -341,10 +341,10 @@ class _Explanation:
             return "activation outputs"
         return "gated products" if all(below is not None for below, _ in inputs) else "copies"
 
-    def _repeated_constant(self, key: int, uses: list[Slot], born_in: str, dropped: bool) -> str | None:
+    def _repeated_constant(self, key: int, uses: list[Slot], born_in: str) -> str | None:
         """For a tensor without gradient: a copy of one dropped before in the same block, or of an equal one."""
         tensor = uses[0].tensor
-        if dropped:
+        if "dropout" in self._classes.get(born_in, ""):
             block = next((s + born_in[len(s) :].split(".")[0] for s in self._stacks if born_in.startswith(s)), "")
             return "dropout outputs" if self._comes_second(("dropped", block, tensor.shape), key) else None
         values = _fingerprint(tensor)
