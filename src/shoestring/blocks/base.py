@@ -26,6 +26,11 @@ from ..technique import Phase, Technique
 from .attention import masks_by_rows, redirected
 from .stacks import BlockCall, Stack, bind, find_stacks, first_relative_bias
 
+_NO_CACHE = (
+    "{name} runs whole sequences and keeps no keys and values: pass use_cache=False, and no past_key_values, as prefix "
+    "tuning does."
+)
+
 _PASSES: contextvars.ContextVar[Mapping[int, "Pass"]] = contextvars.ContextVar(
     "passes of techniques", default=MappingProxyType({})
 )
@@ -135,6 +140,8 @@ class BlockTechnique(Technique):
         if (current := self.current) is None:
             return forward(*args, **kwargs)
         hidden, named = bind(block, args, kwargs)
+        if named.get("past_key_values") is not None:
+            raise SettingError(_NO_CACHE.format(name=self.name))
         call = BlockCall(index, forward, hidden, named)
         biases: tuple[Any, ...] = ()
         if "position_bias" in named:  # T5: the first block makes the bias that all use, and hands it on
@@ -213,10 +220,7 @@ def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 def _refuse_calls_that_need_stock_blocks(technique: BlockTechnique, model: nn.Module, inputs: dict[str, Any]) -> None:
     name = technique.name
     if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
-        raise SettingError(
-            f"{name} runs whole sequences and keeps no keys and values: pass use_cache=False, and no past_key_values, "
-            "as prefix tuning does."
-        )
+        raise SettingError(_NO_CACHE.format(name=name))
     config = getattr(model, "config", None)
     for wanted in ("output_attentions", "output_hidden_states", "output_router_logits"):
         given = inputs.get(wanted)

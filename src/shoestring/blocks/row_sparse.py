@@ -19,12 +19,14 @@ from .token_selection import Selection
 @contextmanager
 def kept_by_rows(block: nn.Module, selection: Selection, batch: int, tokens: int) -> Iterator[None]:
     """Store only the selected rows of what is saved inside the context and has rows for tokens; weights stay whole."""
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    rows = selection.mask.view(-1).nonzero().view(-1)
+    weights = {_storage(p) for p in block.parameters()}
+    starts = torch.arange(0, batch * tokens, tokens, device=selection.kept.device)
+    rows = selection.kept + starts[:, None]
+    rows = rows[selection.valid] if selection.filled_up else rows.view(-1)
 
     def pack(x: Tensor) -> Any:
         fits = x.shape[:2] == (batch, tokens) or x.shape[:1] == (batch * tokens,)
-        if not fits or x.dim() < 2 or x.untyped_storage().data_ptr() in weights:
+        if not fits or x.dim() < 2 or _storage(x) in weights:
             return x
         flat = x.reshape(batch * tokens, -1)
         return flat[rows], x.shape
@@ -38,6 +40,10 @@ def kept_by_rows(block: nn.Module, selection: Selection, batch: int, tokens: int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # unlike an address, fake tensors have it too
 
 
 @contextmanager

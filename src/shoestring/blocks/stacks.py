@@ -171,7 +171,7 @@ ROUTING = re.compile(r"MoE|MoeBlock|SparseMoe|Router|Experts", re.IGNORECASE)
 
 def refuse_token_mixing(stack: Stack, technique: str) -> None:
     """Raise SettingError where blocks mix tokens other than by attention, or route each token by what others do."""
-    for name, module in stack.blocks[0].named_modules():
+    for name, module in stack.blocks.named_modules():  # of all blocks: in some models the first are unlike the others
         what = type(module).__name__
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and max(module.kernel_size) > 1:
             reason = "mixes neighbouring tokens"
@@ -182,6 +182,6 @@ def refuse_token_mixing(stack: Stack, technique: str) -> None:
         else:
             continue
         raise SettingError(
-            f"{technique} needs blocks in which tokens meet in attention only, but {stack.name}.0.{name} ({what}) "
+            f"{technique} needs blocks in which tokens meet in attention only, but {stack.name}.{name} ({what}) "
             f"{reason}; use recompute instead."
         )

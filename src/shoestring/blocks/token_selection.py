@@ -1,10 +1,12 @@
 """Which tokens of a batch are selected: drawn at random, among the supervised ones, or by their TokenSeek score."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,22 +16,34 @@ class Selection:
     kept: positions, ascending; a sample with fewer selected tokens than others is filled up with others of its own.
     rest: all other positions, ascending.
     valid: False where `kept` is filled up.
+    filled_up: whether `valid` is False anywhere.
     """
 
     kept: Int[Tensor, "batch kept"]
     rest: Int[Tensor, "batch rest"]
     valid: Bool[Tensor, "batch kept"]
+    filled_up: bool
 
-    @property
+    @cached_property
     def order(self) -> Int[Tensor, "batch tokens"]:
         """Positions in the order of `kept` and then `rest`."""
         return torch.cat([self.kept, self.rest], 1)
 
-    @property
+    @cached_property
     def mask(self) -> Bool[Tensor, "batch tokens"]:
         """True at selected positions."""
         mask = torch.zeros_like(self.order, dtype=torch.bool)
         return mask.scatter(1, self.kept, self.valid)
+
+    @property
+    def everything(self) -> bool:
+        """Whether every token of every sample is selected."""
+        return self.rest.shape[1] == 0 and not self.filled_up
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything in `x` to look at, as there is not when a planner runs the model without data."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def select(
@@ -40,19 +54,23 @@ def select(
 ) -> Selection:
     """The `forced` positions and those of the highest scores among the `allowed` ones, `keep_fraction` of these in all.
 
-    At least one position is selected in a sample that has an allowed one; ties go to the earlier position.
+    At least one position is selected in a sample that has an allowed one; ties go to the earlier position. Of tensors
+    without values, such as fake ones, `keep_fraction` of all positions are selected, as if all were allowed.
     """
     num_kept = (allowed.sum(1) * keep_fraction).round().long().clamp(min=1)
     num_kept = num_kept.maximum((forced & allowed).sum(1)).minimum(allowed.sum(1))
-    low, high = float(scores.min()) - 1, float(scores.max()) + 1
-    ranked = scores.masked_fill(~allowed, low).masked_fill(forced & allowed, high)
+    ranked = torch.where(allowed, scores, scores.min() - 1)
+    ranked = torch.where(forced & allowed, scores.max() + 1, ranked)
     order = ranked.argsort(dim=1, descending=True, stable=True)
-    most = int(num_kept.max())
+    if has_values(scores):
+        most, fewest = int(num_kept.max()), int(num_kept.min())
+    else:
+        most = fewest = max(round(scores.shape[1] * keep_fraction), 1)
     chosen = order[:, :most]
     kept, by_position = chosen.sort(1)
     valid = (torch.arange(most, device=scores.device) < num_kept[:, None]).gather(1, by_position)
     rest = order[:, most:].sort(1).values
-    return Selection(kept, rest, valid)
+    return Selection(kept, rest, valid, filled_up=fewest < most)
 
 
 def ends(allowed: Bool[Tensor, "batch tokens"], last: bool) -> Bool[Tensor, "batch tokens"]:

@@ -13,6 +13,7 @@ Differs  f counts the first and last token, which are kept in it. Heads that poo
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,9 +37,10 @@ from .stacks import (
     scatter_tokens,
     take_tokens,
 )
-from .token_selection import Selection, ends, seek_scores, select
+from .token_selection import Selection, ends, has_values, seek_scores, select
 
 IGNORED = -100
+SHIFTED = re.compile(r"labels\[[^\]]*1:\]")
 
 
 @dataclass
@@ -64,7 +66,8 @@ class TokenTune(BlockTechnique):
     keep_fraction: share of tokens with gradient, 0 < f <= 1, rounded for each sample; at least one.
     select: "random" anew each step; "supervised", at random among tokens that have a label to predict; "seek", those
         TokenSeek scores highest, at the cost of one more forward.
-    keep_ends: the first token is always selected, and in decoders the last; what classifiers read is among them.
+    keep_ends: the first token is always selected, and in decoders the last; what classifiers read is among them, so
+        only models with labels of tokens can do without.
     form: "streams", or "rows", which runs the stock blocks and stores only the selected rows of what they keep: the
         same gradients on any attention, but no time saved.
     seed: of the draws.
@@ -132,14 +135,22 @@ class TokenTune(BlockTechnique):
         scores = self._seek(current) if self.select == "seek" else None
         inputs, stack = current.inputs, self.stacks[-1]
         targets = self._targets(current.model, inputs)
+        _refuse_padding_without_mask(current.model, inputs)
         if targets is None:
             if self.select == "supervised":
                 raise SettingError("select='supervised' of token_tune needs labels of tokens; use random.")
+            if not self.keep_ends:
+                raise SettingError(
+                    "keep_ends=False of token_tune needs labels of tokens: a head that reads the first or last token "
+                    "would have no gradient."
+                )
             state.scores = scores
             return
         allowed = self._allowed(inputs, stack, targets)
+        if len(self.stacks) > 1 and inputs.get("decoder_attention_mask") is None:
+            allowed &= (targets != IGNORED).flip(1).cumsum(1).flip(1) > 0  # decoders are padded after the last label
         supervised = (targets != IGNORED) & allowed
-        if not supervised.any():
+        if has_values(supervised) and not supervised.any():
             raise RunFailed(
                 "token_tune got a batch without a single labelled token to predict. Leave such samples out of the "
                 "data, or raise max_length if their answers were cut off."
@@ -149,7 +160,8 @@ class TokenTune(BlockTechnique):
         state.compact = stack.name
         state.lengthen = _insists_on_length(current.model.get_submodule(stack.name.rpartition(".")[0]))
         kept = targets.gather(1, selection.kept).masked_fill(~selection.valid, IGNORED)
-        self._share = float((kept != IGNORED).sum() / supervised.sum())
+        if has_values(kept):
+            self._share = float((kept != IGNORED).sum() / supervised.sum())
         inputs["labels"] = kept
         if _shifts(current.model, self.stacks):
             inputs["shift_labels"] = kept
@@ -176,9 +188,10 @@ class TokenTune(BlockTechnique):
         """True at tokens of a stack that are not padding."""
         decodes = len(self.stacks) > 1 and stack is self.stacks[-1]
         mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
-        if mask is None or mask.shape != like.shape[:2]:  # none, prepared per query, or of another axis (audio frames)
-            return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-        return mask.bool().to(like.device)
+        if isinstance(mask, Tensor) and mask.shape[-1:] == like.shape[1:2] and mask.numel() == like.shape[:2].numel():
+            return mask.bool().to(like.device).view(like.shape[:2])  # choices of one question are samples of a stack
+        # none, prepared per query, or of another axis (audio frames)
+        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
 
     def _draw(
         self, stack: Stack, allowed: Tensor, supervised: Tensor | None = None, scores: Tensor | None = None
@@ -211,7 +224,7 @@ class TokenTune(BlockTechnique):
                 f"token_tune drew among {selection.order.shape[1]} tokens, but {stack.name} runs "
                 f"{call.hidden.shape[1]}: learned prompts in front of the tokens cannot be combined with it."
             )
-        if selection.rest.shape[1] == 0 and bool(selection.valid.all()):
+        if selection.everything:
             return call(call.hidden)
         runs = (
             _Streams(self.stacks, stack, call, state)
@@ -238,6 +251,7 @@ class TokenTune(BlockTechnique):
         assert probe.hidden is not None
         assert probe.attention is not None
         (gradient,) = torch.autograd.grad(loss, probe.hidden)
+        torch.clear_autocast_cache()  # weights cast without gradient must not serve the forward with gradient
         allowed = self._allowed(current.inputs, self.stacks[-1], gradient)
         return seek_scores(probe.attention.float(), gradient.float().abs().sum(-1), allowed)
 
@@ -312,7 +326,7 @@ class _Streams:
                 key, value = _constant_outside(key, self.encoder.mask), _constant_outside(value, self.encoder.mask)
             return attend(original, module, query, key, value, self._mask(mask, kept, query, False), **options)
         valid = self.selection.valid
-        if not bool(valid.all()):
+        if self.selection.filled_up:
             key, value = _constant_outside(key, valid), _constant_outside(value, valid)
         self.everyone = key, value
         if self.others is not None:
@@ -333,7 +347,9 @@ class _Streams:
         """What is added to the scores of some queries, keys in the order of the streams."""
 
         def make(mask: Any) -> Tensor | None:
-            visible = visible_rows(mask, queries) if not isinstance(mask, Tensor) or reorder else mask
+            # a tensor among the block's arguments has been taken by rows with them already
+            taken = isinstance(mask, Tensor) and mask.shape[2] == queries.shape[1]
+            visible = mask if taken else visible_rows(mask, queries)
             visible = self._reordered(visible) if reorder else visible
             return additive(visible, like)
 
@@ -353,9 +369,12 @@ class _Streams:
 
     def _once(self, what: str, value: Any, index: Tensor, make: Any) -> Any:
         key = what, id(value), id(index)
-        if key not in self.state.taken:
-            self.state.taken[key] = value, make(value)
-        return self.state.taken[key][1]
+        if key in self.state.taken:
+            return self.state.taken[key][1]
+        made = make(value)
+        if not (isinstance(made, Tensor) and made.requires_grad):  # its graph is the block's own, for recomputation
+            self.state.taken[key] = value, made
+        return made
 
 
 class _Rows:
@@ -443,15 +462,41 @@ def _insists_on_length(owner: nn.Module) -> bool:
     return "output_shape" in inspect.getsource(type(owner).forward)
 
 
+def _inner(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def _shifts(model: nn.Module, stacks: list[Stack]) -> bool:
     """Whether the model's loss compares each token's output with the next token's label."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return len(stacks) == 1 and stacks[0].causal and inner.get_output_embeddings() is not None
+    inner = _inner(model)
+    if len(stacks) > 1 or not stacks[0].causal or inner.get_output_embeddings() is None:
+        return False
+    if SHIFTED.search(inspect.getsource(type(inner).forward)):
+        raise SettingError(
+            f"{type(inner).__name__} shifts labels by itself, so token_tune cannot give it those of the selected "
+            "tokens; use a model whose forward leaves the loss to loss_function."
+        )
+    return True
+
+
+def _refuse_padding_without_mask(model: nn.Module, inputs: dict[str, Any]) -> None:
+    config, ids = getattr(model, "config", None), inputs.get("input_ids")
+    padding = getattr(config, "pad_token_id", None)
+    if inputs.get("attention_mask") is not None or ids is None or ids.dim() != 2 or padding is None:
+        return
+    if any(padding == getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "sep_token_id")):
+        return
+    if has_values(ids) and bool((ids[:, [0, -1]] == padding).any()):
+        raise SettingError(
+            "token_tune got padded input_ids without an attention_mask, and padding must not be selected; pass the "
+            "attention_mask that the tokenizer returns."
+        )
 
 
 def _decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
     """What a decoder reads to predict `labels`: the same, one to the right."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = _inner(model)
     if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
         return inner.prepare_decoder_input_ids_from_labels(labels=labels)
     config = inner.config
