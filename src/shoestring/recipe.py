@@ -140,9 +140,7 @@ class Recipe:
 class Attached:
     """A recipe at work on one model: its own copies of the techniques, their events, what trains, saving and undo."""
 
-    def __init__(
-        self, recipe: Recipe, model: nn.Module, data: Mapping[str, Any] | None = None, processor: Any = None
-    ):
+    def __init__(self, recipe: Recipe, model: nn.Module, data: Mapping[str, Any] | None = None, processor: Any = None):
         if find_attached(model) is not None:
             raise ValueError("This model has a recipe attached already; call Recipe.remove(model) first.")
         self.recipe = recipe
