@@ -105,12 +105,15 @@ def aliased(slots: Iterable[Slot]) -> Iterator[dict[int, Tensor]]:
 
 
 class _Random:
-    """The random state of the CPU and of one device more."""
+    """The random state of the CPU and of the device of the streams; none where the streams hold no numbers."""
 
-    def __init__(self, device: torch.device):
-        self.device = device if device.type not in ("cpu", "meta") else None
+    def __init__(self, numbers: Tensor):
+        self.device = numbers.device if numbers.device.type != "cpu" else None
+        self.draws = has_values(numbers)
 
     def get(self) -> tuple[Tensor, ...]:
+        if not self.draws:
+            return ()
         cpu = torch.get_rng_state()
         if self.device is None:
             return (cpu,)
@@ -226,8 +229,8 @@ class _Segment(torch.autograd.Function):
         ends: list[Tensor],
         *tensors: Tensor,
     ) -> Streams:
-        random = _Random(rules.device)
         x1, x2 = streams
+        random = _Random(x1)
         rests: list[Tensor] = []
         kept: list[_Kept] = []
 
@@ -321,7 +324,7 @@ class _WayBack:
         self.gradients = gradients
         self.rests = rests
         self.leaves = leaves
-        self.random = _Random(rules.device)
+        self.random = _Random(numbers[0])
         self.of_leaves: dict[int, Tensor | None] = {id(leaf): None for leaf in leaves}
         self.of_parameters: dict[int, Tensor] = {}
 

@@ -110,7 +110,9 @@ class TwoStreams:
         dtype = torch.promote_types(example.dtype if example.is_floating_point() else torch.float32, torch.float32)
 
         def made(tap: nn.Module | None, config: BottleneckConfig) -> Bottleneck:
-            return Bottleneck(base, config, tap).to(example.device, dtype)
+            adapter = Bottleneck(base, config, tap)
+            there = (adapter.up.device, adapter.up.dtype) == (example.device, dtype)
+            return adapter if there else adapter.to(example.device, dtype)  # fake tensors cannot be moved
 
         adapters: dict[str, Bottleneck] = {}
         # of the last block of variant 1, only y1 is the newest stream: an adapter in y2 would learn nothing
