@@ -1,6 +1,7 @@
 """chunked_loss against the stock models' own losses: values, gradients, bytes, trainers, refusals."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,17 @@ def test_rows_at_the_head_may_be_fewer_than_tokens():
     with Recipe(ChunkedLoss(chunk_rows=3))(model) as chunked:
         assert_same(loss_and_gradients(chunked, {**batch, "shift_labels": gathered}), plain)
     hook.remove()
+
+
+def test_labels_may_come_without_their_name():
+    model = made("gpt2")
+    batch = batch_for(model)
+    names = list(inspect.signature(model.forward).parameters)
+    values = [batch.get(name) for name in names[: names.index("labels") + 1]]
+    with Recipe(ChunkedLoss())(model) as chunked:
+        output = chunked(*values)
+    assert isinstance(output.logits, LazyLogits)
+    torch.testing.assert_close(output.loss, model(*values).loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
@@ -428,8 +440,6 @@ class TestWhatStaysAsItWas:
         torch.testing.assert_close(loss, model(**batch).loss.detach(), rtol=1e-6, atol=0)
 
     def test_the_forward_keeps_its_signature(self):
-        import inspect
-
         model = made("llama")
         before = inspect.signature(model.forward)
         with Recipe(ChunkedLoss())(model):

@@ -13,7 +13,7 @@ import inspect
 import operator
 import types
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from ..errors import SettingError
 from ..technique import Moment, Phase, Technique
 
 
-class HeadLoss(Technique):
+class HeadLoss(Technique, ABC):
     """A technique that computes the cross-entropy over a vocabulary itself. A method writes `summed_loss`.
 
     Evaluation, generation and forwards without labels make logits as ever.
@@ -40,6 +40,7 @@ class HeadLoss(Technique):
     claims: ClassVar[frozenset[str]] = frozenset({"the output head"})
     removes: ClassVar[frozenset[str]] = frozenset({"logits"})
     _num_losses = 0
+    _looked_at = False  # whether a first step has shown if there is an effect
 
     @abstractmethod
     def summed_loss(self, logits: LazyLogits, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
@@ -106,7 +107,8 @@ class HeadLoss(Technique):
 
     def on_step_end(self, moment: Moment) -> None:
         """Say so if the first step did without this technique."""
-        if moment.step == 1 and not self._num_losses:
+        looked_at, self._looked_at = self._looked_at, True
+        if not looked_at and not self._num_losses:
             warnings.warn(
                 f"{self.name} has no effect: the loss was computed outside of the model. TRL's trainers make no logits "
                 "by themselves, so leave it out there; label smoothing and loss functions of a trainer need logits.",
