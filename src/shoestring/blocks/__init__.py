@@ -2,7 +2,19 @@
 
 from .base import BlockTechnique, Pass
 from .recompute import Recompute
+from .reversible import Reversible
 from .stacks import BlockCall, Stack, find_stacks
 from .token_tune import TokenTune
+from .token_windows import TokenWindows
 
-__all__ = ["BlockCall", "BlockTechnique", "Pass", "Recompute", "Stack", "TokenTune", "find_stacks"]
+__all__ = [
+    "BlockCall",
+    "BlockTechnique",
+    "Pass",
+    "Recompute",
+    "Reversible",
+    "Stack",
+    "TokenTune",
+    "TokenWindows",
+    "find_stacks",
+]
