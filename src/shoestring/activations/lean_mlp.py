@@ -44,19 +44,27 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Function, first: Callable[[], Tensor], *read: Tensor) -> Tensor:
         """The result, by `first`, which is `function(*read)` with the work that was done already."""
-        ctx.function, ctx.autocast = function, _autocast_now(read[0].device.type)
+        ctx.function, ctx.autocast, ctx.unpacked = function, _autocast_now(read[0].device.type), None
         ctx.save_for_backward(*read)
         return first()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
-        read = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
+        read = [t.detach().requires_grad_(need) for t, need in zip(_read_by(ctx), needs, strict=True)]
+        ctx.unpacked = None
         with torch.enable_grad(), ctx.autocast():
             result = ctx.function(*read)
         wanted = [t for t in read if t.requires_grad]
         found = iter(torch.autograd.grad(result, wanted, gradients[0]))
         return None, None, *(next(found) if need else None for need in needs)
+
+
+def _read_by(node: Any) -> tuple[Tensor, ...]:
+    """What the node keeps; unpacked once for those who form its result and itself, as torch's checkpoint asks."""
+    if node.unpacked is None:
+        node.unpacked = node.saved_tensors
+    return node.unpacked
 
 
 def _autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -97,7 +105,7 @@ class _Again(NamedTuple):
 
     def form(self) -> Tensor:
         with torch.no_grad(), self.node.autocast():
-            result = self.node.function(*self.node.saved_tensors)
+            result = self.node.function(*_read_by(self.node))
         return result.to(self.dtype).reshape(self.size)
 
 

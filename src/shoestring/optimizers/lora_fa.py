@@ -8,7 +8,7 @@ Costs    AdamW's two moments for B only. lora_dropout above 0 keeps a mask as la
          does a base in 16 bits whose adapters are in float32, since x is cast to their dtype, while the cast lasts.
          Where the device can, peft multiplies the gradient in bfloat16
 Differs  peft's function pairs A with B by the order of parameter names and puts all weights, frozen ones too, into one
-         group. Here each pair is made from its layer, so several adapters, biases and heads go together; groups, weight
+         group. Here each pair is made from its layer, so biases and heads may train beside it; groups, weight
          decay and betas are the run's. eps is 1e-6 as in peft, not the run's adam_epsilon
 """
 
