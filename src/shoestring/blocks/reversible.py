@@ -199,22 +199,22 @@ class Reversible(BlockTechnique):
         with ExitStack() as undo:
             undo.enter_context(super().attach(model))
             self.probes = {}
-            self._stacks = {stack.name: TwoStreams(self, model, stack) for stack in self.stacks}
+            self.streams = {stack.name: TwoStreams(self, model, stack) for stack in self.stacks}
             if self._decides_what_trains:
                 undo.callback(lambda: [p.requires_grad_(on) for p, on in trained])
                 head = {id(p) for p in task_head(model)} if self.train_head else set()
                 for parameter, _ in trained:
                     parameter.requires_grad_(id(parameter) in head)
-            for runner in self._stacks.values():
+            for runner in self.streams.values():
                 undo.enter_context(runner.hooked())
-            self.adapters = nn.ModuleList(runner.adapters for runner in self._stacks.values())
+            self.adapters = nn.ModuleList(runner.adapters for runner in self.streams.values())
             model.add_module(self.name, self.adapters)
             undo.callback(lambda: model._modules.pop(self.name, None))
             yield model
 
     def run_stack(self, stack: Stack, calls: list[BlockCall]) -> Tensor:
         """What the two streams make of the hidden states."""
-        runner = self._stacks[stack.name]
+        runner = self.streams[stack.name]
         probed = stack.name in self.probes or not torch.is_grad_enabled() or not has_values(calls[0].hidden)
         if not probed and self.reversible_layers != 0:
             self.probes[stack.name] = runner.probe(calls)
