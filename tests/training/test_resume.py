@@ -33,6 +33,7 @@ RECIPES = {
     # peft keeps the averages that its ranks are cut by outside of the weights
     "adalora": [{"adalora": {"target_modules": ["query"], **BUDGET}}],
     "own_state": [LORA, {"drifting_pull": {}}],
+    "own_optimizer": [LORA, {"lora_fa": {}}],
     "full": [],
 }
 # 24 rows in batches of 4 are 3 steps of 2 batches an epoch: the checkpoints at 2 and 4 lie inside epochs, 6 between two
@@ -183,6 +184,7 @@ def uninterrupted(path: Path) -> None:
         ("lora", ("optimizer file", 4)),
         ("s2_lora", ("manifest", 4)),
         ("adalora", ("step", 5)),
+        ("own_optimizer", ("step", 5)),
         ("own_state", ("substep", 6)),
         ("own_state", ("saved", 6)),
         ("full", ("rename", 6)),
