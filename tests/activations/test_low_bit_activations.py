@@ -30,7 +30,9 @@ def decoder(**settings) -> LlamaForCausalLM:
 
 def encoder() -> BertForSequenceClassification:
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**COMMON, intermediate_size=256, num_labels=3)).train()
+    return BertForSequenceClassification(
+        BertConfig(**COMMON, intermediate_size=256, num_labels=3, attention_probs_dropout_prob=0.0)
+    ).train()
 
 
 def step(model: nn.Module) -> Tensor:
@@ -61,7 +63,7 @@ def one_by_one(x: Tensor, noise: Tensor, bits: int, group: int) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("numel", [1, 7, 256, 257, 1000])
+@pytest.mark.parametrize("numel", [1, 7, 256, 259, 1000])
 def test_rounding_is_the_equation(numel, bits, monkeypatch):
     monkeypatch.setattr(module, "SLICE", 512)  # two groups at a time
     x = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(numel))
@@ -196,16 +198,36 @@ def test_steep_attention_does_not_blow_up_the_gradient():
     class Steep(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.full((16,), 6.0))
+            self.weight = nn.Parameter(torch.full((16,), 5.0))
 
         def forward(self) -> Tensor:
-            return F.scaled_dot_product_attention(q * self.weight, k * self.weight, v * self.weight)
+            return F.scaled_dot_product_attention(q * self.weight, k * self.weight, v)
 
     model = Steep()
     (plain,) = torch.autograd.grad(model().square().sum(), [model.weight])
-    with LowBitActivations(bits=4).attach(model):
-        (packed,) = torch.autograd.grad(model().square().sum(), [model.weight])
-    assert (packed - plain).norm() < 0.2 * plain.norm()
+    for bits, bound in ((8, 0.2), (4, 5)):  # with q and k in as few bits as the rest: about 1, and 2e7
+        with LowBitActivations(bits=bits).attach(model):
+            (packed,) = torch.autograd.grad(model().square().sum(), [model.weight])
+        assert (packed - plain).norm() < bound * plain.norm()
+
+
+def test_a_mask_with_as_many_keys_as_a_head_has_numbers_is_not_taken_for_a_result():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16))
+
+        def forward(self, mask: Tensor) -> Tensor:
+            q, k, v = (torch.sin(torch.arange(512.0) * i).view(1, 2, 16, 16) * self.weight for i in (1, 2, 3))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    model, allowed = Masked(), torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    lowest = torch.finfo(torch.float32).min
+    for mask in (allowed, torch.zeros(1, 1, 16, 16).masked_fill(~allowed, lowest).expand(1, 2, 16, 16).contiguous()):
+        (plain,) = torch.autograd.grad(model(mask).square().sum(), [model.weight])
+        with LowBitActivations().attach(model):
+            (packed,) = torch.autograd.grad(model(mask).square().sum(), [model.weight])
+        assert (packed - plain).norm() < 0.02 * plain.norm()
 
 
 def test_probabilities_and_integers_stay_as_they_are():
@@ -273,8 +295,8 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def reviews(recipe: list, folder: Path) -> RunSettings:
-    data = {"train": "packaged:rotten-tomatoes", "max_length": 32, "max_train_rows": 32, "max_eval_rows": 8}
-    numbers = {"max_steps": 20, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "logging_steps": 1, "seed": 0}
+    data = {"train": "packaged:rotten-tomatoes", "max_length": 24, "max_train_rows": 8, "max_eval_rows": 8}
+    numbers = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1, "seed": 0}
     return RunSettings.from_dict(
         {
             "model": "packaged:minilm",
@@ -290,6 +312,10 @@ def reviews(recipe: list, folder: Path) -> RunSettings:
 def test_a_packaged_encoder_learns_reviews_from_8_bits_on_disk(tmp_path):
     need("minilm", "rotten-tomatoes")
     lora = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value", "dense"]}}
-    report = train(reviews([lora, {"low_bit_activations": {}}, {"offload": {"to": "disk"}}], tmp_path))
-    losses = [loss for _, loss in report.losses]
-    assert sum(losses[-4:]) / 4 < 0.8 * sum(losses[:2]) / 2, losses
+    plain = train(reviews([lora], tmp_path / "plain"))
+    packed = train(reviews([lora, {"low_bit_activations": {}}, {"offload": {"to": "disk"}}], tmp_path / "packed"))
+    losses = [(a, b) for (_, a), (_, b) in zip(plain.losses, packed.losses, strict=True)]
+    assert losses[0][0] == losses[0][1]  # the forward is the same
+    assert losses[-1][1] < losses[0][1] - 0.03, losses
+    assert all(abs(a - b) < 0.05 for a, b in losses), losses
+    assert packed.memory["saved_bytes"] < 0.1 * plain.memory["saved_bytes"]

@@ -442,6 +442,14 @@ def test_fewer_bytes_than_none_are_refused():
         Offload(to="disk", min_bytes=-1)
 
 
+def test_a_codec_that_must_know_operations_refuses_a_compiled_model():
+    in_place = Attention()
+    in_place.compile()
+    for model in (torch.compile(Attention()), in_place):
+        with pytest.raises(SettingError, match=r"low_bit_activations cannot tell operations apart .* torch\.compile"):
+            Recipe(LowBitActivations()).apply(model)
+
+
 def test_functions_of_torch_see_what_they_saw_before():
     """The watch for operations changes no result and no type."""
 

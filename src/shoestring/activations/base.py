@@ -10,7 +10,9 @@ In place A packed tensor has the values it had when it was saved, so changing th
          plain torch would refuse. One that is kept as it is refuses as in plain torch.
 Beside   Under torch's checkpoint, not reentrant, only what a checkpointed block takes in arrives here.
 Misses   Tensors that a custom autograd function puts on `ctx` without `save_for_backward`. What a loss outside the
-         model's forward keeps. Graphs that torch.compile made.
+         model's forward keeps. Operations inside graphs that torch.compile makes: what such a graph keeps arrives, but
+         not what for, so codecs that must know refuse a model that is compiled when they are attached. A forward that a
+         keyboard interrupt ends leaves the hooks in force until the recipe is removed.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -87,7 +90,14 @@ class Codec(Technique):
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Pack what the model's training forwards keep, together with the codecs that are there already."""
+        """Pack what the model's training forwards keep, together with the codecs that are there already.
+
+        Raises SettingError if the codec must know operations and the model is compiled.
+        """
+        if self.reads_operations and any(_is_compiled(module) for module in model.modules()):
+            raise SettingError(
+                f"{self.name} cannot tell operations apart in a model under torch.compile; leave out one."
+            )
         with _joined(self, model):
             yield model
 
@@ -261,6 +271,10 @@ class _Manager:
 
 def _unpack(saved: "_Kept | _View | _Part") -> Tensor:
     return saved.load()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, OptimizedModule)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -6,11 +6,14 @@ Update   in groups of 256: m = min x, s = (max x - m) / (2^b - 1), code = floor(
 Shapes   x [n]; codes [groups, 256], two to a byte at b = 4; m, s [groups]
 Costs    b / 8 + 8 / 256 bytes an element in place of 4: 0.26 of float32 at 8 bits, 0.13 at 4; twice that of 16-bit
          numbers. One pass over x to pack it and one to unpack it, in slices of a few million elements.
-Error    ERRORS
-Keeps    integers, booleans and random states (by dtype); norm statistics and attention's log-sum-exp (one number a row,
-         or saved by a norm or an attention of torch in another shape than its inputs); what softmax gives (by the
-         operation); masks given to attention; copies of weights that autocast makes; small tensors.
-         A log-sum-exp that an attention outside torch keeps is not known as one.
+Error    of all gradients together, relative, measured: tiny 4-layer models 0.7 to 0.9 % at 8 bits, 11 to 18 % at 4; a
+         pretrained MiniLM 2.1 % and 37 %, its LoRA 0.4 % and 7 %; LoRA on all layers of SmolLM2, whose few huge values
+         widen the scales, 6.5 % and 126 %, in groups of 64 4.1 % and 69 %. At random, and unbiased for what linear
+         layers keep; what a norm or an activation function keeps enters its derivative, which bends it.
+Keeps    integers, booleans and random states (by dtype); norm statistics (one number a row, or saved by a norm in
+         another shape than its input); what torch's attention saves beside q, k, v and its result: log-sum-exp, masks,
+         and the probabilities that it forms on a CPU with dropout; what softmax gives; copies of weights that autocast
+         makes; small tensors. A log-sum-exp that an attention outside torch keeps is not known as one.
 Differs  Bits are the same everywhere, where GACT allots them by measured sensitivity, but for exponents: torch's fused
          attention computes exp(q k - lse) again in backward, so q and k get 16 bits, and stay as they are if they have
          no more; log-probabilities get 8. A NaN or an infinity spreads over its group as NaN.
@@ -40,8 +43,8 @@ NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 class LowBitActivations(Codec):
     """Floating-point tensors kept for backward, in few bits.
 
-    bits: 8, or 4 for small models and rough gradients.
-    group: elements that share a minimum and a scale; even.
+    bits: 8; 4 only where gradients of the model were compared and the error is bearable.
+    group: elements that share a minimum and a scale, an even number; 64 brings smaller errors for 9 % more bytes.
     seed: of the random rounding; the same seed gives the same run.
 
     Raises SettingError if one of them is out of range.
@@ -181,14 +184,22 @@ def _bits_for(tensor: Tensor, operation: Operation, bits: int) -> int:
     if operation.name in LOG_PROBABILITIES:
         return max(bits, 8)
     if operation.name in NORMS:
-        return bits if _is_like(tensor, inputs[0]) else 0
+        return bits if tensor.shape == inputs[0].shape else 0
     if operation.name == "scaled_dot_product_attention":
-        query, key, value = (_argument(operation, i, name) for i, name in enumerate(("query", "key", "value")))
-        mask = _argument(operation, 3, "attn_mask")
-        if _shares(tensor, query) or _shares(tensor, key):
-            return 16
-        return bits if _is_like(tensor, value) and not _shares(tensor, mask) else 0
+        return _bits_in_attention(tensor, operation, bits)
     return bits
+
+
+def _bits_in_attention(tensor: Tensor, operation: Operation, bits: int) -> int:
+    query, key, value = (_argument(operation, i, name) for i, name in enumerate(("query", "key", "value")))
+    if _shares(tensor, query) or _shares(tensor, key):
+        return 16
+    if _shares(tensor, value):
+        return bits
+    masked = _argument(operation, 3, "attn_mask") is not None
+    if masked and key.shape[-2] == value.shape[-1]:
+        return 0  # it may be a mask made of the one given
+    return bits if tensor.shape == (*query.shape[:-1], value.shape[-1]) else 0
 
 
 def _is_cast_copy(tensor: Tensor, weight: Tensor) -> bool:
@@ -201,10 +212,6 @@ def _is_cast_copy(tensor: Tensor, weight: Tensor) -> bool:
 
 def _argument(operation: Operation, index: int, name: str) -> Any:
     return operation.args[index] if index < len(operation.args) else operation.kwargs.get(name)
-
-
-def _is_like(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.dim() == other.dim() and tensor.shape[-1] == other.shape[-1]
 
 
 def _shares(tensor: Tensor, other: Any) -> bool:
