@@ -86,7 +86,7 @@ class _Gate(TorchFunctionMode):
             result, read, function = self.activation
             factors = [t for t in args if t is not result]
             if len(factors) == 1 and isinstance(factors[0], Tensor) and factors[0].shape == result.shape:
-                self.seen = True
+                self.seen, self.activation = True, None  # the result is free while the next layer runs
                 return _gated(function, result, read, factors[0])
         return func(*args, **(kwargs or {}))
 
