@@ -296,7 +296,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 def reviews(recipe: list, folder: Path) -> RunSettings:
     data = {"train": "packaged:rotten-tomatoes", "max_length": 24, "max_train_rows": 8, "max_eval_rows": 8}
-    numbers = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1, "seed": 0}
+    numbers = {"max_steps": 5, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1, "seed": 0}
     return RunSettings.from_dict(
         {
             "model": "packaged:minilm",
@@ -316,6 +316,6 @@ def test_a_packaged_encoder_learns_reviews_from_8_bits_on_disk(tmp_path):
     packed = train(reviews([lora, {"low_bit_activations": {}}, {"offload": {"to": "disk"}}], tmp_path / "packed"))
     losses = [(a, b) for (_, a), (_, b) in zip(plain.losses, packed.losses, strict=True)]
     assert losses[0][0] == losses[0][1]  # the forward is the same
-    assert losses[-1][1] < losses[0][1] - 0.03, losses
+    assert losses[-1][1] < losses[0][1] - 0.02, losses
     assert all(abs(a - b) < 0.05 for a, b in losses), losses
     assert packed.memory["saved_bytes"] < 0.1 * plain.memory["saved_bytes"]

@@ -310,7 +310,7 @@ def test_a_packaged_encoder_trains_alike_with_its_activations_on_disk(tmp_path):
                     },
                     "recipe": [lora, *codecs],
                     "train": {
-                        "max_steps": 3,
+                        "max_steps": 2,
                         "per_device_train_batch_size": 4,
                         "learning_rate": 2e-3,
                         "logging_steps": 1,
