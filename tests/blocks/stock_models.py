@@ -69,12 +69,13 @@ MODELS = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 
 
 def made(name: str, dropout: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model in training mode, always the same; its weights are larger than usual, so that attention is not even."""
+    """A model in training mode, always the same; with weights so large that attention is not even, as in T5 it is not."""
     torch.manual_seed(0)
-    model = MODELS[name]().to(dtype).train()
+    model = MODELS[name]().train()
+    model = model if dtype == torch.float32 else model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and name != "t5":
                 parameter.mul_(4)
     if not dropout:
         without_dropout(model)
@@ -244,7 +245,8 @@ def watched_inputs(stacks: list[Stack]) -> Iterator[dict[str, Tensor]]:
 
         def note(module: nn.Module, args: Any, kwargs: Any, name: str = stack.name) -> None:
             found[name] = args[0] if args else kwargs["hidden_states"]
-            found[name].retain_grad()
+            if found[name].requires_grad:  # under adapters nothing below the first one has a gradient
+                found[name].retain_grad()
 
         hooks.append(stack.blocks[0].register_forward_pre_hook(note, with_kwargs=True))
     try:

@@ -2,8 +2,8 @@
 
 import copy
 import json
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from stock_models import (
     BATCH,
     DECODERS,
     ENCODER_DECODERS,
-    ENCODERS,
     GROUPED,
     LENGTH,
     MODELS,
@@ -31,6 +30,7 @@ from stock_models import (
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 from shoestring import Ledger, Recipe
 from shoestring.blocks import Recompute, TokenTune, find_stacks
@@ -105,7 +105,7 @@ def test_rows_equal_the_reference(name):
 
 
 @pytest.mark.parametrize("form", ["streams", "rows"])
-@pytest.mark.parametrize("name", ["llama grouped", "mistral", "gemma3", "opt", "modernbert", "bert tokens"])
+@pytest.mark.parametrize("name", ["llama grouped", "mistral", "gemma3", "opt", "bert tokens"])
 def test_left_padding_equals_the_reference(name, form):
     model = made(name, dtype=torch.float64)
     for seed in (1, 2):
@@ -186,6 +186,15 @@ def test_masks_that_are_given_whole_and_packed_samples(form):
             found.append(gradients(attached))
     _, reference = run_reference(model, {**batch, "attention_mask": whole}, states[0].selections, True)
     assert all(apart(one, reference) < 1e-9 for one in found)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "modernbert", "bert", "t5"])
+def test_batches_without_padding_equal_the_reference(name):
+    model = made(name, dtype=torch.float64)
+    batch = batch_for(name, model, 1)
+    batch["input_ids"] = batch["input_ids"].clamp(min=3)
+    del batch["attention_mask"]
+    assert_equals_reference(name, model, batch, keep_fraction=0.4)
 
 
 def test_samples_with_few_tokens_or_labels_are_filled_up_without_gradient():
@@ -306,10 +315,8 @@ def test_autocast_loses_no_gradient(name, fraction, select):
     wide = narrow if select == "seek" and fraction < 1 else found()
     for weight, gradient in wide.items():
         if gradient.norm() > 1e-4 * max(g.norm() for g in wide.values()):
-            assert (narrow[weight] - gradient).norm() < 0.15 * gradient.norm(), weight
-    trained = [n for n, g in narrow.items() if g.any()]
-    unused = {"roberta": 0, "bert": 0}.get(name, 0)
-    assert len(trained) >= len(narrow) - unused
+            assert (narrow[weight] - gradient).norm() < 0.3 * gradient.norm(), weight
+    assert all(gradient.any() for gradient in narrow.values())
 
 
 def test_the_same_seed_draws_the_same_and_each_step_anew():
@@ -348,41 +355,42 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return ledger.report().saved_bytes
 
 
-@pytest.mark.parametrize(("kv_heads", "share_of_keys", "at_three_tenths"), [(8, 0.09, 0.42), (2, 0.02, 0.38)])
-def test_what_is_kept_falls_with_the_tokens(kv_heads, share_of_keys, at_three_tenths):
+@pytest.mark.parametrize(("kv_heads", "excess", "at_three_tenths"), [(8, 1.05, 0.42), (2, 1.13, 0.38)])
+def test_what_is_kept_falls_with_the_tokens(kv_heads, excess, at_three_tenths):
+    """To the share of the tokens, and keys and values of the others; under grouped heads the mask is kept per group."""
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 8}
-    with FakeTensorMode():
-        model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=1000, num_key_value_heads=kv_heads, **sizes)).train()
-        ids = torch.zeros(1, 512, dtype=torch.long)
-        batch = {"input_ids": ids, "labels": ids}
-        whole = saved_bytes(model, batch)
-        for fraction in (0.1, 0.3, 0.5):
-            with tuned(model, keep_fraction=fraction) as (attached, _):
-                share = saved_bytes(attached, batch) / whole
-            assert share <= 1.05 * (fraction + share_of_keys * (1 - fraction)), (fraction, share)
-            if fraction == 0.3:
-                assert share <= at_three_tenths
+    torch.manual_seed(0)
+    model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=500, num_key_value_heads=kv_heads, **sizes)).train()
+    ids = torch.randint(0, 500, (1, 512))
+    batch = {"input_ids": ids, "labels": ids}
+    whole = saved_bytes(model, batch)
+    keys_and_values = 8 * 2 * 512 * kv_heads * 32 * 4 / whole
+    for fraction in (0.1, 0.3, 0.5):
+        with Recipe(TokenTune(keep_fraction=fraction))(model) as attached:
+            share = saved_bytes(attached, batch) / whole
+        assert share <= excess * (fraction + keys_and_values * (1 - fraction)), (fraction, share)
+        if fraction == 0.3:
+            assert share <= at_three_tenths
 
 
-def test_bytes_without_data_are_those_with_data():
-    batch = {"input_ids": torch.randint(3, WORDS, (2, 40)), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
-    batch["labels"] = batch["input_ids"]
+@pytest.mark.parametrize("select", ["random", "seek"])
+def test_bytes_without_data_are_those_with_data(select):
+    ids = torch.randint(3, WORDS, (2, 40), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
-    def count(model: nn.Module, batch: dict[str, Tensor], **settings: Any) -> int:
-        with tuned(model, keep_fraction=0.25, **settings) as (attached, _):
+    def count(batch: dict[str, Tensor]) -> int:
+        with Recipe(TokenTune(keep_fraction=0.25, select=select))(made("llama grouped")) as attached:
             return saved_bytes(attached, batch)
 
-    for settings in ({}, {"form": "rows"}, {"select": "seek"}):
-        real = count(made("llama grouped"), batch, **settings)
-        with FakeTensorMode():
-            fake = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in batch.items()}
-            assert count(made("llama grouped"), fake, **settings) == pytest.approx(real, rel=0.08)
+    with FakeTensorMode():
+        fake = count({name: torch.empty(x.shape, dtype=x.dtype) for name, x in batch.items()})
+    assert fake == count(batch)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_runs_without_data(name):
     example = batch_for(name, made(name))
-    with FakeTensorMode():
+    with FakeTensorMode(), no_init_weights():
         model = made(name)
         batch = {n: torch.empty(x.shape, dtype=x.dtype) for n, x in example.items()}
         for form in ("streams", "rows"):
@@ -468,8 +476,8 @@ def test_a_recipe_can_be_copied_saved_and_used_twice():
     with recipe(one) as first, recipe(other) as second:
         first(**batch_for("llama", one)).loss.backward()
         second(**batch_for("gpt2", other)).loss.backward()
-    assert any(g.any() for g in gradients(one).values())
-    assert any(g.any() for g in gradients(other).values())
+        assert any(g.any() for g in gradients(one).values())
+        assert any(g.any() for g in gradients(other).values())
 
 
 def test_several_choices_of_one_question_are_samples():
@@ -519,7 +527,7 @@ def test_settings_out_of_range_are_refused(settings, message):
             r"MixtralSparseMoeBlock\) routes tokens to experts",
         ),
         (lambda: t.MambaForCausalLM(t.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2)), "no list of"),
-        (lambda: t.Wav2Vec2ConformerForCTC(t.Wav2Vec2ConformerConfig(**SIZES)), "neighbouring tokens"),
+        (lambda: t.Wav2Vec2ConformerModel(t.Wav2Vec2ConformerConfig(**SIZES)), "neighbouring tokens"),
         (lambda: t.LevitForImageClassification(t.LevitConfig()), "couples tokens or samples|no list of"),
     ],
     ids=["experts", "mamba", "convolution", "batch norm"],

@@ -251,7 +251,8 @@ def _mask(
         return stock(**options)
     has_values = attention_mask is not None and not (attention_mask.is_meta or isinstance(attention_mask, FakeTensor))
     nothing_hidden = attention_mask is None or (has_values and bool(attention_mask.all()))
-    if options.get("allow_is_bidirectional_skip") and nothing_hidden:
+    sees_all = (window := options.get("local_size")) is None or kv_length < window
+    if options.get("allow_is_bidirectional_skip") and nothing_hidden and sees_all:
         return None
     if use_vmap or q_offset or kv_offset:
         whole = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
