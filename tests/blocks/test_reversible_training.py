@@ -63,13 +63,13 @@ def test_the_newest_stream_starts_nearer_to_the_pretrained_model_than_the_mean()
 
 
 def test_a_run_learns_reviews_by_heart_and_has_the_losses_of_ordinary_autograd(tmp_path):
-    reversed_run = few([REVERSIBLE], tmp_path / "reversed", max_steps=12)
-    ordinary = few([{"reversible": {"dropout": 0.1, "reversible_layers": 0}}], tmp_path / "ordinary", max_steps=12)
-    losses = [loss for _, loss in reversed_run.losses]
-    wanted = [loss for _, loss in ordinary.losses]
+    fields = {"max_steps": 16, "learning_rate": 1e-2}
+    reversed_run = few([REVERSIBLE], tmp_path / "reversed", **fields)
+    ordinary = few([{"reversible": {"dropout": 0.1, "reversible_layers": 0}}], tmp_path / "ordinary", **fields)
+    losses, wanted = ([loss for _, loss in report.losses] for report in (reversed_run, ordinary))
     assert losses[0] == wanted[0]
     assert losses == pytest.approx(wanted, abs=1e-3)
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4]), losses
     assert reversed_run.memory["saved_bytes"] < 0.1 * ordinary.memory["saved_bytes"]
 
 

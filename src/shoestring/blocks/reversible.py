@@ -37,7 +37,7 @@ from ..errors import SettingError, did_you_mean
 from ..technique import Phase, Technique, register_technique
 from .base import BlockTechnique
 from .stacks import BlockCall, Stack
-from .stream_arithmetic import FixedPoint, Floating, StreamArithmetic, has_values
+from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic, has_values
 from .two_streams import Probe, TwoStreams
 
 FILE = "reversible.safetensors"
@@ -247,9 +247,9 @@ class Reversible(BlockTechnique):
             return FixedPoint(self.stream_bits, self.fraction_bits)
         return Floating()
 
-    def factors(self) -> tuple[float, float]:
+    def factors(self) -> tuple[Factor, Factor]:
         """c1 and c2, as the arithmetic has them."""
-        small, one = (self.shift, 0) if self.mode == "exact" else (0.1, 1.0)
+        small, one = (self.shift, 0) if self.mode == "exact" else (0.1, 1)
         first, second = {1: (small, one), 2: (one, small), 3: (small, small)}[self.variant]
         return (first if self.lam is None else self.lam), (second if self.beta is None else self.beta)
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..adapters.base import Adapter
 from ..errors import RunFailed
-from .stream_arithmetic import StreamArithmetic, has_values
+from .stream_arithmetic import Factor, StreamArithmetic, has_values
 
 Part = Callable[[Tensor], Tensor]
 Slot = tuple[nn.Module, str]
@@ -42,7 +42,7 @@ class Rules:
     """
 
     arithmetic: StreamArithmetic
-    factors: tuple[float, float]
+    factors: tuple[Factor, Factor]
     swapped: bool
     dtype: torch.dtype
     device: torch.device
@@ -183,7 +183,7 @@ def run_ordinary(
     return (x1, x2), (v1, v2)
 
 
-def linked(rules: Rules, numbers: Tensor, x: Tensor, delta: Tensor | None, factor: float) -> Tensor:
+def linked(rules: Rules, numbers: Tensor, x: Tensor, delta: Tensor | None, factor: Factor) -> Tensor:
     """The value of `numbers`, to the graph c x + delta."""
     gain = rules.arithmetic.gain(factor)
     return _Linked.apply(lambda: rules.arithmetic.value(numbers, rules.dtype), gain, x, delta)

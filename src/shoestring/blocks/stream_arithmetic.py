@@ -19,8 +19,11 @@ from torch._subclasses import FakeTensor
 from ..errors import SettingError
 
 
+Factor = float | int  # c, as one kind of arithmetic has it
+
+
 class StreamArithmetic(ABC):
-    """Numbers of one stream, and the two ways between x and y. A factor is a kind's own word for c."""
+    """Numbers of one stream, and the two ways between x and y."""
 
     @abstractmethod
     def enter(self, value: Float[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
@@ -32,7 +35,7 @@ class StreamArithmetic(ABC):
 
     @abstractmethod
     def add(
-        self, x: Shaped[Tensor, "*shape"], factor: float, delta: Float[Tensor, "*shape"] | None
+        self, x: Shaped[Tensor, "*shape"], factor: Factor, delta: Float[Tensor, "*shape"] | None
     ) -> tuple[Shaped[Tensor, "*shape"], Tensor | None]:
         """c x + delta, and what else `take_back` needs; no delta is 0."""
 
@@ -40,13 +43,13 @@ class StreamArithmetic(ABC):
     def take_back(
         self,
         y: Shaped[Tensor, "*shape"],
-        factor: float,
+        factor: Factor,
         delta: Float[Tensor, "*shape"] | None,
         rest: Tensor | None,
     ) -> Shaped[Tensor, "*shape"]:
         """The x that `add` was given."""
 
-    def gain(self, factor: float) -> float:
+    def gain(self, factor: Factor) -> float:
         """c."""
         return factor
 
@@ -66,7 +69,7 @@ class Floating(StreamArithmetic):
         return numbers.to(dtype)
 
     def add(
-        self, x: Shaped[Tensor, "*shape"], factor: float, delta: Float[Tensor, "*shape"] | None
+        self, x: Shaped[Tensor, "*shape"], factor: Factor, delta: Float[Tensor, "*shape"] | None
     ) -> tuple[Shaped[Tensor, "*shape"], Tensor | None]:
         """c x + delta."""
         scaled = x if factor == 1 else factor * x
@@ -75,7 +78,7 @@ class Floating(StreamArithmetic):
     def take_back(
         self,
         y: Shaped[Tensor, "*shape"],
-        factor: float,
+        factor: Factor,
         delta: Float[Tensor, "*shape"] | None,
         rest: Tensor | None,
     ) -> Shaped[Tensor, "*shape"]:
@@ -114,7 +117,7 @@ class FixedPoint(StreamArithmetic):
         return numbers.to(wide).mul_(2.0**-self.fraction_bits).to(dtype)
 
     def add(
-        self, x: Shaped[Tensor, "*shape"], factor: float, delta: Float[Tensor, "*shape"] | None
+        self, x: Shaped[Tensor, "*shape"], factor: Factor, delta: Float[Tensor, "*shape"] | None
     ) -> tuple[Shaped[Tensor, "*shape"], Tensor | None]:
         """(X >> m) + q(delta), and X mod 2^m, packed."""
         shift = int(factor)
@@ -128,7 +131,7 @@ class FixedPoint(StreamArithmetic):
     def take_back(
         self,
         y: Shaped[Tensor, "*shape"],
-        factor: float,
+        factor: Factor,
         delta: Float[Tensor, "*shape"] | None,
         rest: Tensor | None,
     ) -> Shaped[Tensor, "*shape"]:
@@ -139,7 +142,7 @@ class FixedPoint(StreamArithmetic):
             return x
         return (x << shift) | unpack_bits(rest, shift, x.numel()).view(x.shape).to(self.dtype)
 
-    def gain(self, factor: float) -> float:
+    def gain(self, factor: Factor) -> float:
         """2^-m."""
         return 2.0**-factor
 
