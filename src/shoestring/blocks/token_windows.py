@@ -25,7 +25,7 @@ from ..errors import SettingError
 from ..technique import Phase, Technique, register_technique
 from .base import BlockTechnique, Pass
 from .stacks import BlockCall, Stack, refuse_token_mixing
-from .window_budget import bytes_of, probes, tokens_within
+from .window_budget import bytes_of, tokens_within
 from .windowed_blocks import WindowedBlocks
 
 DEFAULT_TOKENS = 256
@@ -127,12 +127,15 @@ class TokenWindows(BlockTechnique):
         place = (stack.name, calls[0].index, len(calls), hidden.shape, hidden.dtype, before)
         if place not in self._chosen:
             measured = WindowedBlocks(stack, calls, hidden.shape[1], self.keep_keys)
-            peaks = {tokens: measured.peak_of_window(tokens) for tokens in probes(hidden.shape[1])}
             num_blocks = len(stack) - min(_lowest_trained(stack, hidden), calls[0].index)
-            kept = measured.kept_bytes(num_blocks)
+
+            def bytes_of_window(tokens: int) -> int:
+                peak = measured.peak_of_window(tokens)
+                return before + measured.kept_bytes(num_blocks) + measured.backward_bytes() + peak
+
             budget = bytes_of(self.memory_budget, "memory_budget of token_windows")
-            fixed = before + kept + measured.backward_bytes()
-            self._chosen[place] = tokens_within(budget, fixed, hidden.shape[1], peaks), kept
+            tokens = tokens_within(budget, hidden.shape[1], bytes_of_window)
+            self._chosen[place] = tokens, measured.kept_bytes(num_blocks)
         tokens, self.current.state[stack.name] = self._chosen[place]
         return tokens
 

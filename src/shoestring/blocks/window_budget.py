@@ -2,13 +2,14 @@
 
 Update   bytes(w) = fixed + a + b w. fixed is known from shapes: what all blocks keep, and the keys and values of blocks
          in backward with their gradients. a + b w is what a window of w tokens that sees all keys has at its peak
-Costs    a and b come from running two small windows of a block forward and backward, once for each shape of batch
+         in full; a and b are fitted to windows that are run, twice as large each time, until the budget is met
+Costs    these windows of each block, once for each shape of batch; together they have up to twice the chosen tokens
 """
 
 import functools
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,28 +70,31 @@ class PeakBytes(TorchDispatchMode):
             self._now -= size
 
 
-def probes(num_tokens: int) -> list[int]:
-    """Sizes of the windows to measure in a sequence of `num_tokens`."""
-    return sorted({min(tokens, num_tokens) for tokens in PROBES})
+def tokens_within(budget: int, num_tokens: int, bytes_of_window: Callable[[int], int]) -> int:
+    """The most tokens of a window that stay within `budget` bytes, or a few less.
 
-
-def tokens_within(budget: int, fixed: int, num_tokens: int, peaks: Mapping[int, int]) -> int:
-    """The most tokens of a window that stay within `budget` bytes.
-
-    fixed: bytes that do not depend on the window.
-    peaks: the bytes of windows that were measured, by their size.
+    bytes_of_window: what windows of so many tokens take, all in all; it is asked for small ones first.
 
     Raises SettingError if one token is too many.
     """
-    small, large = min(peaks), max(peaks)
-    slope = (peaks[large] - peaks[small]) / (large - small) if large > small else peaks[small] / small
-    constant = peaks[small] - slope * small
-    tokens = int((budget - fixed - constant) // max(slope, 1))
+    small, large = (min(tokens, num_tokens) for tokens in PROBES)
+    low, high = (small, bytes_of_window(small)), (large, bytes_of_window(large))
+    while high[1] < budget and high[0] < num_tokens:
+        reach = min(_on_line(low, high, budget), 2 * high[0], num_tokens)
+        if reach - high[0] < EVEN:
+            break
+        low, high = high, (reach, bytes_of_window(reach))
+    # bytes are the greater of lines, one for each moment that may be the peak: between two points they lie below a line
+    tokens = high[0] if high[1] <= budget else _on_line(low, high, budget)
     if tokens < 1:
         raise SettingError(
-            f"memory_budget of token_windows is {budget:,} bytes, but blocks take {fixed + peaks[small]:,} for this "
-            f"batch with windows of {small} tokens; raise it, or give shorter or fewer sequences at a time."
+            f"memory_budget of token_windows is {budget:,} bytes, but blocks take {low[1]:,} for this batch with "
+            f"windows of {low[0]} tokens; raise it, or give shorter or fewer sequences at a time."
         )
-    if tokens >= num_tokens:
-        return num_tokens
-    return tokens - tokens % EVEN if tokens > EVEN else tokens
+    return tokens if tokens in (num_tokens, high[0]) or tokens < EVEN else tokens - tokens % EVEN
+
+
+def _on_line(low: tuple[int, int], high: tuple[int, int], budget: int) -> int:
+    """Where the line through two points of (tokens, bytes) meets the budget."""
+    slope = (high[1] - low[1]) / (high[0] - low[0]) if high[0] > low[0] else low[1] / low[0]
+    return int(low[0] + (budget - low[1]) // max(slope, 1))

@@ -105,7 +105,7 @@ class Draws:
         try:
             yield
         finally:
-            self.used |= not all(map(torch.equal, inside, self._states()))
+            self.used |= _bytes(inside) != _bytes(self._states())
             self._restore(outside)
 
     def again(self, block: int, window: int) -> Any:
@@ -138,6 +138,10 @@ class Draws:
         torch.set_rng_state(states[0])
         if len(states) > 1:
             torch.get_device_module(self.device).set_rng_state(states[1], self.device)
+
+
+def _bytes(states: Iterable[Tensor]) -> list[bytes]:
+    return [state.numpy().tobytes() for state in states]
 
 
 class _KeysKnown(Exception):
@@ -505,7 +509,8 @@ class _Sums:
         asked = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
         wanted = [*(leaves[i] for i in asked), *(self.parameters[i] for i in trained)]
         anchors = [] if anchor is None else [anchor]
-        found = torch.autograd.grad(outputs, [*wanted, *anchors], gradients, allow_unused=True)
+        with _hooks_off(self.parameters):
+            found = torch.autograd.grad(outputs, [*wanted, *anchors], gradients, allow_unused=True)
         for i, new in zip(asked, found, strict=False):
             if new is not None:
                 self._add_to_input(i, window, new)
@@ -528,6 +533,19 @@ class _Sums:
         totals = [*self.given, *self.of_parameters]
         owners = [*self.sources, *self.parameters]
         return [None if t is None else t.to(owner.dtype) for t, owner in zip(totals, owners, strict=True)]
+
+
+@contextmanager
+def _hooks_off(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep hooks of tensors from seeing the gradients of windows; they see the sum, which autograd gets."""
+    hooks = [tensor._backward_hooks for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor._backward_hooks = None
+        yield
+    finally:
+        for tensor, own in zip(tensors, hooks, strict=True):
+            tensor._backward_hooks = own
 
 
 def _plus(total: Tensor | None, new: Tensor) -> Tensor:
