@@ -633,6 +633,10 @@ def test_memory_is_counted_without_numbers():
             {"placement": "frozen_bottom", "reversible_layers": 2, "ordinary_layers": 3},
             "must be at most reversible_layers, 2, got 3",
         ),
+        (
+            {"placement": "frozen_bottom", "reversible_layers": 0},
+            "must be at least 1 with placement frozen_bottom, got 0",
+        ),
         ({"output_scale": 0.5}, "output_scale of reversible is for output sum"),
         ({"dropout": 1.0}, r"dropout of reversible must be in \[0, 1\), got 1.0"),
         ({"activation": "gelou"}, "Did you mean 'gelu'"),
@@ -658,7 +662,10 @@ def test_models_it_cannot_run_are_refused():
     model = bert()
     for block in model.encoder.layer:
         block.my_norm = nn.LayerNorm(WIDTH)
-    with pytest.raises(SettingError, match="BertLayer, a block of unknown layout"), Reversible().attach(model):
+    with (
+        pytest.raises(SettingError, match="is of type BertLayer, a block of unknown layout"),
+        Reversible().attach(model),
+    ):
         pass
     with pytest.raises(SettingError, match="recompute and reversible cannot be combined"):
         Recipe(Reversible(), Recompute())

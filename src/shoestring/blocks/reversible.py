@@ -152,6 +152,10 @@ class Reversible(BlockTechnique):
                 f"ordinary_layers of reversible must be at most reversible_layers, {self.reversible_layers}, got "
                 f"{self.ordinary_layers}."
             )
+        if self.reversible_layers == 0 and self.placement == "frozen_bottom":
+            raise SettingError(
+                "reversible_layers of reversible must be at least 1 with placement frozen_bottom, got 0."
+            )
         if self.output_scale != 0.1 and self.output != "sum":
             raise SettingError(f"output_scale of reversible is for output sum, got output {self.output}.")
 
@@ -184,10 +188,14 @@ class Reversible(BlockTechnique):
                             f"{stack.name}.{index}.{inner} is a {type(module).__name__}, whose running statistics "
                             "would count each batch twice; reversible cannot run such blocks."
                         )
-            if layout_of(stack.blocks[0]) is None:
+                if layout_of(block) is None:
+                    raise SettingError(
+                        f"{stack.name}.{index} is of type {type(block).__name__}, a block of unknown layout: "
+                        "reversible does not know where its feed-forward part is."
+                    )
+            if len(devices := {str(p.device) for p in stack.blocks.parameters()}) > 1:
                 raise SettingError(
-                    f"{stack.name} is made of {type(stack.blocks[0]).__name__}, a block of unknown layout: reversible "
-                    "does not know where its feed-forward part is."
+                    f"{stack.name} lies on {' and '.join(sorted(devices))}; reversible runs a stack on one device."
                 )
 
     @contextmanager

@@ -18,7 +18,6 @@ from torch._subclasses import FakeTensor
 
 from ..errors import SettingError
 
-
 Factor = float | int  # c, as one kind of arithmetic has it
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..adapters.base import has_linear_weight
-from ..adapters.bottleneck import Bottleneck, BottleneckConfig
+from ..adapters.bottleneck import Bottleneck, BottleneckConfig, widths
 from ..adapters.placement import Layout, layout_of
 from ..errors import SettingError
 from .block_halves import BlockHalves
@@ -106,29 +106,28 @@ class TwoStreams:
         variant, last = self.technique.variant, index == len(self.stack) - 1
         block, layout = self.stack.blocks[index], self.layouts[index]
         base = _base_layer(block.get_submodule(layout.feedforward))
-        example = next(block.parameters())
-        dtype = torch.promote_types(example.dtype if example.is_floating_point() else torch.float32, torch.float32)
+        device, dtype = _device_and_dtype(block)
 
-        def made(tap: nn.Module | None, config: BottleneckConfig) -> Bottleneck:
-            adapter = Bottleneck(base, config, tap)
-            there = (adapter.up.device, adapter.up.dtype) == (example.device, dtype)
-            return adapter if there else adapter.to(example.device, dtype)  # fake tensors cannot be moved
+        def made(config: BottleneckConfig) -> Bottleneck:
+            adapter = Bottleneck(base, config, tap=block)  # it reads the stream, whatever the base layer reads
+            there = (adapter.up.device, adapter.up.dtype) == (device, dtype)
+            return adapter if there else adapter.to(device, dtype)  # fake tensors cannot be moved
 
         adapters: dict[str, Bottleneck] = {}
         # of the last block of variant 1, only y1 is the newest stream: an adapter in y2 would learn nothing
         if variant != 3 and not (variant == 1 and last and self.technique.output == "newest"):
-            adapters["plain"] = made(block, replace(config, norm=self.technique.adapter_norm))
+            adapters["plain"] = made(replace(config, norm=self.technique.adapter_norm))
         if self.technique.block_adapter:
-            adapters["feedforward"] = made(block, config)
+            adapters["feedforward"] = made(config)
             if variant == 3:
-                adapters["attention"] = made(block, config)
+                adapters["attention"] = made(config)
         return BlockAdapters(**adapters)
 
     def _make_merge(self) -> nn.Linear:
         """Starts as the newest stream, of [older, newest]."""
-        adapter = next(m for m in self.adapters.modules() if isinstance(m, Bottleneck))
-        width = adapter.up.shape[0]
-        merge = nn.Linear(2 * width, width, bias=False, device=adapter.up.device, dtype=adapter.up.dtype)
+        width, _ = widths(_base_layer(self.stack.blocks[-1].get_submodule(self.layouts[-1].feedforward)))
+        device, dtype = _device_and_dtype(self.stack.blocks[-1])
+        merge = nn.Linear(2 * width, width, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
             merge.weight.copy_(torch.eye(width, 2 * width).roll(width, 1))
         return merge
@@ -347,6 +346,12 @@ def _tap_output(adapter: Bottleneck, module: nn.Module, args: Any, output: Tenso
 def _base_layer(module: nn.Module) -> nn.Module:
     """The pretrained layer under a peft adapter."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _device_and_dtype(block: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a block's adapters stand, and their dtype: float32, or finer where the block is."""
+    example = next(block.parameters())
+    return example.device, torch.float64 if example.dtype == torch.float64 else torch.float32
 
 
 def _num_bytes(tensor: Tensor) -> int:
