@@ -99,9 +99,9 @@ def test_a_resumed_run_ends_bit_for_bit_where_one_in_a_row_ends(tmp_path):
 @pytest.mark.slow
 def test_reviews_are_told_apart_within_a_point_of_adapters_in_ordinary_autograd(tmp_path):
     need("minilm", "rotten-tomatoes")
-    fields = {"max_steps": 320, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
+    fields = {"max_steps": 160, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
     rate = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "data": {"max_length": 40}}
-    adapters = [{"bottleneck": {"form": "parallel", "r": 8, "init": "bert"}}]
+    adapters = [{"bottleneck": {"form": "parallel", "r": 8}}]
     runs = {
         name: train(settings(recipe, tmp_path / name, **fields, **copy.deepcopy(rate)))
         for name, recipe in (("adapters", adapters), ("reversible", [{"reversible": {}}]))
@@ -109,4 +109,4 @@ def test_reviews_are_told_apart_within_a_point_of_adapters_in_ordinary_autograd(
     accuracy = {name: report.quality["test"]["accuracy"] for name, report in runs.items()}
     assert accuracy["reversible"] >= accuracy["adapters"] - 0.01, accuracy
     kept = {name: report.memory["saved_bytes"] for name, report in runs.items()}
-    assert kept["reversible"] < 0.15 * kept["adapters"]
+    assert kept["reversible"] < 0.05 * kept["adapters"]

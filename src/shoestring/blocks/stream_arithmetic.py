@@ -50,7 +50,7 @@ class StreamArithmetic(ABC):
 
     def gain(self, factor: Factor) -> float:
         """c."""
-        return factor
+        return float(factor)
 
     def check(self, where: str) -> None:  # noqa: B027  most have no range to leave
         """Refuse what was added so far if it left the range of numbers; `where` names the stack."""
