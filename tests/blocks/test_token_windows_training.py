@@ -25,7 +25,7 @@ def llama(key_value_heads: int = 4, layers: int = 4, **options) -> nn.Module:
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> None:
-    (model(input_ids=ids).last_hidden_state @ torch.linspace(-1, 1, 64)).sum().backward()
+    (model(input_ids=ids).last_hidden_state.float() @ torch.linspace(-1, 1, 64)).sum().backward()
 
 
 def measure(model: nn.Module, num_tokens: int, *recipe, batch_size: int = 1) -> tuple[int, int]:
