@@ -85,7 +85,7 @@ def decoder(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             {
                 "model": "packaged:smollm2",
                 "task": "causal-lm",
-                "data": {"train": "packaged:gsm8k-test", "chat": True, "max_length": 128, "max_eval_rows": 24},
+                "data": {"train": "packaged:gsm8k-test", "chat": True, "max_length": 128, "max_eval_rows": 12},
                 "recipe": [LORA, *recipe],
                 "train": {
                     "max_steps": 40,
@@ -93,7 +93,7 @@ def decoder(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
                     "per_device_eval_batch_size": 8,
                     "learning_rate": 5e-4,
                     "eval_strategy": "steps",
-                    "eval_steps": 10,
+                    "eval_steps": 20,
                     "eval_on_start": True,
                     "seed": seed,
                 },

@@ -25,6 +25,7 @@ from . import blocks as _blocks  # noqa: F401  registers its techniques
 from . import objectives as _objectives  # noqa: F401  registers its techniques
 from . import optimizers as _optimizers  # noqa: F401  registers its techniques
 from . import pruning as _pruning  # noqa: F401  registers its methods
+from . import recipes
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
 from .technique import TECHNIQUES, Moment, Phase, Technique
@@ -103,6 +104,14 @@ class Recipe:
         if isinstance(entries, (str, dict)):
             raise SettingError(f"recipe must be a list such as [{{lora: {{r: 8}}}}], got {entries!r}.")
         return cls(*(_build(index, entry) for index, entry in enumerate(entries)))
+
+    @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """One that comes with the package; `shoestring methods` lists them.
+
+        Raises SettingError if there is none of that name.
+        """
+        return cls.from_yaml(recipes.path_of(name).read_text(encoding="utf-8"))
 
     @classmethod
     def from_yaml(cls, text: str) -> "Recipe":

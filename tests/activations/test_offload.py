@@ -166,10 +166,20 @@ def test_masks_and_integers_move_too(tmp_path):
         assert torch.equal(back, x)
 
 
+def test_a_model_on_the_cpu_goes_to_files_of_its_own_accord(tmp_path):
+    model = decoder()
+    plain = step(model)
+    with Offload(folder=str(tmp_path), min_bytes=0).attach(model):
+        moved = step(model)
+        assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(moved[name], gradient) for name, gradient in plain.items())
+
+
 def test_host_memory_is_no_help_to_a_model_that_is_there():
     model = decoder()
     plain = step(model)
-    with Offload().attach(model):
+    with Offload(to="host").attach(model):
         with pytest.warns(UserWarning, match="has no effect on tensors that are in host memory"):
             moved = step(model)
         with warnings.catch_warnings():
@@ -181,9 +191,9 @@ def test_host_memory_is_no_help_to_a_model_that_is_there():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"to": "cloud"}, r"to of offload must be 'host' or 'disk', got 'cloud'"),
-        ({"folder": "/tmp"}, r"folder of offload is for to='disk' only"),
-        ({"to": "disk", "max_in_flight": 3}, r"max_in_flight of offload is for to='host' only"),
+        ({"to": "cloud"}, r"to of offload must be 'auto', 'host' or 'disk', got 'cloud'"),
+        ({"to": "host", "folder": "/tmp"}, r"folder of offload has no effect on to='host'"),
+        ({"to": "disk", "max_in_flight": 3}, r"max_in_flight of offload has no effect on to='disk'"),
         ({"max_in_flight": 0}, r"max_in_flight of offload must be at least 1, got 0"),
     ],
 )
@@ -284,7 +294,7 @@ def test_on_a_gpu_gradients_are_the_same_bits_and_memory_falls(make):
 
     run(model)
     plain, kept = run(model)
-    with Recipe(Offload(max_in_flight=2))(model) as offloaded:
+    with Recipe(Offload(to="host", max_in_flight=2))(model) as offloaded:
         for _ in range(5):
             moved, kept_offloaded = run(offloaded)
             assert all(torch.equal(a, b) for a, b in zip(moved, plain, strict=True))

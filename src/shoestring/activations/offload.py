@@ -34,9 +34,10 @@ from .base import Codec, Stage
 class Offload(Codec):
     """Tensors kept for backward, elsewhere until backward.
 
-    to: "host", memory of the host for a model on a GPU; "disk", files.
-    folder: disk only: where a temporary folder for the files is made; the system's place for such by default.
-    max_in_flight: host only: tensors that stay on the device while they are copied; 5 by default.
+    to: "host", memory of the host for a model on a GPU; "disk", files; "auto", the host for tensors on a GPU and files
+        for those on the CPU.
+    folder: not for host: where a temporary folder for the files is made; the system's place for such by default.
+    max_in_flight: not for disk: tensors that stay on the device while they are copied; 5 by default.
 
     Raises SettingError if one of them is out of range or has no effect.
     """
@@ -46,35 +47,35 @@ class Offload(Codec):
     stage = Stage.STORAGE
     removes = frozenset({"everything kept"})
 
-    to: Literal["host", "disk"] = "host"
+    to: Literal["auto", "host", "disk"] = "auto"
     folder: str | None = None
     max_in_flight: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.to not in ("host", "disk"):
+        if self.to not in ("auto", "host", "disk"):
             raise SettingError(
-                f"to of offload must be 'host' or 'disk', got {self.to!r}; for files in a folder of your choice set "
-                "to='disk' and folder."
+                f"to of offload must be 'auto', 'host' or 'disk', got {self.to!r}; for files in a folder of your "
+                "choice set to='disk' and folder."
             )
-        if self.folder is not None and self.to != "disk":
-            raise SettingError("folder of offload is for to='disk' only; leave it out or set to='disk'.")
-        if self.max_in_flight is not None and self.to != "host":
-            raise SettingError("max_in_flight of offload is for to='host' only; leave it out with to='disk'.")
+        if self.folder is not None and self.to == "host":
+            raise SettingError("folder of offload has no effect on to='host'; leave it out or set to='disk'.")
+        if self.max_in_flight is not None and self.to == "disk":
+            raise SettingError("max_in_flight of offload has no effect on to='disk'; leave it out.")
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise SettingError(f"max_in_flight of offload must be at least 1, got {self.max_in_flight}.")
-        self._place: _Place | None = None
+        self._places: dict[bool, _Place] = {}  # by whether a tensor is on a GPU
         self._warned = False
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Move what the model's training forwards keep; files are gone after."""
-        with self._opened() as self._place:
+        with self._opened() as self._places:
             try:
                 with super().attach(model):
                     yield model
             finally:
-                self._place = None
+                self._places = {}
 
     def pack(self, tensor: Tensor) -> "_Moved":
         """Where the tensor went."""
@@ -82,8 +83,7 @@ class Offload(Codec):
             return _Unreal(tensor)
         if self.to == "host" and tensor.device.type != "cuda":
             return _Slow(tensor)
-        assert self._place is not None, "pack is called inside attach only"
-        return self._place.put(tensor)
+        return self._places[tensor.device.type == "cuda"].put(tensor)
 
     def unpack(self, packed: "_Moved") -> Tensor:
         """The tensor, on its device again."""
@@ -105,9 +105,10 @@ class Offload(Codec):
             )
 
     @contextmanager
-    def _opened(self) -> Iterator["_Place"]:
+    def _opened(self) -> Iterator[dict[bool, "_Place"]]:
+        host = _Host(self.max_in_flight or 5)
         if self.to == "host":
-            yield _Host(self.max_in_flight or 5)
+            yield {True: host}
             return
         if self.folder is not None and not Path(self.folder).is_dir():
             raise SettingError(f"folder of offload must be a folder that exists, got {self.folder!r}.")
@@ -116,7 +117,8 @@ class Offload(Codec):
         except OSError as error:
             raise SettingError(f"folder of offload cannot be written: {error}; choose another folder.") from error
         with folder as path:
-            yield _Disk(Path(path))
+            disk = _Disk(Path(path))
+            yield {True: disk if self.to == "disk" else host, False: disk}
 
 
 class _Moved(Protocol):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoestring import recipes
 from shoestring.errors import SettingError, did_you_mean
 
 if TYPE_CHECKING:
@@ -192,6 +193,9 @@ def _show_all(known: "dict[str, TechniqueInfo]", as_json: bool) -> None:
     console = _console()
     console.print(table)
     console.print(f"\n{len(order)} methods; `shoestring methods NAME` shows one with its settings.", highlight=False)
+    console.print("\nRecipes by name, as `recipe: NAME` in a run file:", highlight=False)
+    for name in recipes.names():
+        console.print(f"  [cyan]{name}[/]  {recipes.summary(name)}", highlight=False)
 
 
 def _show_one(info: "TechniqueInfo", as_json: bool) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from shoestring import recipes
 from shoestring.errors import SettingError, did_you_mean
 
 from .marked_yaml import KeyPath, MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
@@ -194,15 +195,17 @@ def _expand_model(run: MarkedYaml) -> None:
 
 
 def _expand_recipe(run: MarkedYaml, folder: Path) -> None:
-    """Put the list of a recipe's own file in place of its name, and `{name: {}}` in place of a bare technique.
+    """Put the list of a recipe's file in place of its name, and `{name: {}}` in place of a bare technique.
+
+    A name is that of a file, of a recipe that comes with the package, or of one technique.
 
     folder: where the run file is; a recipe file is looked for there, then in the current folder.
     """
     recipe = run.values.get("recipe") if isinstance(run.values, dict) else None
     if isinstance(recipe, str):
         is_file = recipe.endswith((".yaml", ".yml")) or os.sep in recipe
-        if is_file:
-            path = Path(recipe).expanduser()
+        if is_file or recipe in recipes.names():
+            path = Path(recipe).expanduser() if is_file else recipes.path_of(recipe)
             inner = read_marked_yaml(folder / path if (folder / path).exists() else path)
             if isinstance(inner.values, dict) and inner.values.keys() == {"recipe"}:
                 inner = _below(inner, "recipe")
