@@ -69,7 +69,7 @@ MODELS = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 
 
 def made(name: str, dropout: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model in training mode, always the same; with weights so large that attention is not even, as in T5 it is not."""
+    """A model in training mode, always the same, with weights so large that attention is far from even."""
     torch.manual_seed(0)
     model = MODELS[name]().train()
     model = model if dtype == torch.float32 else model.to(dtype)
@@ -133,7 +133,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[n] - g).norm() / (g.norm() + floor)) for n, g in other.items())
 
 
-# The reference: the stock forward, in which keys and values have a gradient at selected tokens only, and a loss of these
+# The reference: the stock forward, where keys and values have a gradient at selected tokens only, and a loss of these
 
 _SELECTED: list[Callable[[nn.Module], Tensor | None]] = []
 

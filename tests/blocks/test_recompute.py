@@ -1,0 +1,141 @@
+"""recompute: not a bit of a gradient changes; what it keeps; its refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig
+from stock_models import MODELS, WORDS, batch_for, gradients, made
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from shoestring import Ledger, Recipe
+from shoestring.blocks import Recompute
+from shoestring.errors import SettingError
+
+VARIANTS = {"all": {}, "attention kept": {"keep": "attention"}, "every second": {"every": 2}}
+
+
+def assert_changes_nothing(model: nn.Module, batch: dict[str, Tensor], *others: LoraConfig, **settings: object) -> None:
+    """Against the stock model without a cache, which may lay out keys in another way, and so round otherwise."""
+    if any(getattr(m, "is_causal", False) for m in model.modules()) or model.config.is_encoder_decoder:
+        batch = {**batch, "use_cache": False}
+    found = []
+    for techniques in ((), (Recompute(**settings),)):
+        torch.manual_seed(3)  # adapters start the same
+        with Recipe(*others, *techniques)(model) as attached:
+            torch.manual_seed(5)
+            loss = attached(**batch).loss
+            loss.backward()
+            found.append((loss, gradients(attached), torch.get_rng_state()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert any(g.any() for g in found[0][1].values())
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+    assert torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_bit_of_a_gradient_changes_under_dropout(name, settings):
+    model = made(name, dropout=True)
+    assert_changes_nothing(model, batch_for(name, model), **settings)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "layers"), [("llama grouped", ["q_proj", "down_proj"]), ("bert", ["query"]), ("t5", ["q", "wo"])]
+)
+def test_no_bit_changes_with_adapters_in_a_frozen_model(name, layers, settings):
+    model = made(name, dropout=True)
+    adapters = LoraConfig(r=2, target_modules=layers, lora_dropout=0.2, init_lora_weights=False)
+    assert_changes_nothing(model, batch_for(name, model), adapters, **settings)
+
+
+def test_no_bit_changes_under_autocast():
+    model = made("llama grouped")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_changes_nothing(model, batch_for("llama grouped", model))
+
+
+def test_only_what_enters_blocks_is_kept():
+    model = made("llama")
+    ids = torch.randint(3, WORDS, (2, 33))
+
+    def saved(*techniques: Recompute) -> int:
+        with Recipe(*techniques)(model) as attached:
+            with Ledger(attached) as ledger:
+                attached(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()
+        return ledger.report().saved_bytes
+
+    stock, nothing, attention, second = (
+        saved(),
+        saved(Recompute()),
+        saved(Recompute(keep="attention")),
+        saved(Recompute(every=2)),
+    )
+    one_state = 2 * 33 * 16 * 4
+    assert nothing < stock - 3 * 10 * one_state
+    assert one_state * 3 <= attention - nothing <= one_state * 3 * 2  # the output of attention, and a number a query
+    assert nothing < second < stock
+
+
+def test_evaluation_runs_the_stock_blocks():
+    model = made("llama").eval()
+    batch = batch_for("llama", model)
+    expected = model(**batch).logits
+    with Recipe(Recompute())(model) as attached:
+        attached.eval()
+        assert torch.equal(attached(**batch).logits, expected)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_an_error_leaves_the_model_usable():
+    model = made("llama")
+    batch = batch_for("llama", model)
+    with Recipe(Recompute())(model) as attached:
+        breaks = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attached(**batch)
+        breaks.remove()
+        attached(**batch).loss.backward()
+        assert any(g.any() for g in gradients(attached).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": "everything"}, "keep of recompute must be nothing or attention, got 'everything'"),
+        ({"every": 0}, "every of recompute must be at least 1, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        Recompute(**settings)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_the_trainer_is_refused(reentrant, tmp_path: Path):
+    model = made("llama")
+    rows = torch.randint(3, WORDS, (8, 6)).tolist()
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    attached = Recipe(Recompute()).apply(model)
+    trainer = Trainer(attached, arguments, train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}))
+    with pytest.raises(SettingError, match=r"gradient_checkpointing of the trainer .* switch it off"):
+        trainer.train()
+
+
+def test_prefix_tuning_is_refused():
+    model = made("llama grouped")
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with Recipe(config, Recompute())(model) as attached, pytest.raises(SettingError, match="prefix tuning"):
+        attached(**batch_for("llama grouped", model))
