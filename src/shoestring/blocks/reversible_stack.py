@@ -143,17 +143,17 @@ def run_segment(
     couplings: Sequence[Coupling],
     streams: Streams,
     values: Streams,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[tuple[Tensor, Tensor]],
     equal_at_start: bool,
 ) -> tuple[Streams, Streams]:
     """The streams after some blocks as numbers and as values; backward inverts the blocks.
 
-    values: the streams as the graph before knows them. inputs: leaves among what F and G read beside the streams and
-    parameters, each with the tensor of the graph that it stands for, as (tensor, leaf) pairs one after the other.
+    values: the streams as the graph before knows them. inputs: tensors of the graph that F and G read beside streams and
+    parameters, each with the leaf that stands for it there.
     equal_at_start: both streams are the same where the segment begins, which backward then checks.
     """
     ends: list[Tensor] = []
-    tensors, leaves = tuple(inputs[::2]), tuple(inputs[1::2])
+    tensors, leaves = tuple(tensor for tensor, _ in inputs), tuple(leaf for _, leaf in inputs)
     parameters = parameters_at(slot for coupling in couplings for slot in coupling.slots)
     first, second = _Segment.apply(
         rules, couplings, streams, leaves, equal_at_start, ends, *values, *tensors, *parameters
@@ -193,8 +193,7 @@ def enter(rules: Rules, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Both streams begin as `hidden`: its numbers, and their value, to the graph `hidden` itself."""
     carrier = hidden.to(rules.dtype)
     numbers = rules.arithmetic.enter(carrier.detach())
-    gain = 1.0
-    return numbers, _Linked.apply(lambda: rules.arithmetic.value(numbers, rules.dtype), gain, carrier, None)
+    return numbers, _Linked.apply(lambda: rules.arithmetic.value(numbers, rules.dtype), 1.0, carrier, None)
 
 
 class _Linked(torch.autograd.Function):

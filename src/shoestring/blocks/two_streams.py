@@ -196,8 +196,7 @@ class TwoStreams:
         nothing = calls[0].hidden.new_empty(0)
         apart = [replace(call, hidden=nothing, named=_mapped(call.named, leaf)) for call in calls]
         couplings = [self._coupling(call, dtype) for call in apart]
-        inputs = [tensor for pair in leaves.values() for tensor in pair]
-        return run_segment(rules, couplings, streams, values, inputs, equal_at_start=first)
+        return run_segment(rules, couplings, streams, values, list(leaves.values()), equal_at_start=first)
 
     def _stock_bottom(self, calls: list[BlockCall]) -> tuple[Tensor, list[BlockCall]]:
         """The hidden states after the stock blocks, and the calls of those above."""
