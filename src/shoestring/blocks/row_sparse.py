@@ -18,28 +18,38 @@ from .token_selection import Selection
 
 @contextmanager
 def kept_by_rows(block: nn.Module, selection: Selection, batch: int, tokens: int) -> Iterator[None]:
-    """Store only the selected rows of what is saved inside the context and has rows for tokens; weights stay whole."""
+    """Store only the selected rows of what is saved inside the context and has rows for tokens; weights stay whole.
+
+    What was to happen with saved tensors before, such as recomputation, happens with these rows.
+    """
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of nested hooks torch calls the last only
+    pack_outer, unpack_outer = outer or (_same, _same)
     weights = {_storage(p) for p in block.parameters()}
     starts = torch.arange(0, batch * tokens, tokens, device=selection.kept.device)
     rows = selection.kept + starts[:, None]
     rows = rows[selection.valid] if selection.filled_up else rows.view(-1)
 
-    def pack(x: Tensor) -> Any:
+    def pack(x: Tensor) -> tuple[Any, torch.Size | None]:
+        x = x.detach()  # an operation that keeps its result hands it over with itself behind it: a cycle
         fits = x.shape[:2] == (batch, tokens) or x.shape[:1] == (batch * tokens,)
         if not fits or x.dim() < 2 or _storage(x) in weights:
-            return x
+            return pack_outer(x), None
         flat = x.reshape(batch * tokens, -1)
-        return flat[rows], x.shape
+        return pack_outer(flat[rows]), x.shape
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        kept, shape = packed
+    def unpack(packed: tuple[Any, torch.Size | None]) -> Tensor:
+        kept, shape = unpack_outer(packed[0]), packed[1]
+        if shape is None:
+            return kept
         whole = kept.new_zeros(batch * tokens, kept.shape[1])
         return whole.index_copy_(0, rows.to(whole.device), kept).view(shape)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _storage(x: Tensor) -> int:
