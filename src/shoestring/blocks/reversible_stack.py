@@ -148,8 +148,8 @@ def run_segment(
 ) -> tuple[Streams, Streams]:
     """The streams after some blocks as numbers and as values; backward inverts the blocks.
 
-    values: the streams as the graph before knows them. inputs: tensors of the graph that F and G read beside streams and
-    parameters, each with the leaf that stands for it there.
+    values: the streams as the graph before knows them. inputs: tensors of the graph that F and G read beside streams
+    and parameters, each with the leaf that stands for it there.
     equal_at_start: both streams are the same where the segment begins, which backward then checks.
     """
     ends: list[Tensor] = []
