@@ -12,8 +12,7 @@ of the check and with the reason; the check then must fail. Models are tiny, of 
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import Adapter, AdapterConfig, adapter_parameters
 from ..recipe import Recipe, attached_to, load
+from .tiny_models import seeded
 
 MakeSettings = Callable[[], dict[str, Any]]
 Check = Callable[[type[AdapterConfig], MakeSettings], None]
@@ -75,14 +75,6 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 LLAMA_TARGETS = ["v_proj", "down_proj"]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside, and as if nothing had happened after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def batch(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

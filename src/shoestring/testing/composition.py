@@ -1,0 +1,186 @@
+"""What becomes of every two techniques in one recipe with LoRA, on a tiny encoder and a tiny decoder.
+
+    python -m shoestring.testing.composition > docs/composition.md
+
+Method   Each pair is attached with peft's LoRA on all linear layers, in float64, and makes one training step. Two exact
+         techniques are compared with LoRA alone; otherwise the pair is compared with LoRA and one of the two, and the
+         nearer one counts, so that the error is what the other one adds. The error is the length of the difference of
+         all gradients over the length of those compared with.
+Dropout  Then a step with dropout. The gradients of two exact techniques must be the derivative of the loss they
+         computed; a pair that is exact beside a lossy technique must be so here, if the exact one draws as LoRA does.
+Refused  Only by a SettingError while the recipe is built or attached. All other errors are raised here, and so is a
+         lossy technique that has no effect in a pair.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..errors import SettingError
+from ..recipe import Recipe
+from ..technique import TECHNIQUES, Technique
+from .tiny_models import CLASSIFIER, DECODER, Step, TinyModel, assert_derivative_of_the_loss, seeded, step
+
+EXACT = 2e-6  # parts of stock models and losses compute in float32
+CLASSES = ((EXACT, "exact"), (0.05, "< 5 %"), (0.2, "< 20 %"))  # far from all results, so stable across machines
+MORE = "more"
+DROPOUT = 0.2
+MODELS = (CLASSIFIER, DECODER)
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "embedding_pruning": {"keep_ids": [50]},
+    "low_bit_activations": {"min_bytes": 0},
+    "offload": {"to": "disk", "min_bytes": 0},
+    "token_tune": {"keep_fraction": 0.5},
+    "token_windows": {"window_tokens": 4},
+}
+"""Where defaults do nothing on tiny models, or something has to be said. All others are tried as they come."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave: its error, or the reason why the recipe was refused."""
+
+    error: float = 0.0
+    refused: str = ""
+
+    def __str__(self) -> str:
+        """The class of the error, which is the same on all machines."""
+        return next((name for limit, name in CLASSES if self.error <= limit), MORE)
+
+
+def tried() -> list[type[Technique]]:
+    """The techniques of this package, in the order in which they attach."""
+    ours = [cls for cls in TECHNIQUES.values() if cls.__module__.split(".")[0] == Recipe.__module__.split(".")[0]]
+    return sorted(ours, key=lambda cls: (cls.phase, cls.name))
+
+
+def alone(model: TinyModel, name: str) -> Outcome:
+    """One technique beside LoRA, compared with LoRA."""
+    try:
+        return Outcome(_step(model, name).error(_step(model)))
+    except _Refused as refusal:
+        return Outcome(refused=str(refusal))
+
+
+def together(model: TinyModel, first: str, second: str) -> Outcome:
+    """Two techniques beside LoRA.
+
+    Raises whatever a pair raises that was not refused in time, AssertionError where gradients under dropout are wrong.
+    """
+    try:
+        pair = _step(model, first, second)
+    except _Refused as refusal:
+        return Outcome(refused=str(refusal))
+    lossy = [name for name in (first, second) if not TECHNIQUES[name].exact]
+    if not lossy:
+        _check_derivative(model, first, second)
+        return Outcome(pair.error(_step(model)))
+    for name in lossy:
+        other = second if name == first else first
+        if alone(model, name).error > EXACT and pair.error(_step(model, other)) <= EXACT:
+            raise AssertionError(f"{name} has no effect beside {other} on the {model.name}.")
+    error = min(pair.error(_step(model, name)) for name in (first, second))
+    if len(lossy) == 1 and error <= EXACT:
+        _check_with_dropout(model, lossy[0], second if lossy[0] == first else first)
+    return Outcome(error)
+
+
+def page() -> str:
+    """The outcomes of all techniques and pairs, as Markdown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("shoestring").setLevel(logging.ERROR)
+        names = [cls.name for cls in tried()]
+        reasons: dict[str, int] = {}
+
+        def cell(outcomes: list[Outcome]) -> str:
+            words = [f"no ({_number(o.refused, reasons)})" if o.refused else str(o) for o in outcomes]
+            return words[0] if len(set(words)) == 1 else ", ".join(words)
+
+        single = {name: cell([alone(model, name) for model in MODELS]) for name in names}
+        pairs = {(a, b): cell([together(model, a, b) for model in MODELS]) for a, b in combinations(names, 2)}
+    lines = [HEAD, _row(["", "alone", *(str(i + 1) for i in range(len(names) - 1))]), _row(["---"] * (len(names) + 1))]
+    for i, name in enumerate(names):
+        lines.append(_row([f"{i + 1} `{name}`", single[name], *(pairs[other, name] for other in names[:i])]))
+    lines += ["", "## Why not", "", *(f"{number}. {reason}" for reason, number in reasons.items()), ""]
+    return "\n".join(lines)
+
+
+HEAD = f"""# Which techniques go together
+
+Made by `python -m shoestring.testing.composition > docs/composition.md`; `tests/test_composition.py` checks that it is
+what the code gives. How adapters combine is another matter: a recipe may hold several, see the README.
+
+Every two techniques are attached together with peft's LoRA on all linear layers of a tiny BERT classifier and of a tiny
+Llama (two queries to a key, tied head), and make one training step in float64. The number is the difference of all
+gradients, as a share of their length:
+
+- two exact techniques are compared with LoRA alone;
+- otherwise the pair is compared with LoRA and one of the two, the nearer one, so that it is what the other one adds;
+- *alone* is one technique with LoRA, compared with LoRA alone. `reversible` makes the model another function, so its
+  number is no error.
+
+**exact** is below {EXACT:g}; **{MORE}** is 20 % or more, on models whose weights are random. Where the models differ,
+the encoder's result comes first. Pairs of exact techniques are also tried with dropout: their gradients must be the
+derivative of the loss they computed. **no (n)**: the recipe is refused before the first step, for reason n below.
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    torch.set_num_threads(1)
+    print(page(), end="")
+
+
+class _Refused(Exception):
+    """A recipe that was refused while it was built or attached."""
+
+
+@cache
+def _step(model: TinyModel, *names: str, dropout: float = 0.0) -> Step:
+    applied = _applied(model, *names, dropout=dropout)
+    return step(applied, model.batch())
+
+
+def _applied(model: TinyModel, *names: str, dropout: float) -> Any:
+    """A new model with LoRA and the techniques.
+
+    Raises _Refused.
+    """
+    base = model.make(dropout).double()
+    try:
+        techniques = [TECHNIQUES[name](**SETTINGS.get(name, {})) for name in names]
+        with seeded(7):
+            return Recipe(model.lora(), *techniques).apply(base, data=model.data())
+    except SettingError as error:
+        raise _Refused(" ".join(str(error).split())) from error
+
+
+def _check_derivative(model: TinyModel, first: str, second: str) -> None:
+    assert_derivative_of_the_loss(_applied(model, first, second, dropout=DROPOUT), model.batch())
+
+
+def _check_with_dropout(model: TinyModel, lossy: str, exact: str) -> None:
+    draws_alike = _step(model, exact, dropout=DROPOUT).error(_step(model, dropout=DROPOUT)) <= EXACT
+    error = _step(model, *sorted((lossy, exact)), dropout=DROPOUT).error(_step(model, lossy, dropout=DROPOUT))
+    if draws_alike and error > EXACT:
+        raise AssertionError(f"With dropout, {exact} beside {lossy} is off by {error:.1e} on the {model.name}.")
+
+
+def _number(reason: str, reasons: dict[str, int]) -> int:
+    return reasons.setdefault(reason, len(reasons) + 1)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,519 @@
+"""The contract of techniques that are no adapters: what holds for every one, whatever it does.
+
+    CASES = [TechniqueCase(name="mine", settings={"rank": 3}), TechniqueCase(name="mine", model=CLASSIFIER)]
+
+    @pytest.mark.parametrize("check", TECHNIQUE_CHECKS)
+    @pytest.mark.parametrize("case", CASES)
+    def test_my_technique(check, case):
+        run_technique_check(check, case)
+
+A case says what the technique is held to beside what its class declares. A check raises AssertionError where the
+promise is broken. What a technique cannot do stands in `cannot` of its case, by the name of the check and with the
+reason; the check must then fail. Models are tiny, have odd sizes and are built from fixed seeds.
+"""
+
+import copy
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import _get_current_function_mode
+from transformers import TrainingArguments
+
+from ..errors import SettingError
+from ..memory.kept import REMOVABLE
+from ..recipe import Recipe, attached_to
+from ..technique import TECHNIQUES, Moment, Phase, Technique
+from ..training import RecipeTrainer
+from .tiny_models import DECODER, Step, TinyModel, assert_derivative_of_the_loss, seeded, step
+
+FLOAT32, FLOAT64 = 2e-6, 1e-12
+HALF = 0.05  # of bfloat16, whose unit is 0.4 %
+LABELS = ("Source", "Code", "Update", "Shapes", "Start", "Trains", "Costs", "Differs")
+NEEDED_LABELS = {"Source", "Update", "Costs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TechniqueCase:
+    """One technique with settings on one model, and what it is held to.
+
+    bound: of a technique that is not exact, the largest error of its gradients, as a share of their length.
+    float64: the largest error of an exact one in float64; more than rounding where stock parts of the model or of the
+        loss compute in float32.
+    reference: settings of the same technique that give the right gradients; None: the model without it.
+    draws_alike: with dropout and the same seed it draws as the reference does.
+    trained_alone: it trains weights of its own choice or needs adapters, so it has no full fine-tuning to compare with.
+    changes_evaluation: outputs in evaluation are not those of the model without it.
+    cannot: checks that it cannot pass, with the reason.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model: TinyModel = DECODER
+    bound: float | None = None
+    float64: float = FLOAT64
+    reference: Mapping[str, Any] | None = None
+    draws_alike: bool = True
+    trained_alone: bool = False
+    changes_evaluation: bool = False
+    cannot: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def technique_class(self) -> type[Technique]:
+        """The class registered under `name`."""
+        return TECHNIQUES[self.name]
+
+    @property
+    def exact(self) -> bool:
+        """Whether its gradients must be those of the reference, to rounding."""
+        return self.technique_class.exact or self.reference is not None
+
+    def technique(self) -> Technique:
+        """A new one."""
+        return self.technique_class(**copy.deepcopy(dict(self.settings)))
+
+    def referred(self) -> list[Technique]:
+        """What gives the gradients to compare with: nothing, or the technique with other settings."""
+        return [] if self.reference is None else [self.technique_class(**self.reference)]
+
+    def applied(self, *techniques: Any, lora: bool = True, seed: int = 7, **model: Any) -> nn.Module:
+        """A new model with a recipe of the techniques, beside LoRA where asked; in training mode.
+
+        model: dropout, dtype.
+        """
+        dtype = model.pop("dtype", torch.float32)
+        beside = [self.model.lora()] if lora else []
+        with seeded(seed):
+            base = self.model.make(**model).to(dtype)
+            return Recipe(*beside, *techniques).apply(base, data=self.model.data()).train()
+
+    @property
+    def lora_choices(self) -> list[bool]:
+        """Whether to try it beside LoRA, and in full fine-tuning."""
+        return [True] if self.trained_alone else [True, False]
+
+
+Check = Callable[[TechniqueCase], None]
+
+
+def check_declares_what_it_is(case: TechniqueCase) -> None:
+    """A registered dataclass with a phase; what it needs, claims and removes is in the words there are for it."""
+    cls = case.technique_class
+    assert is_dataclass(cls), f"{cls.__name__} must be a dataclass"
+    assert cls.name == case.name
+    assert isinstance(cls.phase, Phase)
+    assert all(isinstance(phase, Phase) for phase in cls.needs)
+    assert all(isinstance(claim, str) and claim == claim.strip() for claim in cls.claims)
+    assert not (unknown := cls.removes - REMOVABLE), f"removes names {sorted(unknown)}, which are not in REMOVABLE"
+    assert cls.exact or case.reference is not None or case.bound is not None, (
+        "a case of a lossy technique needs a bound"
+    )
+
+
+def check_docstring_has_the_labels(case: TechniqueCase) -> None:
+    """The module opens with a title, then labels in their order; the class says what it does."""
+    doc = sys.modules[case.technique_class.__module__].__doc__ or ""
+    title, *rest = doc.strip().splitlines()
+    assert re.match(r"\S.*: .*\.$", title), f"the first line must read 'Name: what it does.', it is {title!r}"
+    found = [match[1] for line in rest if (match := re.match(r"([A-Z][a-z]+) {2,}\S|(?=$)^", line)) and match[1]]
+    ordered = [label for label in found if label in LABELS]
+    assert ordered == [label for label in LABELS if label in ordered], f"the labels are out of order: {found}"
+    assert set(found) >= NEEDED_LABELS, f"the labels {sorted(NEEDED_LABELS - set(found))} are missing"
+    assert (case.technique_class.__doc__ or "").strip()
+
+
+def check_settings_go_to_yaml_and_back(case: TechniqueCase) -> None:
+    """A recipe with it is the same after YAML, and what was set is in there."""
+    recipe = Recipe(case.model.lora(), case.technique())
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    held = case.technique().settings()
+    assert case.technique_class(**held) == case.technique(), "settings() and the constructor do not agree"
+
+
+def check_can_be_copied_and_pickled(case: TechniqueCase) -> None:
+    """Copies are equal and have state of their own."""
+    for twin in (copy.deepcopy(case.technique()), pickle.loads(pickle.dumps(case.technique()))):
+        assert twin == case.technique()
+        assert twin.settings() == case.technique().settings()
+    model = case.applied(case.technique())
+    step(model, case.model.batch())
+    original = attached_to(model).recipe
+    assert original == Recipe(case.model.lora(), case.technique()), "attaching changed the recipe"
+
+
+def check_leaves_the_model_as_it_was(case: TechniqueCase) -> None:
+    """After a step, after an error in a forward and after an error in the body, nothing of it is left."""
+    for use in (_use, _use_with_an_error_in_the_forward, _use_and_raise):
+        with seeded(7):
+            model = case.model.make()
+            if Phase.ADAPTER in case.technique_class.needs:
+                model = Recipe(case.model.lora()).apply(model)
+        frozen = list(model.parameters())[:3]
+        for parameter in frozen:  # of all kinds, to be found as they were
+            parameter.requires_grad_(False)
+        trained = [p.requires_grad for p in model.parameters()]
+        technique, before = case.technique(), Footprint(model)
+        technique.see_data(case.model.data())
+        with suppress(_Planned), technique.attach(model) as inner:
+            technique.on_attached(inner)
+            use(inner, case.model.batch())
+        before.compare(use.__name__)
+        assert [p.requires_grad for p in model.parameters()] == trained, f"after {use.__name__}, other weights train"
+
+
+def check_a_recipe_undoes_it(case: TechniqueCase) -> None:
+    """Beside LoRA in a recipe, too."""
+    for use in (_use, _use_with_an_error_in_the_forward, _use_and_raise):
+        with seeded(7):
+            model = case.model.make()
+        before = Footprint(model)
+        recipe = Recipe(case.model.lora(), case.technique())
+        with suppress(_Planned), recipe(model, data=case.model.data()) as inner:
+            use(inner, case.model.batch())
+        before.compare(use.__name__)
+
+
+def check_gradients_in_float32(case: TechniqueCase) -> None:
+    """Loss and gradients are those of the reference, within rounding or the bound."""
+    _compare_gradients(case, torch.float32)
+
+
+def check_gradients_in_float64(case: TechniqueCase) -> None:
+    """Loss and gradients are those of the reference, within rounding or the bound."""
+    _compare_gradients(case, torch.float64)
+
+
+def check_gradients_with_dropout(case: TechniqueCase) -> None:
+    """From the same seed, gradients are the reference's; or, if draws differ, those of the loss it computed."""
+    if case.draws_alike:
+        _compare_gradients(case, torch.float32, dropout=0.2)
+    elif case.exact:
+        model = case.applied(case.technique(), dtype=torch.float64, dropout=0.2)
+        assert_derivative_of_the_loss(model, case.model.batch())
+
+
+def check_gradients_after_an_error(case: TechniqueCase) -> None:
+    """A forward that raised leaves nothing behind: the next step is what it is without it."""
+    if not case.exact:
+        return  # the state of random draws has moved on
+    model, fresh = case.applied(case.technique()), case.applied(case.technique())
+    with suppress(_Planned):
+        _use_with_an_error_in_the_forward(model, case.model.batch())
+    error = step(model, case.model.batch()).error(step(fresh, case.model.batch()))
+    assert error == 0, f"gradients after an error in the forward before are off by {error:.1e}"
+
+
+def check_gradients_accumulate(case: TechniqueCase) -> None:
+    """Two backwards without a step in between give the sum of both."""
+    first, second = case.model.batch(1), case.model.batch(2, samples=2)
+    model = case.applied(case.technique())
+    one, two = step(model, first, seed=3), step(model, second, seed=4)
+    model = case.applied(case.technique())
+    model.zero_grad()
+    for batch, seed in ((first, 3), (second, 4)):
+        with seeded(seed):
+            model(**batch).loss.backward()
+    summed = Step(one.loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    expected = Step(one.loss, {n: one.gradients[n] + two.gradients[n] for n in one.gradients})
+    assert summed.gradients.keys() == expected.gradients.keys()
+    assert (error := summed.error(expected)) < FLOAT32, f"accumulated gradients are off by {error:.1e}"
+
+
+def check_bfloat16(case: TechniqueCase) -> None:
+    """A model in bfloat16, and one in float32 under autocast, train beside float32 adapters."""
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+
+        def run(*techniques: Any, dtype: torch.dtype = dtype, autocast: bool = autocast) -> Step:
+            model = case.applied(*techniques, dtype=dtype)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return step(model, case.model.batch())
+
+        ours = run(case.technique())
+        where = "under autocast" if autocast else "in bfloat16"
+        for name, gradient in ours.gradients.items():
+            assert torch.isfinite(gradient).all(), f"the gradient of {name} is not finite {where}"
+        bound = HALF if case.exact else max(HALF, 2 * (case.bound or 0))
+        assert (error := ours.error(run(*case.referred()))) < bound, f"gradients are off by {error:.1e} {where}"
+
+
+def check_evaluation_is_untouched(case: TechniqueCase) -> None:
+    """In evaluation and without gradients, outputs are those of the model without it; generation too, or it refuses."""
+    if case.changes_evaluation:
+        return
+    batch = case.model.batch()
+    plain, model = case.applied(), case.applied(case.technique())
+    step(model, batch)
+    for one in (plain, model):
+        one.eval()
+    assert torch.equal(model(**batch).logits, plain(**batch).logits), "outputs in evaluation differ"
+    with torch.no_grad():
+        loss, expected = model.train()(**batch).loss, plain.train()(**batch).loss
+    assert torch.allclose(loss, expected, rtol=FLOAT32), "the loss in training mode without gradients differs"
+    if case.model is not DECODER:
+        return
+    prompt = {"input_ids": batch["input_ids"][:1, :5], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with suppress(SettingError):
+        assert torch.equal(model.eval().generate(**prompt), plain.eval().generate(**prompt)), "it generates otherwise"
+
+
+def check_only_what_trains_changes(case: TechniqueCase) -> None:
+    """A step moves what LoRA trains and weights of its own; every weight that trains has a gradient."""
+    plain, model = case.applied(), case.applied(case.technique())
+    learned = {name for name, p in plain.named_parameters() if p.requires_grad}
+    before = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    known = {name for name, _ in plain.named_parameters()}
+    assert trained.keys() & known <= learned, f"{sorted(trained.keys() & known - learned)[0]} trains, and should not"
+    step(model, case.model.batch())
+    idle = attached_to(model).idle_parameters()
+    without = [n for n, p in trained.items() if n not in idle and (p.grad is None or not p.grad.abs().max() > 0)]
+    assert not without, f"{without[0]} trains, but gets no gradient"
+    torch.optim.SGD(trained.values(), lr=0.1).step()
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        assert (name in trained) or torch.equal(value, before[name]), f"{name} does not train, but has changed"
+
+
+def check_trains_in_the_trainer(case: TechniqueCase) -> None:
+    """Beside LoRA in RecipeTrainer with gradient accumulation; exact ones end at the weights of LoRA alone."""
+    ours = _trained(case, case.technique())
+    for name, change in ours.items():
+        assert torch.isfinite(change).all(), f"{name} is not finite after a step"
+        assert change.abs().max() > 0, f"{name} trains, but a step has not moved it"
+    if case.exact:
+        wanted = _trained(case, *case.referred()) if case.reference else _trained_with_lora_alone(case.model)
+        error = Step(torch.zeros(()), ours).error(Step(torch.zeros(()), wanted))
+        assert error < 1e-4, f"a step in the trainer is off by {error:.1e}"  # weights round where gradients do not
+
+
+def check_resumes_bit_equal(case: TechniqueCase) -> None:
+    """Saved after two steps and restored into a new model, the third step is the one of a run that went on."""
+
+    def go_on(model: nn.Module, steps: range) -> list[float]:
+        attached, losses = attached_to(model), []
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for index in steps:
+            attached.event("on_step_begin", Moment(model, optimizer, index))
+            losses.append(float(step(model, case.model.batch(index), seed=index).loss))
+            attached.event("on_gradients", Moment(model, optimizer, index))
+            optimizer.step()
+            attached.event("on_step_end", Moment(model, optimizer, index + 1))
+        return losses
+
+    whole, stopped = (case.applied(case.technique(), dropout=0.2) for _ in range(2))
+    losses = go_on(whole, range(3))
+    again = case.applied(case.technique(), dropout=0.2, seed=8)
+    go_on(stopped, range(2))
+    with TemporaryDirectory() as folder:
+        attached_to(stopped).save(folder)
+        attached_to(again).restore(Path(folder))
+    assert go_on(again, range(2, 3)) == losses[2:], "the loss after resuming differs"
+    parameters = dict(again.named_parameters())
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, parameters[name]), f"{name} differs after resuming"
+
+
+def check_two_models_at_once(case: TechniqueCase) -> None:
+    """Forwards and backwards of two models in turns give what each gives alone."""
+    batches = [case.model.batch(1), case.model.batch(2)]
+    expected = [step(case.applied(case.technique()), batch) for batch in batches]
+    models = [case.applied(case.technique()) for _ in batches]
+    losses = []
+    for model, batch in zip(models, batches, strict=True):
+        with seeded(5):
+            losses.append(model(**batch).loss)
+    for loss in losses:
+        loss.backward()
+    for model, wanted in zip(models, expected, strict=True):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert torch.equal(parameter.grad, wanted.gradients[name]), f"{name} differs beside another model"
+    Recipe.remove(models[0])
+    error = step(models[1], batches[1]).error(expected[1]) if case.exact else 0.0
+    assert error == 0, "detaching one model disturbed the other"
+
+
+def check_runs_without_values(case: TechniqueCase) -> None:
+    """A step with fake tensors, as a planner makes it, runs; all that trains has a gradient of the right shape."""
+    needs_lora = Phase.ADAPTER in case.technique_class.needs
+    base, technique = case.model.make(), case.technique()
+    model = Recipe(case.model.lora()).apply(base) if needs_lora else base
+    technique.see_data(case.model.data())
+    mode = FakeTensorMode()
+    _without_values(model, mode)
+    batch = {name: mode.from_tensor(value) for name, value in case.model.batch().items()}
+    batch.pop("attention_mask")  # whose values transformers looks at
+    with mode, technique.attach(model.train()) as inner:
+        technique.on_attached(inner)
+        inner(**batch).loss.backward()
+        for name, parameter in inner.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"{name} has no gradient with fake tensors"
+                assert parameter.grad.shape == parameter.shape
+
+
+TECHNIQUE_CHECKS: list[Check] = [
+    value for name, value in list(globals().items()) if name.startswith("check_") and callable(value)
+]
+
+
+def run_technique_check(check: Check, case: TechniqueCase) -> None:
+    """Run one check on one case; a check the case says it cannot pass must fail, and is marked so.
+
+    Raises AssertionError if the check fails, or passes although `cannot` of the case says that it does not.
+    """
+    reason = case.cannot.get(check.__name__)
+    if reason is None:
+        check(case)
+        return
+    try:
+        check(case)
+    except Exception as error:
+        pytest.xfail(f"{case.name} cannot: {reason} ({type(error).__name__})")
+    raise AssertionError(
+        f"The case of {case.name} says that it cannot pass {check.__name__}, but it does; take the entry out of cannot."
+    )
+
+
+def _compare_gradients(case: TechniqueCase, dtype: torch.dtype, dropout: float = 0.0) -> None:
+    bound = (FLOAT32 if dtype is torch.float32 else case.float64) if case.exact else case.bound
+    assert bound is not None
+    for lora in case.lora_choices:
+        ours = step(case.applied(case.technique(), lora=lora, dtype=dtype, dropout=dropout), case.model.batch())
+        wanted = step(case.applied(*case.referred(), lora=lora, dtype=dtype, dropout=dropout), case.model.batch())
+        where = f"{'beside LoRA' if lora else 'in full fine-tuning'}, {dtype}, dropout {dropout}"
+        error = ours.error(wanted)
+        assert error <= bound, f"gradients are off by {error:.2e} of their length ({where}); the bound is {bound:g}"
+        if case.exact:
+            assert ours.gradients.keys() == wanted.gradients.keys(), f"other weights have gradients ({where})"
+            assert abs(float(ours.loss - wanted.loss)) <= bound * abs(float(wanted.loss)), f"the loss differs ({where})"
+
+
+def _trained(case: TechniqueCase, *techniques: Any) -> dict[str, Tensor]:
+    """What a step of RecipeTrainer over two batches changes of all that trains."""
+    model = case.applied(*techniques)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of trainers, about what a test does not set
+        arguments = TrainingArguments(
+            folder,
+            max_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.02,
+            max_grad_norm=0.0,
+            optim="adamw_torch" if attached_to(model).brings_optimizer else "sgd",
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        RecipeTrainer(model=model, args=arguments, train_dataset=case.model.rows()).train()
+    return {name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@cache
+def _trained_with_lora_alone(model: TinyModel) -> dict[str, Tensor]:
+    return _trained(TechniqueCase(name="", model=model))
+
+
+def _without_values(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Put fake tensors in place of all weights and buffers; those that were one stay one."""
+    fakes: dict[int, Any] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in fakes:
+                fakes[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
+            if p is not None:
+                module._parameters[name] = fakes[id(p)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+
+
+class _Planned(Exception):
+    """Raised on purpose."""
+
+
+def _use(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    step(model, batch)
+    model.eval()(**batch)
+
+
+def _use_and_raise(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    model.train()(**batch)  # and no backward
+    raise _Planned
+
+
+def _use_with_an_error_in_the_forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    def fail(*_: Any) -> None:
+        raise _Planned
+
+    leaves = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for leaf in (leaves[len(leaves) // 2], leaves[-1]):  # inside a block, and the head
+        hook = leaf.register_forward_pre_hook(fail)
+        try:
+            with pytest.raises(_Planned):
+                step(model, batch)
+        finally:
+            hook.remove()
+
+
+class Footprint:
+    """Everything of a model that a technique must put back, taken when made."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.taken = self._now()
+        self.values = {name: value.clone() for name, value in model.state_dict().items()}
+        self.outputs = self._outputs()
+
+    def compare(self, after: str) -> None:
+        """Raise AssertionError, saying what `after` left behind."""
+        now = self._now()
+        for what, before in self.taken.items():
+            assert now[what] == before, f"after {after}, {what} of the model are not what they were"
+        values = self.model.state_dict()
+        assert values.keys() == self.values.keys()
+        for name, value in self.values.items():
+            assert torch.equal(values[name], value), f"after {after}, {name} has changed"
+        assert torch.equal(self._outputs(), self.outputs), f"after {after}, the output of the model has changed"
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, (
+            f"a saved-tensor hook outlived {after}"
+        )
+        assert _get_current_function_mode() is None, f"a function mode outlived {after}"
+
+    def _outputs(self) -> Tensor:
+        modes = {module: module.training for module in self.model.modules()}
+        ids = torch.arange(3, 16)[None]
+        with torch.no_grad():
+            logits = self.model.eval()(input_ids=ids).logits
+        for module, training in modes.items():
+            module.training = training
+        return logits
+
+    def _now(self) -> dict[str, Any]:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        tables = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+        configs = {id(c): c for m in modules.values() if hasattr(c := getattr(m, "config", None), "to_dict")}
+        return {
+            "modules": {name: id(module) for name, module in modules.items()},
+            "attributes": {name: set(vars(module)) for name, module in modules.items()},
+            "hooks": {name: [list(vars(module)[table]) for table in tables] for name, module in modules.items()},
+            "forwards": {name: vars(module).get("forward") for name, module in modules.items()},
+            "parameters": {name: (id(p), p.shape, p.dtype) for name, p in self.model.named_parameters()},
+            "buffers": {name: id(b) for name, b in self.model.named_buffers()},
+            "configs": {key: (config.to_dict(), config._attn_implementation) for key, config in configs.items()},
+        }

@@ -1,0 +1,167 @@
+"""Two tiny stock models, their batches, LoRA for them, and what one training step of them gives."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+WORDS = 61
+TOKENS = 13  # odd, and no multiple of any window or chunk
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside, and as if nothing had happened after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def decoder(dropout: float = 0.0, **settings: Any) -> nn.Module:
+    """Llama: two blocks, two queries to a key, tied head; the same weights at every call."""
+    with seeded(0):
+        config = LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=dropout,
+            **{"tie_word_embeddings": True, **settings},
+        )
+        return _moved(LlamaForCausalLM(config))
+
+
+def classifier(dropout: float = 0.0, **settings: Any) -> nn.Module:
+    """BERT with a head for three classes: two blocks; the same weights at every call."""
+    with seeded(0):
+        config = BertConfig(
+            vocab_size=WORDS,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            num_labels=3,
+            problem_type="single_label_classification",  # or the first labels would write it into the config
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            classifier_dropout=dropout,
+            **settings,
+        )
+        return _moved(BertForSequenceClassification(config))
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    """Away from the start, where norms have weights of 1 and biases of 0."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model and what goes with it.
+
+    make: builds it; takes dropout. task: in peft's words. targets: its linear layers.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    task: str
+    targets: tuple[str, ...]
+
+    def lora(self, **settings: Any) -> LoraConfig:
+        """LoRA on all linear layers, away from its start; a new config, since peft fills them in."""
+        given = {"r": 3, "target_modules": list(self.targets), "task_type": self.task, "init_lora_weights": False}
+        return LoraConfig(**{**given, **settings})
+
+    def batch(self, seed: int = 1, samples: int = 3) -> dict[str, Tensor]:
+        """Samples of different lengths, padded on the right, of words from 3 to 40."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, 41, (samples, TOKENS), generator=generator)
+        lengths = TOKENS - torch.arange(samples) % 4 * 2
+        mask = (torch.arange(TOKENS) < lengths[:, None]).long()
+        ids = ids * mask
+        if self.task == "SEQ_CLS":
+            labels = torch.randint(0, 3, (samples,), generator=generator)
+        else:
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, :3] = -100  # a question without labels
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def rows(self, seed: int = 1, count: int = 4) -> list[dict[str, Tensor]]:
+        """The samples of a batch, one by one."""
+        batch = self.batch(seed, count)
+        return [{name: value[i] for name, value in batch.items()} for i in range(count)]
+
+    def data(self) -> dict[str, list[dict[str, Tensor]]]:
+        """All that batches of the seeds below 4 hold, by split, as recipes take it."""
+        return {"train": [row for seed in range(4) for row in self.rows(seed)]}
+
+
+LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DECODER = TinyModel("decoder", decoder, "CAUSAL_LM", LLAMA_LINEAR)
+CLASSIFIER = TinyModel("encoder", classifier, "SEQ_CLS", ("query", "key", "value", "dense"))
+
+
+@dataclass
+class Step:
+    """The loss of one forward and the gradients of all that trains, by name."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+    def error(self, reference: "Step") -> float:
+        """Length of the difference over that of the reference, of the gradients that both have."""
+        names = self.gradients.keys() & reference.gradients.keys()
+        if not names:
+            raise ValueError("The two steps have no gradient in common.")
+        pairs = [_rows_in_use(self.gradients[name], reference.gradients[name]) for name in names]
+        difference = sum(float((ours - theirs).double().square().sum()) for ours, theirs in pairs)
+        return float((difference / sum(float(theirs.double().square().sum()) for _, theirs in pairs)) ** 0.5)
+
+
+def _rows_in_use(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Both; of two tables with different rows, those that have a gradient."""
+    if ours.shape == theirs.shape:
+        return ours, theirs
+    return ours[ours.any(1)], theirs[theirs.any(1)]
+
+
+def step(model: nn.Module, batch: dict[str, Any], seed: int = 5) -> Step:
+    """Loss and gradients of the attached model in training mode; random numbers from `seed`."""
+    model.train()
+    model.zero_grad()
+    with seeded(seed):
+        loss = model(**batch).loss
+        loss.backward()
+    return Step(loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def assert_derivative_of_the_loss(model: nn.Module, batch: dict[str, Tensor], seed: int = 5) -> None:
+    """Raise AssertionError unless the gradients are those of the loss, by a difference along their direction.
+
+    Finds what is drawn otherwise in backward than it was in forward. Wants a model in float64.
+    """
+    of_step = step(model, batch, seed)
+    length = float(sum(g.square().sum() for g in of_step.gradients.values())) ** 0.5
+    size = 1e-3 / length
+    losses = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in of_step.gradients:
+                    parameter += sign * size * of_step.gradients[name]
+        losses.append(float(step(model, batch, seed).loss))
+    slope = (losses[0] - losses[1]) / (2 * 1e-3)
+    assert abs(slope - length) < 0.01 * length, (
+        f"the loss changes by {slope:.4g} along its gradient, whose length is {length:.4g}"
+    )

@@ -1,0 +1,73 @@
+"""The contract of techniques, run on every registered one that is no adapter."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from shoestring.technique import TECHNIQUES
+from shoestring.testing.techniques import TECHNIQUE_CHECKS, Check, TechniqueCase, run_technique_check
+from shoestring.testing.tiny_models import CLASSIFIER, DECODER, decoder
+
+NO_FAKES = {"cannot": {"check_runs_without_values": "it counts the rows of an embedding that has values"}}
+ROUNDS_IN_FLOAT32 = {"float64": 2e-6}  # Llama's norms and the losses of language models compute in float32
+UNTIED = replace(DECODER, make=partial(decoder, tie_word_embeddings=False))
+
+# one row a technique, form and model: its name, then what it is held to
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
+    "embedding_pruning": ("embedding_pruning", {"settings": {"keep_ids": [50]}, "model": UNTIED, **NO_FAKES}),
+    "embedding_pruning-tied": ("embedding_pruning", {"trained_alone": True, **NO_FAKES}),
+    "lean_mlp": ("lean_mlp", {}),
+    "lean_mlp-encoder": ("lean_mlp", {"model": CLASSIFIER}),
+    "lora_fa": ("lora_fa", {"bound": 2e-6, "trained_alone": True}),  # the gradients of B are LoRA's
+    "low_bit_activations": ("low_bit_activations", {"settings": {"min_bytes": 0}, "bound": 0.04}),
+    "low_bit_activations-encoder": (
+        "low_bit_activations",
+        {"settings": {"min_bytes": 0}, "model": CLASSIFIER, "bound": 0.03},
+    ),
+    "offload": ("offload", {"settings": {"to": "disk", "min_bytes": 0}}),
+    "recompute": ("recompute", {}),
+    "recompute-segments": ("recompute", {"settings": {"segments": 2}, "model": CLASSIFIER}),
+    "shared_norm": ("shared_norm", ROUNDS_IN_FLOAT32),
+    "shared_norm-encoder": ("shared_norm", {"model": CLASSIFIER}),
+    "step_activation": ("step_activation", {"bound": 0.6}),
+    "token_windows": ("token_windows", {"settings": {"window_tokens": 4}, "draws_alike": False}),
+    "token_windows-window_major": (
+        "token_windows",
+        {"settings": {"window_tokens": 4, "schedule": "window_major"}, "draws_alike": False},
+    ),
+    "token_windows-encoder": (
+        "token_windows",
+        {"settings": {"window_tokens": 4}, "model": CLASSIFIER, "draws_alike": False},
+    ),
+}
+for form in ({}, {"mode": "float"}):
+    of_reversible: dict[str, Any] = {
+        "settings": form,
+        "reference": {**form, "reversible_layers": 0},
+        "trained_alone": True,
+        "changes_evaluation": True,
+        "float64": 1e-9,
+    }
+    if not form:
+        CASES["reversible"] = ("reversible", of_reversible)
+    CASES[f"reversible-{form.get('mode', 'exact')}-encoder"] = ("reversible", {**of_reversible, "model": CLASSIFIER})
+for form in ({}, {"form": "rows"}):
+    of_tune: dict[str, Any] = {"settings": {"keep_fraction": 0.6, **form}, "bound": 2.0, "draws_alike": False}
+    CASES[f"token_tune-{form.get('form', 'streams')}"] = ("token_tune", of_tune)
+    CASES[f"token_tune-{form.get('form', 'streams')}-encoder"] = ("token_tune", {**of_tune, "model": CLASSIFIER})
+
+
+@pytest.mark.parametrize("check", TECHNIQUE_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("case", CASES)
+def test_every_technique(check: Check, case: str):
+    name, settings = CASES[case]
+    run_technique_check(check, TechniqueCase(name=name, **settings))
+
+
+def test_every_registered_technique_has_a_row():
+    ours = {name for name, cls in TECHNIQUES.items() if cls.__module__.startswith("shoestring.")}
+    missing = ours - {name for name, _ in CASES.values()}
+    assert not missing, f"add a row to CASES for {', '.join(sorted(missing))}"
