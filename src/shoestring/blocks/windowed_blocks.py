@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
@@ -24,6 +25,7 @@ from ..errors import SettingError
 from .attention import TokenMask, additive, attend, handled_by
 from .base import running_passes, within
 from .stacks import BlockCall, Stack, hidden_in, token_axis
+from .token_selection import has_values
 from .window_budget import PeakBytes
 
 MANY = 2**20  # seeds of blocks are this far apart, more than windows in a sequence
@@ -90,7 +92,8 @@ class Draws:
         self.device = device
         self.used = False
         self._before = self._states()
-        self._seed = int(torch.randint(2**40, ()))
+        with unset_fake_temporarily():
+            self._seed = int(torch.randint(2**40, ()))
 
     @contextmanager
     def of(self, block: int, window: int) -> Iterator[None]:
@@ -117,7 +120,8 @@ class Draws:
         self._restore(self._before)
         self._before = []
         if self.used:
-            torch.randint(2**40, ())
+            with unset_fake_temporarily():
+                torch.randint(2**40, ())
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -129,19 +133,22 @@ class Draws:
             self._restore(self._before)
 
     def _states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type != "cpu":
-            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
-        return states
+        with unset_fake_temporarily():  # generators are real where tensors have no values
+            states = [torch.get_rng_state()]
+            if self.device.type != "cpu":
+                states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+            return states
 
     def _restore(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.get_device_module(self.device).set_rng_state(states[1], self.device)
+        with unset_fake_temporarily():
+            torch.set_rng_state(states[0])
+            if len(states) > 1:
+                torch.get_device_module(self.device).set_rng_state(states[1], self.device)
 
 
 def _bytes(states: Iterable[Tensor]) -> list[bytes]:
-    return [state.numpy().tobytes() for state in states]
+    with unset_fake_temporarily():
+        return [state.numpy().tobytes() for state in states]
 
 
 class _KeysKnown(Exception):
@@ -273,7 +280,9 @@ def _rows(mask: Any, queries: slice, keys: slice) -> Tensor | None:
 
 
 def _first(visible: Tensor) -> int:
-    """The first key that any query sees."""
+    """The first key that any query sees; 0 of a mask without values."""
+    if not has_values(visible):
+        return 0
     if visible.dtype is not torch.bool:
         visible = visible > torch.finfo(visible.dtype).min / 2
     seen = visible.flatten(0, -2).any(0)
