@@ -36,9 +36,15 @@ def assert_changes_nothing(model: nn.Module, batch: dict[str, Tensor], *others: 
     assert torch.equal(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_no_bit_of_a_gradient_changes_under_dropout(name, settings):
+def test_no_bit_of_a_gradient_changes_under_dropout(name):
+    model = made(name, dropout=True)
+    assert_changes_nothing(model, batch_for(name, model))
+
+
+@pytest.mark.parametrize("settings", list(VARIANTS.values())[1:], ids=list(VARIANTS)[1:])
+@pytest.mark.parametrize("name", ["llama grouped", "gemma2", "gpt2", "bert", "t5"])
+def test_no_bit_changes_where_less_is_run_again(name, settings):
     model = made(name, dropout=True)
     assert_changes_nothing(model, batch_for(name, model), **settings)
 
