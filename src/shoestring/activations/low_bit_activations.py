@@ -35,6 +35,7 @@ from .base import Codec, Operation, Stage
 SLICE = 1 << 22  # elements quantized at a time: bounds what packing needs beside its result
 PROBABILITIES = {"softmax", "softmin"}
 LOG_PROBABILITIES = {"log_softmax", "cross_entropy"}
+LEAST_LOG = -24.0  # a probability of 4e-11: words that are ruled out would make the scale of their group useless
 NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 
 
@@ -86,11 +87,17 @@ class LowBitActivations(Codec):
         if tensor.dim() == 0 or tensor.shape[-1] == 1:
             return None
         bits = self.bits if operation is None else _bits_for(tensor, operation, self.bits)
-        return partial(self._round, bits=bits) if 0 < bits < 8 * tensor.itemsize else None
+        if not 0 < bits < 8 * tensor.itemsize:
+            return None
+        logs = operation is not None and operation.name in LOG_PROBABILITIES
+        return partial(self._round_logs if logs else self._round, bits=bits)
 
     def _round(self, tensor: Tensor, bits: int) -> "_Packed":
         codes, low, step = quantize(tensor, bits, self.group, self._generator(tensor.device))
         return _Packed(codes, low, step, bits, tensor.numel(), tensor.dtype)
+
+    def _round_logs(self, tensor: Tensor, bits: int) -> "_Packed":
+        return self._round(tensor.clamp(min=LEAST_LOG), bits)
 
     def state_dict(self) -> dict[str, Any]:
         """How many tensors were packed, which the next one's rounding depends on."""
