@@ -81,7 +81,7 @@ class _Gate(TorchFunctionMode):
         self.activation: tuple[Tensor, Tensor, Function] | None = None  # result, what it read, the function
         self.seen = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and self.activation is not None and not kwargs:
             result, read, function = self.activation
             factors = [t for t in args if t is not result]

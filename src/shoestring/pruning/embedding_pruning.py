@@ -345,7 +345,7 @@ def _special_ids(config: Any, padding_idx: int | None, size: int) -> set[int]:
     Raises SettingError if the padding id has no row.
     """
 
-    def named(settings: dict[str, Any]) -> Iterator[Any]:
+    def named(settings: dict[Any, Any]) -> Iterator[Any]:
         for key, value in settings.items():
             if isinstance(value, dict):
                 yield from named(value)
