@@ -1,0 +1,89 @@
+"""Every two techniques together: the page that the docs show is what the code gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoestring.activations import LowBitActivations, Offload
+from shoestring.blocks import Reversible
+from shoestring.pruning import EmbeddingPruning
+from shoestring.recipe import Recipe
+from shoestring.technique import TECHNIQUES, Technique
+from shoestring.testing import composition
+from shoestring.testing.composition import MODELS, Outcome, alone, page, together, tried
+from shoestring.testing.tiny_models import DECODER, Step, TinyModel, seeded, step
+
+PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
+
+
+def test_the_page_is_what_the_code_gives():
+    made = page()
+    assert PAGE.read_text(encoding="utf-8").splitlines() == made.splitlines(), (
+        "run: python -m shoestring.testing.composition > docs/composition.md"
+    )
+
+
+def test_every_technique_is_on_the_page():
+    text = PAGE.read_text(encoding="utf-8")
+    assert [cls.name for cls in tried() if f"`{cls.name}`" not in text] == []
+    assert {cls.name for cls in tried()} <= TECHNIQUES.keys()
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_an_exact_technique_is_exact_beside_lora(model):
+    for cls in tried():
+        outcome = alone(model, cls.name)
+        if cls.exact and not outcome.refused:
+            assert str(outcome) == "exact", f"{cls.name} is off by {outcome.error:.1e}"
+
+
+def test_a_refusal_is_one_line_and_names_a_partner_or_the_model():
+    outcome = together(DECODER, "reversible", "token_tune")
+    assert outcome.refused == (
+        "reversible and token_tune cannot be combined: at most one of them may act in the block phase."
+    )
+
+
+def test_a_technique_without_effect_is_found(monkeypatch):
+    monkeypatch.setattr(
+        composition, "_step", lambda model, *names, **_: DummyStep(1.0 if names == ("step_activation",) else 0.0)
+    )
+    with pytest.raises(AssertionError, match="step_activation has no effect beside recompute"):
+        together(DECODER, "recompute", "step_activation")
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_floating_streams_are_not_rounded_on_their_way_back(model):
+    of_streams = step_with(model, Reversible(mode="float"))
+    error = step_with(model, Reversible(mode="float"), LowBitActivations(min_bytes=0)).error(of_streams)
+    assert 0 < error < 0.05
+    assert step_with(model, Reversible(mode="float"), Offload(to="disk", min_bytes=0)).error(of_streams) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_words_that_are_ruled_out_do_no_harm_to_rounding(dtype):
+    restricted = EmbeddingPruning(restricted_softmax=True)
+    expected = step_with(DECODER, restricted, dtype=dtype)
+    assert step_with(DECODER, restricted, LowBitActivations(min_bytes=0), dtype=dtype).error(expected) < 0.05
+
+
+def step_with(model: TinyModel, *techniques: Technique, dtype: torch.dtype = torch.float64) -> Step:
+    with seeded(7):
+        attached = Recipe(model.lora(), *techniques).apply(model.make().to(dtype), data=model.data())
+    return step(attached, model.batch())
+
+
+class DummyStep:
+    """A step that is a number."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def error(self, other: "DummyStep") -> float:
+        return abs(self.value - other.value)
+
+
+@pytest.mark.parametrize(("error", "word"), [(0.0, "exact"), (1e-3, "< 5 %"), (0.1, "< 20 %"), (2.0, "more")])
+def test_errors_are_shown_as_classes(error, word):
+    assert str(Outcome(error)) == word
