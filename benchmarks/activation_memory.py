@@ -20,7 +20,8 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from result import Row, at_most, print_table, write
-from shoestring import Ledger, MemoryReport, Recipe
+from shoestring import Ledger, Recipe
+from shoestring.memory import MemoryReport
 from shoestring.recipe import attached_to
 
 Step = Callable[[], None]

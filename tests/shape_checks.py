@@ -7,5 +7,6 @@ from beartype import beartype
 
 
 def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its arguments and result checked; config constructors as they are, for they check settings."""
-    return function if function.__qualname__.endswith("Config.__init__") else beartype(function)
+    """`function` with its arguments and result checked; constructors of settings as they are, for they check them."""
+    made_by_dataclass = function.__name__ == "__init__" and function.__code__.co_filename == "<string>"
+    return function if made_by_dataclass or function.__qualname__.endswith("Config.__init__") else beartype(function)
