@@ -254,7 +254,9 @@ class _Segment(torch.autograd.Function):
             kept,
             equal_at_start,
         )
-        ctx.save_for_backward(x1, x2, *rests)
+        ctx.stream_dtype = x1.dtype
+        # as integers, which no technique rounds: going back makes of a small error a large one
+        ctx.save_for_backward(_as_integers(x1), _as_integers(x2), *rests)
         ends += [x1.detach(), x2.detach()]
         return _own(rules, x1, streams), _own(rules, x2, streams)
 
@@ -262,6 +264,7 @@ class _Segment(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
         x1, x2, *rests = ctx.saved_tensors
+        x1, x2 = x1.view(ctx.stream_dtype), x2.view(ctx.stream_dtype)
         ctx.maybe_clear_saved_tensors()  # unless the graph is to be kept: the last streams are not needed for long
         way_back = _WayBack(ctx.rules, [x1, x2], [d1, d2], rests, ctx.leaves)
         del x1, x2, d1, d2, rests
@@ -272,6 +275,11 @@ class _Segment(torch.autograd.Function):
         parameters = parameters_at(slot for coupling in ctx.couplings for slot in coupling.slots)
         inputs = [*(way_back.of_leaves[id(leaf)] for leaf in ctx.leaves)]
         return *(None,) * 6, *way_back.gradients, *inputs, *(way_back.of_parameters.get(id(p)) for p in parameters)
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The bits of a tensor, in the same storage."""
+    return x.view(torch.int64 if x.itemsize == 8 else torch.int32)
 
 
 def _own(rules: Rules, numbers: Tensor, streams: Streams) -> Tensor:
