@@ -152,14 +152,14 @@ def assert_derivative_of_the_loss(model: nn.Module, batch: dict[str, Tensor], se
     Finds what is drawn otherwise in backward than it was in forward. Wants a model in float64.
     """
     of_step = step(model, batch, seed)
-    length = float(sum(g.square().sum() for g in of_step.gradients.values())) ** 0.5
+    length = sum(float(g.square().sum()) for g in of_step.gradients.values()) ** 0.5
     size = 1e-3 / length
     losses = []
     for sign in (1, -2):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in of_step.gradients:
-                    parameter += sign * size * of_step.gradients[name]
+                    parameter.add_(of_step.gradients[name], alpha=sign * size)
         losses.append(float(step(model, batch, seed).loss))
     slope = (losses[0] - losses[1]) / (2 * 1e-3)
     assert abs(slope - length) < 0.01 * length, (
