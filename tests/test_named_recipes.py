@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from shoestring import Recipe, recipes
 from shoestring.errors import SettingError
 from shoestring.recipe import attached_to
 from shoestring.training import RunSettings
-from transformers import LlamaConfig, LlamaForCausalLM
 
 DATA = {"train": "packaged:gsm8k-test"}
 

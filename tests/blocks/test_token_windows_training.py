@@ -62,7 +62,7 @@ def test_kept_bytes_grow_with_the_tokens_and_not_with_the_window():
     assert kept[512, 32] < 2.01 * kept[256, 32]
 
 
-@pytest.mark.parametrize("schedule", ["layer_major", "window_major"])
+@pytest.mark.parametrize("schedule", ["layer_major", pytest.param("window_major", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapters", [[], [LORA]], ids=["full tuning", "lora"])
 def test_a_budget_is_used_and_not_exceeded(adapters, schedule):
     num_tokens, chosen = 384, []

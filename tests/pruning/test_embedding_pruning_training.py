@@ -193,10 +193,16 @@ def test_the_final_folder_loads_with_all_rows(run_file, models, tmp_path):
     [
         [{"text": f"w{i} w{i + 1}"} for i in range(8)],
         [{"prompt": f"w{i}", "completion": f" w{i + 1}"} for i in range(8)],
-        [
-            {"prompt": [{"role": "user", "content": f"w{i}"}], "completion": [{"role": "user", "content": f"w{i + 1}"}]}
-            for i in range(8)
-        ],
+        pytest.param(
+            [
+                {
+                    "prompt": [{"role": "user", "content": f"w{i}"}],
+                    "completion": [{"role": "user", "content": f"w{i + 1}"}],
+                }
+                for i in range(8)
+            ],
+            marks=pytest.mark.slow,
+        ),
         [{"messages": [{"role": "user", "content": f"w{i} w{i + 1}"}]} for i in range(8)],
     ],
     ids=["text", "prompts", "prompt chats", "chats"],

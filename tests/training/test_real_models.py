@@ -54,7 +54,12 @@ def reviews(recipe: list, rate: float, folder: Path, **train_fields) -> RunSetti
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW = ("full", "pfeiffer", "parallel")  # beside their like
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES]
+)
 def test_the_encoder_learns_a_few_reviews_by_heart(name, tmp_path):
     recipe, rate = RECIPES[name]
     report = train(reviews(recipe, rate, tmp_path))
