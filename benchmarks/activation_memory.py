@@ -1,7 +1,9 @@
 """What techniques that keep fewer activations save, and what they cost: each beside its baseline, in one process.
 
     python benchmarks/activation_memory.py --json docs/results/activation_memory.json
-    python benchmarks/activation_memory.py --only token_tune recipes
+    python benchmarks/activation_memory.py --only token_tune recipes --json docs/results/activation_memory.json
+
+The second measures two parts anew and leaves the file's other rows as they are.
 
 Bytes are the ledger's: what is kept for backward, or the peak of a step above the weights; they are the same on every
 run. Seconds are those of the processor on one thread, the least of several steps, ours and the baseline's in turn, so
@@ -11,8 +13,10 @@ relative to the baseline's.
 
 import argparse
 import gc
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from result import Row, at_most, print_table, write
 from shoestring import Ledger, Recipe
+from shoestring.fakes import without_values
 from shoestring.memory import MemoryReport
-from shoestring.memory.fakes import without_values
 from shoestring.recipe import attached_to
 
 Step = Callable[[], None]
@@ -282,8 +286,21 @@ def main() -> None:
         print_table(found, f"{part}: {PARTS[part].__doc__}")
         rows += found
     if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write(rows, options.json, seeds=[0, 1], **settings)
+        settings = {key: value for key, value in vars(options).items() if key not in ("json", "only")}
+        write([*others(options.json, rows), *rows], options.json, seeds=[0, 1], **settings)
+
+
+def others(path: str, rows: list[Row]) -> list[Row]:
+    """The rows of a file that were not measured anew."""
+    if not Path(path).exists():
+        return []
+    found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    measured = {row.name for row in rows}
+    return [
+        Row(*(row[k] for k in ("name", "ours", "baseline", "goal", "holds")))
+        for row in found
+        if row["name"] not in measured
+    ]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..errors import RunFailed, SettingError
+from ..fakes import has_values
 from ..technique import register_technique
 from .base import Codec, Stage
 
@@ -79,7 +80,7 @@ class Offload(Codec):
 
     def pack(self, tensor: Tensor) -> "_Moved":
         """Where the tensor went."""
-        if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        if not has_values(tensor):
             return _Unreal(tensor)
         if self.to == "host" and tensor.device.type != "cuda":
             return _Slow(tensor)

@@ -26,10 +26,10 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..errors import SettingError
+from ..fakes import has_values
 from ..technique import Phase, Technique, register_technique
 from .own_backward import training_forwards
 
@@ -148,7 +148,7 @@ class SharedNorm(Technique):
     def is_safe(self, norm: nn.Module, form: NormForm) -> bool:
         """Whether n comes back from y without more than a small error; True for weights that are not there yet."""
         weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-        if weight is None or weight.is_meta or isinstance(weight, FakeTensor):
+        if weight is None or not has_values(weight):
             return True
         gamma = form.gamma(weight.detach(), torch.float32).abs()
         shift = torch.zeros_like(gamma) if bias is None else bias.detach().abs()

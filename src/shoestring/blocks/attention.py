@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import SettingError
+from ..fakes import has_values
 
 SUPPORTED = ("sdpa", "eager")
 
@@ -249,8 +249,7 @@ def _mask(
     )
     if not by_rows():
         return stock(**options)
-    has_values = attention_mask is not None and not (attention_mask.is_meta or isinstance(attention_mask, FakeTensor))
-    nothing_hidden = attention_mask is None or (has_values and bool(attention_mask.all()))
+    nothing_hidden = attention_mask is None or (has_values(attention_mask) and bool(attention_mask.all()))
     sees_all = (window := options.get("local_size")) is None or kv_length < window
     if options.get("allow_is_bidirectional_skip") and nothing_hidden and sees_all:
         return None

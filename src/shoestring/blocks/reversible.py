@@ -34,10 +34,11 @@ from transformers.activations import ACT2FN
 
 from ..adapters.placement import layout_of
 from ..errors import SettingError, did_you_mean
+from ..fakes import has_values
 from ..technique import Phase, Technique, register_technique
 from .base import BlockTechnique
 from .stacks import BlockCall, Stack
-from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic, has_values
+from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic
 from .two_streams import Probe, TwoStreams
 
 FILE = "reversible.safetensors"

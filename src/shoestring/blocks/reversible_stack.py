@@ -18,7 +18,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..adapters.base import Adapter
 from ..errors import RunFailed
-from .stream_arithmetic import Factor, StreamArithmetic, has_values
+from ..fakes import has_values
+from .stream_arithmetic import Factor, StreamArithmetic
 
 Part = Callable[[Tensor], Tensor]
 Slot = tuple[nn.Module, str]

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from ..errors import SettingError
+from ..fakes import has_values
 
 Factor = float | int  # c, as one kind of arithmetic has it
 
@@ -170,11 +170,6 @@ class FixedPoint(StreamArithmetic):
     def _note(self, numbers: Tensor) -> None:
         if numbers.numel():
             self.extremes += [extreme.to(torch.float64) for extreme in torch.aminmax(numbers)]
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether there are numbers to look at: not on the meta device, not fake."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def _stored_bits(bits: int) -> int:

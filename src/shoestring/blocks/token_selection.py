@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from ..fakes import has_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +40,6 @@ class Selection:
     def everything(self) -> bool:
         """Whether every token of every sample is selected."""
         return self.rest.shape[1] == 0 and not self.filled_up
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether there is anything in `x` to look at, as there is not when a planner runs the model without data."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def select(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RunFailed, SettingError
+from ..fakes import has_values
 from ..technique import register_technique
 from .attention import additive, attend, handled_by, visible_rows
 from .base import BlockTechnique, Pass
@@ -37,7 +38,7 @@ from .stacks import (
     scatter_tokens,
     take_tokens,
 )
-from .token_selection import Selection, ends, has_values, seek_scores, select
+from .token_selection import Selection, ends, seek_scores, select
 
 IGNORED = -100
 SHIFTED = re.compile(r"labels\[[^\]]*1:\]")

@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from ..errors import SettingError
+from ..fakes import has_values
 from .attention import TokenMask, additive, attend, handled_by
 from .base import running_passes, within
 from .stacks import BlockCall, Stack, hidden_in, token_axis
-from .token_selection import has_values
 from .window_budget import PeakBytes
 
 MANY = 2**20  # seeds of blocks are this far apart, more than windows in a sequence

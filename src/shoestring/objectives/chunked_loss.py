@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import SettingError
+from ..fakes import has_values
 from ..technique import register_technique
 from .base import HeadLoss, LazyLogits, Step, linear_dtype
 
@@ -166,7 +166,7 @@ def _in_chunks(
 
 def _labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
     """Positions of the rows that count; all where labels have no values, as in a forward that is only planned."""
-    if labels.is_meta or isinstance(labels, FakeTensor):
+    if not has_values(labels):
         return torch.arange(len(labels), device=labels.device)
     return (labels != ignore_index).nonzero().squeeze(1)
 

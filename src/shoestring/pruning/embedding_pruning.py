@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from ..errors import SettingError
+from ..fakes import has_values
 from ..technique import Moment, Phase, Technique, register_technique
 from .rows import ATTRIBUTE, KeptRows, kept_at_home
 from .used_ids import is_stream, used_ids
@@ -300,7 +300,7 @@ def _look_up(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 
 def _positions(module: Any, ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     positions = module.pruned_positions.index_select(0, ids.reshape(-1)).view(ids.shape)
-    if not (isinstance(positions, FakeTensor) or positions.is_meta) and bool((positions == NO_ROW).any()):
+    if has_values(positions) and bool((positions == NO_ROW).any()):
         missing = [int(index) for index in ids[positions == NO_ROW].unique()]
         names = module.pruned_names
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

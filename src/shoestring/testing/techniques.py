@@ -33,6 +33,7 @@ from torch.overrides import _get_current_function_mode
 from transformers import TrainingArguments
 
 from ..errors import SettingError
+from ..fakes import without_values
 from ..memory.kept import REMOVABLE
 from ..recipe import Recipe, attached_to
 from ..technique import TECHNIQUES, Moment, Phase, Technique
@@ -357,7 +358,7 @@ def check_runs_without_values(case: TechniqueCase) -> None:
     model = Recipe(case.model.lora()).apply(base) if needs_lora else base
     technique.see_data(case.model.data())
     mode = FakeTensorMode()
-    _without_values(model, mode)
+    without_values(model, mode)
     batch = {name: mode.from_tensor(value) for name, value in case.model.batch().items()}
     batch.pop("attention_mask")  # whose values transformers looks at
     with mode, technique.attach(model.train()) as inner:
@@ -433,20 +434,6 @@ def _trained(case: TechniqueCase, *techniques: Any) -> dict[str, Tensor]:
 @cache
 def _trained_with_lora_alone(model: TinyModel) -> dict[str, Tensor]:
     return _trained(TechniqueCase(name="", model=model))
-
-
-def _without_values(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake tensors in place of all weights and buffers; those that were one stay one."""
-    fakes: dict[int, Any] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in fakes:
-                fakes[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
-            if p is not None:
-                module._parameters[name] = fakes[id(p)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer)
 
 
 class _Planned(Exception):

@@ -1,9 +1,14 @@
-"""Models without values: the same steps on fake tensors, which have shapes and no memory, for counting bytes alone."""
+"""Tensors without values, fake or on the meta device: the same steps run on them, count bytes and compute nothing."""
 
 from typing import Any
 
-from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers in `x` to look at."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def without_values(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
