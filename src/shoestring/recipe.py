@@ -28,6 +28,7 @@ from . import pruning as _pruning  # noqa: F401  registers its methods
 from . import recipes
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
+from .fakes import has_values
 from .technique import TECHNIQUES, Moment, Phase, Technique
 
 if typing.TYPE_CHECKING:
@@ -189,7 +190,7 @@ class Attached:
         _ATTACHED[model] = self
 
     def _addresses(self) -> dict[str, int]:
-        return {name: p.data_ptr() for name, p in self._base_parameters.items()}
+        return {name: p.data_ptr() if has_values(p) else id(p) for name, p in self._base_parameters.items()}
 
     def detach(self) -> nn.Module:
         """Undo everything; returns the base model as it was, but for base weights that were trained.
