@@ -121,10 +121,13 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         settings = {**settings, "output_dir": f"{folder}/run"}
         settings["train"] = {**settings["train"], "save_strategy": "no", "report_to": "none"}
         report = train(RunSettings.from_dict(settings), callbacks=[curve])
+    # the backward that scores tokens comes first, and the ledger takes what it keeps for all of the step's
+    entries = [entry for entry in settings["recipe"] if isinstance(entry, dict)]
+    scored = any(entry.get("token_tune", {}).get("select") == "seek" for entry in entries)
     return {
         "quality": report.quality,
         "curve": curve.points,
-        "saved_bytes": report.memory["saved_bytes"] if report.memory else None,
+        "saved_bytes": report.memory["saved_bytes"] if report.memory and not scored else None,
         "step_seconds": statistics.median(curve.seconds),
         "losses": report.losses,
     }
@@ -154,6 +157,8 @@ def compared(runs: dict[str, dict[str, dict[str, Any]]]) -> list[Row]:
             else:
                 rows.append(Row(f"{part}, {name}: held-out loss, {len(results)} seeds", ours, theirs))
             for measure in ("saved_bytes", "step_seconds"):
+                if results[0][measure] is None:
+                    continue
                 values = [statistics.median(r[measure] for r in group) for group in (results, base)]
                 rows.append(Row(f"{part}, {name}: {measure}", *values))
     return rows
@@ -172,9 +177,12 @@ def draw(runs: dict[str, dict[str, Any]], path: str) -> None:
         losses = [statistics.mean(r["curve"][i][1] for r in results) for i in range(len(steps))]
         second = statistics.median(r["step_seconds"] for r in results)
         style = "--" if "seek" in name else "-"
-        axes[0].plot(steps, losses, style, label=name)
+        (line,) = axes[0].plot(steps, losses, style, label=name)
         axes[1].plot([step * second for step in steps], losses, style)
-        axes[2].plot(statistics.median(r["saved_bytes"] for r in results) / 2**20, losses[-1], "o")
+        if results[0]["saved_bytes"] is not None:
+            axes[2].plot(
+                statistics.median(r["saved_bytes"] for r in results) / 2**20, losses[-1], "o", color=line.get_color()
+            )
     for axis, label in zip(axes, ("steps", "seconds of training", "MiB kept for backward"), strict=True):
         axis.set_xlabel(label)
         axis.set_ylabel("held-out loss")
