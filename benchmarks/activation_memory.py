@@ -32,7 +32,7 @@ from shoestring.memory import MemoryReport
 from shoestring.recipe import attached_to
 
 Step = Callable[[], None]
-LORA = {"lora": {"r": 8, "target_modules": "all-linear"}}
+LORA = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}}
 
 
 def llama(layers: int, width: int, ff: int, heads: int, kv_heads: int, vocabulary: int = 4000) -> Any:
