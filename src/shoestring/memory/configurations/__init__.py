@@ -1,8 +1,8 @@
 """Model configurations by name, to plan a run of a well-known model whose files are not at hand.
 
 Each is a file of this folder as `from_pretrained` reads a `config.json`: the fields that differ from the defaults of
-its `model_type`. The size and the shape of the model are in it, and no weights. Names are those of the models' pages, in
-lower case and without the owner: `llama-3.1-8b`, `qwen2.5-0.5b`, `bert-base` (uncased). Gemma 3 from 4b on takes
+its `model_type`. The size and the shape of the model are in it, and no weights. Names are those of the models' pages,
+in lower case and without the owner: `llama-3.1-8b`, `qwen2.5-0.5b`, `bert-base` (uncased). Gemma 3 from 4b on takes
 images; its text decoder alone has the ending `-text`. `dtype` is the one of the published files; for Gemma 2 of the
 instruction-tuned ones.
 
