@@ -3,7 +3,8 @@
 A method is a small `nn.Module` with the parameters of one adapter on one layer. It overrides one of
 
     delta_weight()            W' = W + delta       merged exactly; computed beside the base layer
-    new_weight(W)             W' = f(W)            merged exactly; W' is rebuilt in backward, never kept
+    new_weight(W)             W' = f(W)            merged exactly; W' is rebuilt in backward, never kept; beside it
+                                                   through(x, layer) where tokens, not weights, are cheaper to change
     new_output(x, y, base)    y' = g(x, y)         cannot be merged
 
 Injection, active adapters, merging, dtypes, devices, quantised bases, shared state and saving are here or in peft.
@@ -13,8 +14,9 @@ Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -83,6 +85,11 @@ class AdapterConfig(PeftConfig, Events):
                 f"bias of {self.method.name} must be 'none', 'all' or '{self.method.name}_only', got {self.bias!r}."
             )
 
+    @property
+    def adapter_class(self) -> type["Adapter"]:
+        """The class of its adapters: `method`, or that of the chosen form where forms differ in what they update."""
+        return self.method
+
     def default_targets(self, model: nn.Module) -> set[str] | str | None:
         """The layers to adapt when target_modules is None; None leaves the choice to peft's table."""
         return None
@@ -144,6 +151,21 @@ class Adapter(nn.Module):
         """The weight to use in place of the pretrained one. Must give the same result each time it is called."""
         return weight + self.delta_weight()
 
+    def new_bias(self, weight: Float[Tensor, "out in"], bias: Tensor | None) -> Tensor | None:
+        """The bias to merge, for methods that add to it; `weight` is that before this adapter."""
+        return bias
+
+    def through(self, x: Float[Tensor, "*batch in"], layer: Callable[[Tensor], Tensor]) -> Float[Tensor, "*batch out"]:
+        """What `new_weight` and `new_bias` give, by calling `layer`, the layer before this adapter, on a changed x.
+
+        Override where the change of x is linear or affine. The base weight is then neither copied nor dequantised.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def prefers_tokens(self, num_tokens: int) -> bool:
+        """Whether `through`, where it is overridden, is cheaper than a new weight for so many tokens."""
+        return True
+
     def new_output(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """The output to use in place of `y = base(x)`."""
         raise NotImplementedError(type(self).__name__)
@@ -198,6 +220,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast on the device of `x`, for what has a dtype of its own."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext()
+
+
 def linear_with_rebuilt_weight(
     x: Float[Tensor, "*batch in"], make: Callable[[], Float[Tensor, "out in"]], parameters: list[Tensor]
 ) -> Float[Tensor, "*batch out"]:
@@ -207,13 +234,50 @@ def linear_with_rebuilt_weight(
     holds one dense [out, in] gradient for a moment; second derivatives are not available.
     """
     lower = autocast_dtype(x)
-    with torch.autocast(x.device.type, enabled=False) if lower else nullcontext():
+    with autocast_off(x):
         x = x.to(lower) if lower else x
         if not torch.is_grad_enabled():
             return F.linear(x, make().to(x.dtype))
         vector = x.dim() == 1
         y = _RebuiltWeight.apply(x[None] if vector else x, make, *parameters)
         return y[0] if vector else y
+
+
+class _KeptInput(torch.autograd.Function):
+    """y = run(x), which is run again in backward: x is all that is kept from forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], *parameters: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x, *parameters)
+        return run(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        x = x.detach().requires_grad_(needed[0])
+        with torch.enable_grad():
+            y = ctx.run(x)
+        wanted = [tensor for tensor, is_needed in zip((x, *parameters), needed, strict=True) if is_needed]
+        given = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
+        dx, *others = (next(given) if is_needed else None for is_needed in needed)
+        return dx, None, *others
+
+
+def keeping_only_input(
+    x: Float[Tensor, "*batch in"], run: Callable[[Tensor], Tensor], parameters: list[Tensor]
+) -> Float[Tensor, "*batch out"]:
+    """`run(x)` in x's dtype or autocast's, keeping x and `parameters` for backward and nothing that `run` makes.
+
+    run: called with autocast off, and once more in backward: it must give the same result each time.
+    parameters: every tensor that may need a gradient through `run`. Second derivatives are not available.
+    """
+    lower = autocast_dtype(x)
+    with autocast_off(x):
+        x = x.to(lower) if lower else x
+        return _KeptInput.apply(x, run, *parameters) if torch.is_grad_enabled() else run(x)
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -329,22 +393,37 @@ class AdaptedLinear(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, prefix: str):
         super().__init__(base_layer, prefix)
         self._unmerged_weight: Tensor | None = None
+        self._unmerged_bias: Tensor | None = None
         self.out_features, self.in_features = linear_sizes(self.get_base_layer())
 
     def _adapted(self, x: Tensor, adapters: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
+        def base(x: Tensor) -> Tensor:
+            y = self.base_layer(x, *args, **kwargs)
+            return y if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(y)
+
         if any(adapter.update == "new_weight" for adapter in adapters):
-            y = self._with_new_weight(x, [a for a in adapters if a.update != "new_output"])
+            of_weight = [a for a in adapters if a.update != "new_output"]
+            if self._prefers_tokens(x, of_weight):
+                y = reduce(lambda layer, adapter: partial(adapter.through, layer=layer), of_weight, base)(x)
+            else:
+                y = self._with_new_weight(x, of_weight)
             adapters = [a for a in adapters if a.update == "new_output"]
         else:
-            y = self.base_layer(x, *args, **kwargs)
-            if self.quantization_backend is not None:
-                y = self.quantization_backend.maybe_clone_base_result(y)
+            y = base(x)
         for adapter in adapters:
             if adapter.update == "delta_weight":
                 y = y + adapter.delta_output(self._cast_input_dtype(x, adapter.dtype)).to(y.dtype)
             else:
                 y = adapter.new_output(x, y, self.base_layer).to(y.dtype)
         return y
+
+    def _prefers_tokens(self, x: Tensor, adapters: list[Adapter]) -> bool:
+        """Whether tokens are to be changed and not the weight, where the adapters can do either."""
+        if any(type(adapter).through is Adapter.through for adapter in adapters):
+            return False
+        if self.quantization_backend is not None or self.get_base_layer() is not self.base_layer:
+            return True
+        return all(adapter.prefers_tokens(x.shape[:-1].numel()) for adapter in adapters)
 
     def _with_new_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         def make() -> Tensor:
@@ -371,8 +450,27 @@ class AdaptedLinear(AdaptedLayer):
             weight = adapter.new_weight(weight.to(torch.promote_types(weight.dtype, adapter.dtype)))
         return weight
 
+    def _new_bias(self, adapters: list[Adapter]) -> Tensor | None:
+        """The base bias after `adapters`; None where it stays as it is.
+
+        Raises ValueError if one of them adds to it and the layer has none.
+        """
+        if all(type(adapter).new_bias is Adapter.new_bias for adapter in adapters):
+            return None
+        old: Tensor | None = self.get_base_layer().bias  # type: ignore[assignment]
+        bias = old
+        for number, adapter in enumerate(adapters):
+            weight = self._new_weight(adapters[:number])
+            bias = adapter.new_bias(weight.to(torch.promote_types(weight.dtype, adapter.dtype)), bias)
+        if old is None and bias is not None:
+            raise ValueError(
+                f"{adapters[0].name} adds to the bias of the layer it is merged into, and this "
+                f"{type(self.get_base_layer()).__name__} of {self.in_features} -> {self.out_features} has none."
+            )
+        return bias
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapters' change into the weight; a copy of the pretrained weight is kept so that unmerge is exact.
+        """Put the adapters' change into weight and bias; copies of both are kept so that unmerge is exact.
 
         Raises ValueError if an adapter changes the output, or if safe_merge finds NaN or Inf.
         """
@@ -387,13 +485,19 @@ class AdaptedLinear(AdaptedLayer):
             raise ValueError("Adapters stacked on one layer cannot be merged one by one; remove the outer one first.")
         before = self.get_base_weight()
         with torch.no_grad():
+            bias = self._new_bias(adapters)
             after = self._new_weight(adapters).to(before.dtype)
             after = after.T if isinstance(self.get_base_layer(), Conv1D) else after
-        if safe_merge and not torch.isfinite(after).all():
+        if safe_merge and not all(torch.isfinite(new).all() for new in (after, bias) if new is not None):
             raise ValueError(f"NaNs detected: merging {names} gives NaN or Inf in the weight; nothing was changed.")
         if self._unmerged_weight is None:
             self._unmerged_weight = before.detach().clone()
         self.set_base_weight(after.contiguous())
+        if bias is not None:
+            held: Tensor = self.get_base_layer().bias  # type: ignore[assignment]
+            if self._unmerged_bias is None:
+                self._unmerged_bias = held.detach().clone()
+            held.data = bias.to(held.dtype)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -402,7 +506,9 @@ class AdaptedLinear(AdaptedLayer):
             warnings.warn("Already unmerged. Nothing to do.")
             return
         self.set_base_weight(self._unmerged_weight)
-        self._unmerged_weight = None
+        if self._unmerged_bias is not None:
+            self.get_base_layer().bias.data = self._unmerged_bias
+        self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -483,13 +589,13 @@ class AdapterTuner(BaseTuner):
     ) -> None:
         config = peft_config
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_layer(config.method, base, parent, current_key)
+        check_layer(config.adapter_class, base, parent, current_key)
         shared = self._shared_states()
         extra = (shared[adapter_name],) if adapter_name in shared else ()
         tap = config.tap(self.model, current_key)
         tapped = {} if tap is None else {"tap": self.model.get_submodule(tap)}
         try:
-            adapter = config.method(base, config, *extra, **tapped)
+            adapter = config.adapter_class(base, config, *extra, **tapped)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         if extra:

@@ -141,6 +141,42 @@ LAYOUTS = (
 )
 
 
+# the layers that read what enters attention, and what enters the feed-forward part, by the end of their names
+ATTENTION_INPUT = re.compile(
+    r"(.*\.)?(q|k|v|query|key|value|[qkv]_(proj|lin)|(query|key|value)_proj|qkv|qkv_proj|Wqkv|c_attn|query_key_value)"
+)
+FEEDFORWARD_INPUT = re.compile(
+    r"(.*\.)?(fc1|c_fc|fc_in|lin1|Wi|wi|wi_[01]|w[13]|(gate|up|gate_up)_proj|intermediate\.dense|dense_h_to_4h|ffn"
+    r"|weights_in)"
+)
+CROSS_ATTENTION = re.compile(r".*(cross_?att|encoder_attn|EncDecAttention).*")
+
+
+def input_group(name: str) -> str:
+    """What a layer of this dotted name reads: the same words for all layers of one parent that read the same.
+
+    Layers with no name known to read what enters attention or the feed-forward part are each by themselves, and so
+    are those of cross-attention, which read two things. Wrappers of adapters leave no trace in the words.
+    """
+    name = name.replace("base_model.model.", "").replace(".base_layer", "")
+    parent = name.rpartition(".")[0]
+    for part, pattern in (("attention", ATTENTION_INPUT), ("feedforward", FEEDFORWARD_INPUT)):
+        if pattern.fullmatch(name) and not CROSS_ATTENTION.fullmatch(name):
+            return f"{parent}.{part}_input"
+    return name
+
+
+def input_layers(model: nn.Module) -> dict[str, int]:
+    """The layers that read what enters attention or the feed-forward part, with the index of their block."""
+    return {
+        f"{stack}.{index}.{name}": index
+        for stack, blocks in stacks(model)
+        for index, block in enumerate(blocks)
+        for name, _ in block.named_modules()
+        if input_group(name) != name
+    }
+
+
 def has_module(module: nn.Module, name: str) -> bool:
     """Whether `module` has a descendant of that dotted name; the empty name is the module itself."""
     try:
