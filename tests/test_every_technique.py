@@ -25,6 +25,8 @@ UNTIED = replace(DECODER, make=partial(decoder, tie_word_embeddings=False))
 
 # one row a technique, form and model: its name, then what it is held to
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ba_lora": ("ba_lora", {"bound": 0.03, "trained_alone": True}),
+    "ba_lora-encoder": ("ba_lora", {"model": CLASSIFIER, "bound": 0.1, "trained_alone": True}),
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
     "embedding_pruning": ("embedding_pruning", {"settings": {"keep_ids": [50]}, "model": UNTIED, **NO_FAKES}),
     "embedding_pruning-tied": ("embedding_pruning", {"trained_alone": True, **NO_FAKES}),

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..errors import SettingError
+from ..fakes import has_values
 from ..technique import Moment, Phase, Technique
 
 
@@ -69,7 +70,7 @@ class HeadLoss(Technique, ABC):
             running[-1].append(logits := LazyLogits(self, hidden, module.weight, module.bias))
             return logits
 
-        with _forward_replaced(owner, forward), _forward_replaced(head, head_forward):
+        with forward_replaced(owner, forward), forward_replaced(head, head_forward):
             yield model
 
     def cross_entropy(
@@ -144,7 +145,7 @@ def find_head(model: nn.Module, name: str) -> tuple[PreTrainedModel, nn.Linear]:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
     """Call `replacement(plain forward, module, ...)` in place of `module.forward`, on deep copies of it too."""
     before = module.__dict__.get("forward")
 
@@ -161,6 +162,25 @@ def _forward_replaced(module: nn.Module, replacement: Callable[..., Any]) -> Ite
         module.__dict__.pop("forward", None)
         if before is not None:
             module.forward = before
+
+
+def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
+    """Positions of the rows that count; all where labels have no values, as in a forward that is only planned."""
+    if not has_values(labels):
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
+def handed_on(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """`ctx.gradients`, formed in the forward of a scalar, times what backward brings; once, if no graph is kept."""
+    if ctx.gradients is None:
+        raise RuntimeError("This loss has gone backward already; pass retain_graph=True the first time.")
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # backward may come again
+        return [None if g is None else g * upstream for g in ctx.gradients]
+    # in place, and let go of, so that a parameter takes the tensor itself as its gradient
+    scaled = [None if g is None else g.mul_(upstream) for g in ctx.gradients]
+    ctx.gradients = None
+    return scaled
 
 
 def _given(name: str, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import SettingError
-from ..fakes import has_values
 from ..technique import register_technique
-from .base import HeadLoss, LazyLogits, Step, linear_dtype
+from .base import HeadLoss, LazyLogits, Step, handed_on, labelled_rows, linear_dtype
 
 LEAST_ROWS = 64  # products of fewer rows are slow, and below 8 rows CPUs round them worse
 
@@ -124,14 +123,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("This loss has gone backward already; pass retain_graph=True the first time.")
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # backward may come again
-            scaled = [None if g is None else g * upstream for g in ctx.gradients]
-        else:  # in place, and let go of, so that a parameter takes the tensor itself as its gradient
-            scaled = [None if g is None else g.mul_(upstream) for g in ctx.gradients]
-            ctx.gradients = None
-        of_hidden, of_weight, of_bias = scaled
+        of_hidden, of_weight, of_bias = handed_on(ctx, upstream)
         return of_hidden, of_weight, None, of_bias, None
 
 
@@ -140,7 +132,7 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The summed loss and its gradients for hidden, weight and bias, where wanted."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = _labelled_rows(labels, plan.ignore_index)
+    rows = labelled_rows(labels, plan.ignore_index)
     of_hidden = torch.zeros_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
@@ -162,13 +154,6 @@ def _in_chunks(
     if of_weight is not None and weight.dtype != torch.float16:  # whose range sums that are not yet scaled may leave
         of_weight = of_weight.to(weight.dtype)
     return torch.cat(losses).sum(), of_hidden, of_weight, of_bias
-
-
-def _labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Positions of the rows that count; all where labels have no values, as in a forward that is only planned."""
-    if not has_values(labels):
-        return torch.arange(len(labels), device=labels.device)
-    return (labels != ignore_index).nonzero().squeeze(1)
 
 
 def _of_chunk(
