@@ -8,7 +8,7 @@ Update   divergence = T^2 sum_rows KL(softmax(Z'/T) || softmax(Z/T)), or |z/|z| 
          leading singular values: d (sum_{i <= k} sigma_i) / dZ = U_k V_k^T, which needs no gaps between them
 Shapes   Z, Z' [rows, columns]
 Costs    `token_terms` keeps one gradient as large as the logits, in the place of the other model's logits where they
-         are given; beside it 64 rows at a time, and 2 (iterations + 1) products of Z with `sketch` columns
+         are given; beside it a 32nd of the rows at a time, and 2 (iterations + 1) products of Z with some columns
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .base import handed_on
 
-CHUNK_ROWS = 64
+CHUNKS = 32
 
 RowTerm = Callable[[Tensor, Tensor | None], Tensor]
 """What some rows of Z add, given the same rows of Z' or None; a sum over rows."""
@@ -84,7 +84,7 @@ class Spectrum:
 
 
 def leading_singular(
-    z: Float[Tensor, "all columns"], rows: Int[Tensor, " rows"], of: Spectrum, chunk_rows: int = CHUNK_ROWS
+    z: Float[Tensor, "all columns"], rows: Int[Tensor, " rows"], of: Spectrum, chunks: int = CHUNKS
 ) -> tuple[Float[Tensor, "rows k"], Float[Tensor, " k"], Float[Tensor, "columns k"]]:
     """U, s and V of the largest singular values of `z[rows]`, without a copy of it.
 
@@ -95,10 +95,10 @@ def leading_singular(
     drawn = torch.randn(columns, sketch, generator=torch.Generator().manual_seed(of.seed))
     right = drawn.to(z.device, wide)
     for _ in range(of.iterations + 1):
-        left = torch.cat([_in_reach(z[some]) @ right for some in rows.split(chunk_rows)])
+        left = torch.cat([_in_reach(z[some]) @ right for some in rows.chunk(chunks)])
         left = torch.linalg.qr(left).Q
         right = torch.zeros_like(right)
-        for some, part in zip(rows.split(chunk_rows), left.split(chunk_rows), strict=True):
+        for some, part in zip(rows.chunk(chunks), left.chunk(chunks), strict=True):
             right.addmm_(_in_reach(z[some]).T, part)
         onward, right = right, torch.linalg.qr(right).Q
     u, s, vh = torch.linalg.svd(onward.T, full_matrices=False)
@@ -112,15 +112,16 @@ def token_terms(
     row_term: RowTerm | None,
     spectrum: Spectrum | None = None,
     spectrum_weight: float = 0.0,
-    chunk_rows: int = CHUNK_ROWS,
+    chunks: int = CHUNKS,
 ) -> Float[Tensor, ""]:
     """The mean of `row_term` over `rows`, and weight times the sum of their leading singular values over their length.
 
     other: the other model's logits; they are overwritten by the gradient. None: the row term needs none.
     rows: which count; without any, the result is 0.
+    chunks: at most as many parts the rows are taken in.
     spectrum: what of the singular values is taken; None: nothing. The length is the Frobenius norm.
     """
-    plan = _Plan(row_term, spectrum, spectrum_weight, chunk_rows)
+    plan = _Plan(row_term, spectrum, spectrum_weight, chunks)
     total: Tensor = _TokenTerms.apply(logits, other, rows, plan)
     return total
 
@@ -132,7 +133,7 @@ class _Plan:
     row_term: RowTerm | None
     spectrum: Spectrum | None
     spectrum_weight: float
-    chunk_rows: int
+    chunks: int
 
 
 class _TokenTerms(torch.autograd.Function):
@@ -165,7 +166,7 @@ def _of_row_term(logits: Tensor, other: Tensor | None, rows: Tensor, plan: _Plan
     """The mean of the row term; its gradient is put into the rows of `gradient`, which may be those of `other`."""
     assert plan.row_term is not None
     wide, sums = _wide(logits.dtype), []
-    for some in rows.split(plan.chunk_rows):
+    for some in rows.chunk(plan.chunks):
         theirs = None if other is None else other[some].to(wide)
         with torch.enable_grad():
             z = logits[some].to(wide).detach().requires_grad_()
@@ -180,11 +181,11 @@ def _of_spectrum(logits: Tensor, rows: Tensor, plan: _Plan, gradient: Tensor) ->
     """Weight times sum of leading singular values over the length of Z; its gradient is added to `gradient`."""
     assert plan.spectrum is not None
     wide, weight = _wide(logits.dtype), plan.spectrum_weight
-    u, s, v = leading_singular(logits, rows, plan.spectrum, plan.chunk_rows)
-    squares = torch.stack([_in_reach(logits[some]).square().sum() for some in rows.split(plan.chunk_rows)])
+    u, s, v = leading_singular(logits, rows, plan.spectrum, plan.chunks)
+    squares = torch.stack([_in_reach(logits[some]).square().sum() for some in rows.chunk(plan.chunks)])
     length = squares.sum().sqrt().clamp(min=torch.finfo(wide).tiny)
     share = s.sum() / length
-    for some, part in zip(rows.split(plan.chunk_rows), u.split(plan.chunk_rows), strict=True):
+    for some, part in zip(rows.chunk(plan.chunks), u.chunk(plan.chunks), strict=True):
         of_z = (part @ v.T - _in_reach(logits[some]) * (share / length)) * (weight / length)
         gradient[some] += of_z.to(gradient.dtype)
     return weight * share
