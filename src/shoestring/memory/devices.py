@@ -37,7 +37,7 @@ class Device:
     memory_bytes: as the data sheet has it, its GB being GiB; None where it depends on the machine.
     usable_bytes: what is left of it by error correction and the driver, as torch reports it as total memory.
     context_bytes: range of what a process with torch takes outside torch's own allocator.
-    reported: other names, as `torch.cuda.get_device_name` has them.
+    reported: other names it goes by, that of `torch.cuda.get_device_name` first.
     """
 
     name: str
@@ -115,12 +115,22 @@ DEVICES: Mapping[str, Device] = {
         Device("A100-80GB", _A100, 2039 * GIGA, _gib(80), _gib(79.1), _LARGE_CONTEXT, ("NVIDIA A100-SXM4-80GB",)),
         Device("L40S", _peaks(91.6, 183, 362.05), 864 * GIGA, _gib(48), _gib(44.3), _LARGE_CONTEXT, ("NVIDIA L40S",)),
         Device(
-            *("RTX-4090", _peaks(82.6, 82.6, 165.2), 1008 * GIGA, _gib(24), _gib(23.5), _SMALL_CONTEXT),
-            ("NVIDIA GeForce RTX 4090", "4090"),
+            "RTX-4090",
+            _peaks(82.6, 82.6, 165.2),
+            1008 * GIGA,
+            memory_bytes=_gib(24),
+            usable_bytes=_gib(23.5),
+            context_bytes=_SMALL_CONTEXT,
+            reported=("NVIDIA GeForce RTX 4090", "4090"),
         ),
         Device(
-            *("RTX-3090", _peaks(35.6, 35.6, 71), 936 * GIGA, _gib(24), _gib(23.5), _SMALL_CONTEXT),
-            ("NVIDIA GeForce RTX 3090", "3090"),
+            "RTX-3090",
+            _peaks(35.6, 35.6, 71),
+            936 * GIGA,
+            memory_bytes=_gib(24),
+            usable_bytes=_gib(23.5),
+            context_bytes=_SMALL_CONTEXT,
+            reported=("NVIDIA GeForce RTX 3090", "3090"),
         ),
         Device(
             "T4", _peaks(8.1, half=65, bfloat16=False), 320 * GIGA, _gib(16), _gib(14.5), _SMALL_CONTEXT, ("Tesla T4",)
