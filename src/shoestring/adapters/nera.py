@@ -38,9 +38,9 @@ def hats(
     return distance.abs().neg_().add_(1).clamp_(min=0), distance
 
 
-def tokens_at_once(num_tokens: int, num_features: int, num_knots: int) -> int:
-    """How many tokens have their basis formed together: a basis of a quarter of x's size, or of 2^18 numbers if more."""
-    return max(1, max(2**18, num_tokens * num_features // 4) // (num_features * num_knots))
+def tokens_at_once(x: Float[Tensor, "tokens in"], num_knots: int) -> int:
+    """How many tokens have their basis formed together: as many as make a quarter of x's size, or 2^18 numbers."""
+    return max(1, max(2**18, x.numel() // 4) // (x.shape[1] * num_knots))
 
 
 class _Splines(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _Splines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, knots: Tensor, coefficients: Tensor) -> Tensor:
         ctx.save_for_backward(x, gain, knots, coefficients)
-        ctx.chunk = tokens_at_once(*x.shape, len(knots))
+        ctx.chunk = tokens_at_once(x, len(knots))
         z = x.new_empty(len(x), coefficients.shape[-1], dtype=gain.dtype)
         for x_some, z_some in zip(x.split(ctx.chunk), z.split(ctx.chunk), strict=True):
             basis, _ = hats(x_some.to(gain.dtype), gain, knots)
