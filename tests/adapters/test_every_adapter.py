@@ -15,6 +15,8 @@ CASES = {
     "hut-literal": ("hut", {"r": 3, "form": "literal"}),
     "s2_lora": ("s2_lora", {"r": 3, "alpha": 5}),
     "s2_lora-adalora": ("s2_lora", {"r": 3, "init": "adalora"}),
+    "nera": ("nera", {"r": 3}),
+    "nera-knots": ("nera", {"r": 3, "num_knots": 4, "alpha": 2.0}),
     "bottleneck-houlsby": ("bottleneck", {"form": "houlsby", "r": 3, "init": "lora"}),
     "bottleneck-pfeiffer": ("bottleneck", {"form": "pfeiffer", "reduction_factor": 4, "init": "lora", "norm": True}),
     "bottleneck-parallel": ("bottleneck", {"activation": "gelu", "scale": "learned"}),

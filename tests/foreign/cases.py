@@ -18,6 +18,7 @@ Settings = dict[str, Any]
 VARIANTS: dict[str, dict[str, Settings]] = {
     "hut": {"residual": {"r": 2}, "literal": {"r": 2, "form": "literal"}},
     "s2_lora": {"kaiming": {"r": 2}, "adalora": {"r": 2, "init": "adalora"}},
+    "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
     "bottleneck": {
         "houlsby": {"form": "houlsby", "r": 2, "init": "lora"},
         "pfeiffer": {"form": "pfeiffer", "r": 2, "init": "lora"},

@@ -3,6 +3,7 @@
 from .base import Adapter, AdapterConfig, register
 from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
+from .nera import NeRA, NeRAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Bottleneck",
     "BottleneckConfig",
     "HUTConfig",
+    "NeRA",
+    "NeRAConfig",
     "S2LoRA",
     "S2LoRAConfig",
     "register",
