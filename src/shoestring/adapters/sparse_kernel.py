@@ -168,22 +168,28 @@ class FactorGradients:
         self.p_and_one, self.q_and_one = (F.pad(t, (0, 1), value=1.0) for t in (kernel.p, kernel.q))
 
     def add(
-        self, columns: slice, d_delta: Callable[[Callable[[], Float[Tensor, "out cols"]]], Float[Tensor, "out cols"]]
+        self,
+        columns: slice,
+        gradient: Callable[[], Float[Tensor, "out columns"]],
+        see_delta: Callable[[Float[Tensor, "out columns"]], None] | None = None,
     ) -> None:
-        """Take in a block. d_delta: is given a function that makes delta, once, and gives delta's gradient."""
+        """Take in a block. gradient: gives that of delta, to be overwritten; see_delta: is shown delta before."""
         distances = self.kernel.distances(columns=columns)
-        k = merge(distances)
+        k = v = merge(distances)
         softmax = None
-        v = k
         if self.kernel.mix is not None:
             softmax = self.kernel.softmax(k, columns)
             v = (softmax * self.kernel.mix[0]).add_(k).add_(self.kernel.mix[2])
         gate = gated(v.abs(), self.theta, self.gate)
-        dk = d_delta(lambda: v.mul_(gate) if softmax is not None else v * gate).mul(gate)
-        del v, gate
-        if softmax is not None:
-            dk = self._through_mix(dk, k, softmax)
-        del k, softmax
+        if see_delta is not None:
+            see_delta(v.mul_(gate))
+        del v
+        if softmax is None:
+            del k  # as large as the gradient
+            dk = gradient().mul_(gate)
+        else:
+            dk = self._through_mix(gradient().mul_(gate), k, softmax)
+        del gate
         self._add_distances(columns, distances, dk)
 
     def _through_mix(self, dv: Tensor, k: Tensor, softmax: Tensor) -> Tensor:
@@ -243,19 +249,19 @@ class _Linear(torch.autograd.Function):
 
         for columns in kernel.blocks(1):
 
-            def d_delta(make_delta: Callable[[], Tensor], columns: slice = columns) -> Tensor:
-                if dx is not None:
-                    delta = make_delta()
-                    if weight is not None:
-                        delta += weight[:, columns]
-                    dx[:, columns] = dy @ delta.to(dy.dtype)
-                    del delta
-                gradient = dy.T @ x[:, columns]
-                if d_weight is not None:
-                    d_weight[:, columns] = gradient
-                return gradient.to(p.dtype if p.dtype == torch.float64 else torch.float32)
+            def to_input(delta: Tensor, columns: slice = columns) -> None:
+                assert dx is not None
+                if weight is not None:
+                    delta += weight[:, columns]
+                torch.mm(dy, delta.to(dy.dtype), out=dx[:, columns])
 
-            gradients.add(columns, d_delta)
+            def gradient(columns: slice = columns) -> Tensor:
+                d_delta = dy.T @ x[:, columns]
+                if d_weight is not None:
+                    d_weight[:, columns] = d_delta
+                return d_delta.to(kernel.q.dtype)
+
+            gradients.add(columns, gradient, None if dx is None else to_input)
         return dx, d_weight, *gradients.like(p, q, mix), None
 
 
@@ -280,7 +286,7 @@ class _Delta(torch.autograd.Function):
         kernel = Kernel(p, q, mix, log_sums)
         gradients = FactorGradients(kernel, ctx.sparsity, theta)
         for columns in kernel.blocks(1):
-            gradients.add(columns, lambda _, columns=columns: d_delta[:, columns])  # type: ignore[misc]
+            gradients.add(columns, d_delta[:, columns].clone)
         return *gradients.like(p, q, mix), None
 
 
