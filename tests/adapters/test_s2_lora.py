@@ -1,6 +1,9 @@
 """S2-LoRA: sharing, equality with LoRA, the proximal step, compaction, counts, refusals."""
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from shoestring import assets
 from shoestring.adapters import S2LoRA, S2LoRAConfig
-from shoestring.adapters.s2_lora import compact
+from shoestring.adapters.s2_lora import compact, ranks_in_use
 from shoestring.recipe import Moment, Recipe, attached_to
 from shoestring.testing.adapters import adapted, batch, trainable, two_layers
+from shoestring.testing.assets import need
 
 
 class Stack(nn.Module):
@@ -108,8 +113,16 @@ def test_factors_stand_once_a_shape_in_model_optimizer_and_file(tmp_path: Path):
     held = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in held.values()) == count
     assert sum("a_12x12" in name for name in held) == 1
-    assert 0 <= (tmp_path / "adapter_model.safetensors").stat().st_size - 4 * count < 1500
-    # the names of nine small tensors are most of what comes on top
+    file = tmp_path / "adapter_model.safetensors"
+    names = 8 + int.from_bytes(file.read_bytes()[:8], "little")  # the names and shapes of nine tensors
+    assert file.stat().st_size == 4 * count + names
+
+
+def test_the_file_of_one_group_of_three_layers_is_within_a_kilobyte_of_its_numbers(tmp_path: Path):
+    model = s2(target_modules=[f"square.{i}" for i in range(3)])
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert 0 <= size - 4 * (6 * (12 + 12) + 3 * 6) < 1024
 
 
 def test_whisper_small_trains_the_papers_share_and_keeps_131_times_less_state_than_lora():
@@ -149,6 +162,28 @@ def test_the_proximal_step_shrinks_by_learning_rate_times_sparsity_to_exact_zero
     for layer in layers_of(model):
         torch.testing.assert_close(layer.coefficients, torch.tensor([0.95, -0.95, 0, 0, 0, 0.01]), atol=1e-7, rtol=0)
         assert (layer.coefficients == 0).sum() == 3
+
+
+def test_a_step_takes_a_hundredth_of_the_learning_rate_off_the_factors_and_nothing_off_the_coefficients():
+    model = s2(sparsity=0.0)
+    before = {name: p.clone() for name, p in trainable(model).items()}
+    model.peft_config["default"].on_step_end(sgd_moment(model, 0.5))
+    for name, parameter in trainable(model).items():
+        expected = before[name] * (1 if "coefficients" in name else 1 - 0.5 * 0.01)
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=0)
+    model = s2(sparsity=0.0, factor_decay=0.0)
+    before = {name: p.clone() for name, p in trainable(model).items()}
+    model.peft_config["default"].on_step_end(sgd_moment(model, 0.5))
+    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+
+
+def test_ranks_in_use_are_counted_by_layer():
+    model = s2()
+    with torch.no_grad():
+        layers_of(model)[1].coefficients[[0, 3]] = 0
+    counts = ranks_in_use(model)
+    assert list(counts.values()) == [6, 4, 6, 6, 6]
+    assert next(iter(counts)).endswith("square.0")
 
 
 def test_much_sparsity_takes_every_coefficient_to_zero_and_the_base_back():
@@ -199,6 +234,61 @@ def test_compaction_drops_ranks_that_are_zero_everywhere_and_changes_no_output(a
     assert compact(again) == 4
 
 
+def test_merged_equals_unmerged():
+    model = s2(alpha=9)
+    x = torch.randn(63, 12)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_still_share_their_factors():
+    for twin in (copy.deepcopy(s2()), pickle.loads(pickle.dumps(s2()))):
+        first, *others = layers_of(twin)
+        assert all(layer.shared_state[0] is first.shared_state[0] for layer in others)
+        assert first.shared_state[0] is not layers_of(s2())[0].shared_state[0]
+        assert sum(p.numel() for p in trainable(twin).values()) == 6 * (12 + 12) + 6 * (12 + 7) + 5 * 6
+
+
+def test_an_optimizer_keeps_less_state_than_for_lora_by_the_formula():
+    """Twelve square layers of 96 and r = 4 in place of 144 of 768 and r = 32: 16 times less by the same formula."""
+
+    def state(config: Any) -> int:
+        config.target_modules = {str(i) for i in range(12)}
+        model = get_peft_model(nn.Sequential(*(nn.Linear(96, 96) for _ in range(12))), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        model(torch.randn(2, 96)).sum().backward()
+        optimizer.step()
+        return sum(t.nbytes for s in optimizer.state.values() for name, t in s.items() if name != "step")
+
+    count = 2 * 96 * 4 + 12 * 4
+    assert state(S2LoRAConfig(r=4)) == 2 * 4 * count
+    assert state(LoraConfig(r=4)) / state(S2LoRAConfig(r=4)) == 12 * 2 * 96 * 4 / count
+
+
+def test_the_packaged_whisper_learns_by_it():
+    need("whisper-tiny-en")
+    torch.manual_seed(0)
+    base = WhisperForConditionalGeneration.from_pretrained(assets.model_folder("whisper-tiny-en"))
+    blocks, width = 3 * base.config.decoder_layers, base.config.d_model  # encoder, decoder and cross-attention
+    config = S2LoRAConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    sound = torch.randn(1, base.config.num_mel_bins, 3000)
+    batch = {"input_features": sound, "labels": torch.tensor([[50257, 50362, 632, 318, 257, 50256]])}
+    losses = []
+    with Recipe(config)(base) as model:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        assert sum(p.numel() for p in learned) == 16 * 2 * width + 4 * blocks * 16
+        optimizer = torch.optim.AdamW(learned, lr=1e-2)
+        for index in range(3):
+            loss = model(**batch).loss
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+            attached_to(model).event("on_step_end", Moment(model, optimizer, index + 1))
+            optimizer.zero_grad()
+    assert losses[-1] < 0.95 * losses[0], losses
+
+
 def test_compaction_of_an_adapter_that_learned_nothing_keeps_one_rank():
     model = s2()
     with torch.no_grad():
@@ -223,6 +313,8 @@ def test_a_rank_costs_two_small_tensors_not_a_dense_delta():
     [
         ({"r": 0}, "r of s2_lora must be at least 1, got 0"),
         ({"sparsity": -1e-3}, "sparsity of s2_lora must be at least 0, got -0.001"),
+        ({"sparsity": float("nan")}, "sparsity of s2_lora must be at least 0, got nan"),
+        ({"factor_decay": -1.0}, r"factor_decay of s2_lora must be at least 0, got -1\.0"),
         ({"sparsity_by": "magic"}, "sparsity_by of s2_lora must be 'proximal' or 'penalty', got 'magic'"),
         ({"init": "zeros"}, "init of s2_lora must be 'kaiming' or 'adalora', got 'zeros'"),
     ],

@@ -5,16 +5,18 @@ Update   residual: W' = W * (1 + s A B); literal: W' = W * (A B); elementwise pr
 Shapes   W [out, in], A [out, r], B [r, in]
 Start    residual: A Kaiming, B = 0; literal: A B = 1 by a first column and row of ones; both give W' = W
 Trains   r (in + out) numbers a layer
-Costs    W' is rebuilt in backward, so that x is all a layer keeps; up to three dense [out, in] tensors at that moment
+Costs    W' is rebuilt in backward, so that x is all a layer keeps; one dense [out, in] tensor at a time, W' or its
+         gradient, which LoRA never forms. Products beside the layer's own: r out in forward, (tokens + 3 r) out in back
 Differs  the paper's start and scale are not public; the residual form and LoRA's Kaiming start are our reading
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .base import Adapter, AdapterConfig, linear_sizes, register
 
@@ -41,8 +43,35 @@ class HUT(Adapter):
 
     def new_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W' in the dtype of `weight`; W + W * N, since 1 + N would round to 1 for small N in 16 bits."""
-        product = (self.scale * self.a) @ self.b
-        return weight + weight * product if self.residual else weight * product
+        modulated: Tensor = _Modulated.apply(weight, self.scale * self.a, self.b, self.residual)
+        return modulated
+
+
+class _Modulated(torch.autograd.Function):
+    """W * (A B), and W more in the residual form. Backward forms no dense tensor: it goes by blocks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, residual: bool) -> Tensor:
+        ctx.residual = residual
+        ctx.save_for_backward(weight, a, b)
+        modulated = (a @ b).to(weight.dtype).mul_(weight)
+        return modulated.add_(weight) if residual else modulated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        weight, a, b = ctx.saved_tensors
+        rows = max(-(-len(d) // 16), 2**16 // d.shape[1])
+        da, db, dw = torch.empty_like(a), torch.zeros_like(b), torch.empty_like(d) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(d), rows):
+            some = slice(start, start + rows)
+            k = (d[some] * weight[some]).to(a.dtype)
+            da[some] = k @ b.T
+            db += a[some].T @ k
+            if dw is not None:
+                product = (a[some] @ b).to(d.dtype)
+                dw[some] = d[some] * (product + 1 if ctx.residual else product)
+        return dw, da, db, None
 
 
 @register

@@ -8,7 +8,7 @@ Trains   r (in + out) numbers a shape and r a layer
 Costs    x and two [tokens, r] tensors kept at each layer
 Differs  the paper leaves open how l becomes sparse and how shapes share; we share by (out, in) and shrink l by a
          proximal step after each optimizer step, which gives exact zeros; an L1 term in the loss is the alternative.
-         Shrinking l while A and B grow would leave the update unchanged: decay A and B (weight_decay 0.01)
+         Shrinking l while A and B grow would leave the update unchanged, so A and B decay by themselves
 """
 
 from dataclasses import dataclass
@@ -86,9 +86,10 @@ class S2LoRAConfig(AdapterConfig):
     alpha: the update is scaled by alpha / r; None: alpha = r.
     sparsity: weight of the L1 norm of all coefficients, 0 <= sparsity; 1e-5 to 1e-3 is usual.
     sparsity_by: "proximal" shrinks coefficients after each step and reaches exact zeros; "penalty" adds to the loss.
+    factor_decay: each step takes learning rate times this share off A and B, as AdamW's decay does; 0 <= factor_decay.
     init: "kaiming" or "adalora".
 
-    Raises ValueError if r < 1, sparsity < 0, or a word is unknown.
+    Raises ValueError if r < 1, sparsity < 0, factor_decay < 0, or a word is unknown.
     """
 
     method: ClassVar = S2LoRA
@@ -96,25 +97,29 @@ class S2LoRAConfig(AdapterConfig):
     alpha: float | None = None
     sparsity: float = 1e-4
     sparsity_by: Literal["proximal", "penalty"] = "proximal"
+    factor_decay: float = 0.01
     init: Literal["kaiming", "adalora"] = "kaiming"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r < 1:
             raise ValueError(f"r of s2_lora must be at least 1, got {self.r}.")
-        if self.sparsity < 0:
-            raise ValueError(f"sparsity of s2_lora must be at least 0, got {self.sparsity}.")
+        for name in ("sparsity", "factor_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} of s2_lora must be at least 0, got {getattr(self, name)}.")
         if self.sparsity_by not in ("proximal", "penalty"):
             raise ValueError(f"sparsity_by of s2_lora must be 'proximal' or 'penalty', got {self.sparsity_by!r}.")
         if self.init not in ("kaiming", "adalora"):
             raise ValueError(f"init of s2_lora must be 'kaiming' or 'adalora', got {self.init!r}.")
 
     def on_step_end(self, moment: Moment) -> None:
-        """The proximal step of the L1 norm: l <- sign(l) max(|l| - learning_rate * sparsity, 0)."""
-        if self.sparsity_by == "proximal" and self.sparsity:
-            with torch.no_grad():
+        """The proximal step of the L1 norm, l <- sign(l) max(|l| - learning_rate * sparsity, 0); the factors decay."""
+        with torch.no_grad():
+            if self.sparsity_by == "proximal" and self.sparsity:
                 for vector in coefficients(moment.model):
                     vector.copy_(F.softshrink(vector, moment.learning_rate * self.sparsity))
+            for factor in shared_factors(moment.model) if self.factor_decay else ():
+                factor.mul_(1 - moment.learning_rate * self.factor_decay)
 
     def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
         """sparsity * sum |l|, where that is asked for in place of the proximal step."""
@@ -128,6 +133,22 @@ def coefficients(model: nn.Module) -> list[nn.Parameter]:
     return [m.coefficients for m in model.modules() if isinstance(m, S2LoRA) and m.coefficients.requires_grad]
 
 
+def shared_factors(model: nn.Module) -> list[nn.Parameter]:
+    """The factors A and B that train, one pair a shape."""
+    return [p for m in model.modules() if isinstance(m, SharedFactors) for p in m.parameters() if p.requires_grad]
+
+
+def ranks_in_use(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+    """How many coefficients are not zero, by the name of each adapted layer: where the ranks went."""
+    layers = ((name, m.adapters[adapter_name]) for name, m in _adapted(model, adapter_name))
+    return {name: int((one.coefficients != 0).sum()) for name, one in layers if isinstance(one, S2LoRA)}
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, AdaptedLayer]]:
+    named = model.named_modules()
+    return [(name, m) for name, m in named if isinstance(m, AdaptedLayer) and adapter_name in m.adapters]
+
+
 def compact(model: nn.Module, adapter_name: str = "default") -> int:
     """Drop the ranks whose coefficient is zero in every layer that shares them; returns the r that is left.
 
@@ -137,8 +158,8 @@ def compact(model: nn.Module, adapter_name: str = "default") -> int:
 
     Raises ValueError if the model has no S2-LoRA adapter of that name.
     """
-    adapted = [m for m in model.modules() if isinstance(m, AdaptedLayer) and adapter_name in m.adapters]
-    layers = [one for m in adapted if isinstance(one := m.adapters[adapter_name], S2LoRA)]
+    adapted = _adapted(model, adapter_name)
+    layers = [one for _, m in adapted if isinstance(one := m.adapters[adapter_name], S2LoRA)]
     if not layers:
         raise ValueError(f"There is no s2_lora adapter named {adapter_name!r} in this {type(model).__name__}.")
     shapes: dict[tuple[str, str], list[S2LoRA]] = {}
