@@ -20,6 +20,11 @@ CASES = {
     "bottleneck-houlsby": ("bottleneck", {"form": "houlsby", "r": 3, "init": "lora"}),
     "bottleneck-pfeiffer": ("bottleneck", {"form": "pfeiffer", "reduction_factor": 4, "init": "lora", "norm": True}),
     "bottleneck-parallel": ("bottleneck", {"activation": "gelu", "scale": "learned"}),
+    "wara": ("wara", {"r": 3, "alpha": 5}),
+    "wara-bands": ("wara", {"r": 3, "levels": 2, "per_band": True}),
+    "wara-grid": ("wara", {"form": "grid", "r": 3, "grid": [6, 10], "num_prefix_tokens": 3}),
+    "wara-tiny": ("wara", {"form": "tiny", "r": 3, "alpha": 5}),
+    "wara-tiny-diagonal": ("wara", {"form": "tiny", "r": 3, "core": "diagonal"}),
     "bottleneck-adaptformer": ("bottleneck", {"form": "adaptformer", "r": 5, "dropout": 0.0}),
 }
 METHODS = {

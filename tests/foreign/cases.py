@@ -19,6 +19,11 @@ VARIANTS: dict[str, dict[str, Settings]] = {
     "hut": {"residual": {"r": 2}, "literal": {"r": 2, "form": "literal"}},
     "s2_lora": {"kaiming": {"r": 2}, "adalora": {"r": 2, "init": "adalora"}},
     "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
+    "wara": {  # lin1 has 2 outputs, Conv1D has one
+        "weight": {"r": 1},
+        "per_band": {"r": 1, "levels": 2, "per_band": True},
+        "tiny": {"form": "tiny", "r": 1},
+    },
     "bottleneck": {
         "houlsby": {"form": "houlsby", "r": 2, "init": "lora"},
         "pfeiffer": {"form": "pfeiffer", "r": 2, "init": "lora"},
@@ -94,9 +99,10 @@ def two_adapters() -> list[tuple[str, str, type[AdapterConfig], Settings, Settin
     return rows
 
 
-def update_of(config_cls: type[AdapterConfig]) -> str:
-    """Which of the three updates the method overrides."""
+def update_of(config_cls: type[AdapterConfig], settings: Settings) -> str:
+    """Which of the three updates the method, or its form, overrides."""
+    method = config_cls(**settings).adapter_class
     for update in ("new_output", "new_weight", "delta_weight"):
-        if getattr(config_cls.method, update) is not getattr(Adapter, update):
+        if getattr(method, update) is not getattr(Adapter, update):
             return update
-    raise TypeError(f"{config_cls.method.__name__} overrides no update.")
+    raise TypeError(f"{method.__name__} overrides no update.")

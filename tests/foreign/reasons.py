@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from cases import update_of
+from torch import nn
 
 from shoestring.adapters.base import AdapterConfig
 
@@ -66,7 +67,15 @@ REASONS = [
         outcome="fails",
         why="the method changes a layer's output, not its weight; it refuses to be merged",
         message="changes a layer's output, not its weight: it cannot be merged",
-        applies=lambda case: update_of(case.config_cls) == "new_output",
+        applies=lambda case: update_of(case.config_cls, case.settings) == "new_output",
+    ),
+    Reason(
+        tests=("test_disable_adapters", "test_disable_adapters_with_merging"),
+        outcome="fails",
+        why="the test compares the disabled adapter with a fresh one, and a fresh one of this method is near the "
+        "pretrained model but not equal to it; the contract compares with the base model itself",
+        message="allclose",
+        applies=lambda case: "check_starts_as_the_pretrained_model" in case.config_cls.method.cannot,
     ),
     Reason(
         tests=("test_default_target_modules_*",),
@@ -76,7 +85,27 @@ REASONS = [
         message="has no list of equal blocks",
         applies=lambda case: case.config_cls.default_targets is not AdapterConfig.default_targets,
     ),
+    Reason(
+        tests=("test_multiple_adapters_mixed_modules_to_save*", "test_default_target_modules_*str"),
+        outcome="fails",
+        why="the test takes the method's defaults, which do not fit a layer of 10 -> 20; the method refuses it by name",
+        message="^lin0: ",
+        applies=lambda case: refuses_by_default(case.config_cls, nn.Linear(10, 20)),
+    ),
 ]
+
+
+def refuses_by_default(config_cls: type[AdapterConfig], layer: nn.Module) -> bool:
+    """Whether the method with its defaults refuses a layer of this size; False where it needs more than the layer."""
+    config, model = config_cls(), nn.ModuleDict({"lin0": layer})
+    shared = config.adapter_class.shared(model, config)
+    try:
+        config.adapter_class(layer, config, *([] if shared is None else [shared]), **config.of_layer(model, "lin0"))
+    except ValueError:
+        return True
+    except TypeError:
+        return False
+    return False
 
 
 # tests that take a config class and never build it, or build peft's own configs from it

@@ -5,6 +5,7 @@ from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
 from .nera import NeRA, NeRAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
+from .wara import WaRA, WaRAConfig
 
 __all__ = [
     "HUT",
@@ -17,5 +18,7 @@ __all__ = [
     "NeRAConfig",
     "S2LoRA",
     "S2LoRAConfig",
+    "WaRA",
+    "WaRAConfig",
     "register",
 ]

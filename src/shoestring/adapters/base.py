@@ -2,7 +2,8 @@
 
 A method is a small `nn.Module` with the parameters of one adapter on one layer. It overrides one of
 
-    delta_weight()            W' = W + delta       merged exactly; computed beside the base layer
+    delta_weight()            W' = W + delta       merged exactly; computed beside the base layer, or with it where
+                                                   linear(x, W, bias) is there too
     new_weight(W)             W' = f(W)            merged exactly; W' is rebuilt in backward, never kept; beside it
                                                    through(x, layer) where tokens, not weights, are cheaper to change
     new_output(x, y, base)    y' = g(x, y)         cannot be merged
@@ -13,6 +14,7 @@ Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -98,12 +100,16 @@ class AdapterConfig(PeftConfig, Events):
         """The name of the module whose input the adapter at `key` reads beside its own; None: it reads no other."""
         return None
 
+    def of_layer(self, model: nn.Module, key: str) -> dict[str, Any]:
+        """What the adapter at `key` is built with beside the config, by name, where layers differ in their sizes."""
+        return {}
+
 
 class Adapter(nn.Module):
     """The trainable part of one method on one layer. Subclasses override exactly one of the three updates.
 
-    Built as `Method(base, config)`, followed by the shared state where `shared` makes some, and by `tap=module` where
-    `AdapterConfig.tap` names one.
+    Built as `Method(base, config)`, followed by the shared state where `shared` makes some, by `tap=module` where
+    `AdapterConfig.tap` names one, and by what `AdapterConfig.of_layer` gives.
 
     layer_types: classes of layers the method can adapt.
     cannot: names of contract checks the method cannot pass, each with the reason.
@@ -146,6 +152,15 @@ class Adapter(nn.Module):
     def delta_output(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """`x @ delta_weight().T`; override where a factored product is cheaper than building the delta."""
         return linear_with_rebuilt_weight(x, self.delta_weight, adapter_parameters(self))
+
+    def linear(
+        self, x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        """`x @ (weight + delta_weight()).T + bias`; override where that is cheaper than the layer and `delta_output`.
+
+        Called where the adapter is the only active one and the layer's weight is there as numbers, not quantised.
+        """
+        raise NotImplementedError(type(self).__name__)
 
     def new_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The weight to use in place of the pretrained one. Must give the same result each time it is called."""
@@ -401,6 +416,9 @@ class AdaptedLinear(AdaptedLayer):
             y = self.base_layer(x, *args, **kwargs)
             return y if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(y)
 
+        if len(adapters) == 1 and type(adapters[0]).linear is not Adapter.linear and self._has_plain_weight():
+            weight = self.weight_out_in()
+            return adapters[0].linear(x.to(weight.dtype), weight, self.base_layer.bias)  # type: ignore[arg-type]
         if any(adapter.update == "new_weight" for adapter in adapters):
             of_weight = [a for a in adapters if a.update != "new_output"]
             if self._prefers_tokens(x, of_weight):
@@ -421,9 +439,13 @@ class AdaptedLinear(AdaptedLayer):
         """Whether tokens are to be changed and not the weight, where the adapters can do either."""
         if any(type(adapter).through is Adapter.through for adapter in adapters):
             return False
-        if self.quantization_backend is not None or self.get_base_layer() is not self.base_layer:
+        if not self._has_plain_weight():
             return True
         return all(adapter.prefers_tokens(x.shape[:-1].numel()) for adapter in adapters)
+
+    def _has_plain_weight(self) -> bool:
+        """Whether the layer's weight is there as numbers and no other adapter lies in between."""
+        return self.quantization_backend is None and self.get_base_layer() is self.base_layer
 
     def _with_new_weight(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         def make() -> Tensor:
@@ -518,6 +540,11 @@ class AdaptedLinear(AdaptedLayer):
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own dtype where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def adapter_parameters(adapter: Adapter) -> list[Tensor]:
     """Every tensor of the adapter that may need a gradient, those it shares with other layers included."""
     return [*adapter.parameters(), *(p for module in adapter.shared_state for p in module.parameters())]
@@ -595,7 +622,8 @@ class AdapterTuner(BaseTuner):
         tap = config.tap(self.model, current_key)
         tapped = {} if tap is None else {"tap": self.model.get_submodule(tap)}
         try:
-            adapter = config.adapter_class(base, config, *extra, **tapped)
+            own = config.of_layer(self.model, current_key)
+            adapter = config.adapter_class(base, config, *extra, **tapped, **own)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         if extra:
@@ -686,6 +714,21 @@ class AdapterTuner(BaseTuner):
         for adapter in adapters:
             remove_tap(adapter)
         return model
+
+    def _check_merge_allowed(self) -> None:
+        """As in peft; a weight that another module holds too is refused, for that module would change with it.
+
+        Raises ValueError.
+        """
+        holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for name, layer in self.model.named_modules():
+            weight = getattr(layer.get_base_layer(), "weight", None) if isinstance(layer, AdaptedLinear) else None
+            if weight is not None and holders[id(weight)] > 1:
+                raise ValueError(
+                    f"The weight of {name} is another module's too: merging would change both. Untie them first, or "
+                    "leave the layer out of target_modules."
+                )
+        super()._check_merge_allowed()
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
         """Refused: a sum of these adapters is in general not one of them, as it is for LoRA."""
