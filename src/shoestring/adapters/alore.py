@@ -9,8 +9,8 @@ Shapes   x [in], W_down [r, in], W_up [in, r]; P_i, R_i [n, n], Q_i [r / n, in /
 Start    S_i = 0 and c = 0, so that x' = x; Q_i Kaiming; P_i normal with deviation 1 / n, R_i 1 / sqrt(n)
 Trains   2 r in / n + 2 n^3 numbers an adapter, r + in more with biases. Layers of one parent that read one x (query,
          key and value; gate and up) share an adapter
-Costs    x kept at a layer; two thin products a token, formed at each layer that shares an adapter, three in backward.
-         Merged exactly, b' = b + W0 s (W_up c_down + c_up), at no cost after
+Costs    x kept at a layer; two thin products a token, formed at each layer that shares an adapter, and six in backward,
+         two of them those of forward again. Merged exactly, b' = b + W0 s (W_up c_down + c_up), at no cost after
 Differs  shapes, start and defaults are our reading of a paper that gives no code. P_i and R_i are drawn so wide that
          W_down has the variance of LoRA's first factor, and W_up moves by about the learning rate
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Adapter, AdapterConfig, keeping_only_input, linear_sizes, register
+from .base import Adapter, AdapterConfig, at_least_float32, keeping_only_input, linear_sizes, register
 from .placement import input_group, input_layers
 
 
@@ -95,20 +95,20 @@ class ALoRE(Adapter):
     def down(self) -> Float[Tensor, "inner in"]:
         """The sum of all P_i kron Q_i, or with `per_expert` one below the other; in float32 at least."""
         form = "ipm,iak->ipamk" if self.per_expert else "ipm,iak->pamk"
-        product = torch.einsum(form, *map(wide, (self.part("p"), self.part("q"))))
+        product = torch.einsum(form, *map(at_least_float32, (self.part("p"), self.part("q"))))
         return product.flatten(-2).flatten(0, -2)
 
     def up(self) -> Float[Tensor, "in inner"]:
         """The sum of all R_i kron S_i, or with `per_expert` one beside the other; in float32 at least."""
         form = "ipm,iak->paimk" if self.per_expert else "ipm,iak->pamk"
-        product = torch.einsum(form, *map(wide, (self.part("r"), self.part("s"))))
+        product = torch.einsum(form, *map(at_least_float32, (self.part("r"), self.part("s"))))
         return product.flatten(2).flatten(0, 1)
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """c_down, once for each expert with `per_expert`, and c_up; None without biases."""
         if "c_up" not in self.names:
             return None, None
-        c_down, c_up = wide(self.part("c_down")), wide(self.part("c_up"))
+        c_down, c_up = at_least_float32(self.part("c_down")), at_least_float32(self.part("c_up"))
         return c_down.repeat(len(self.part("p"))) if self.per_expert else c_down, c_up
 
     def branch(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
@@ -132,11 +132,6 @@ class ALoRE(Adapter):
             return bias
         added = weight @ (self.scale * (self.up() @ c_down + c_up)).to(weight.dtype)
         return added if bias is None else bias + added
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @register
@@ -186,7 +181,7 @@ class ALoREConfig(AdapterConfig):
         if not found:
             blocks = "" if wanted is None else f" in blocks {sorted(wanted)}"
             raise ValueError(
-                f"alore finds no layers of a known name that read what enters attention or the feed-forward part of "
-                f"{type(model).__name__}{blocks}. Please specify `target_modules` in `peft_config`."
+                f"{type(model).__name__} has no list of equal blocks with layers of a name known to read what enters "
+                f"attention or the feed-forward part{blocks}; set target_modules of alore to the layers to adapt."
             )
         return found

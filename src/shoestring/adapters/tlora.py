@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Adapter, AdapterConfig, linear_sizes, linear_with_rebuilt_weight, register
+from .base import Adapter, AdapterConfig, at_least_float32, linear_sizes, linear_with_rebuilt_weight, register
 
 Core = Float[Tensor, "n n rank rank"]
 
@@ -92,16 +92,16 @@ class TLoRA(Adapter):
 
     def change(self) -> Float[Tensor, "in in"]:
         """T - I, in float32 at least: in 16 bits 1 + t would be 1 for small t."""
-        *first, last = (core.to(torch.promote_types(core.dtype, torch.float32)) for core in self.cores("a"))
+        *first, last = (at_least_float32(core) for core in self.cores("a"))
         if not first:
-            transform = last[:, :, 0, 0].clone()
-        else:
-            ring = first[0]
-            for core in first[1:]:
-                ring = torch.einsum("ijrs,klst->kiljrt", ring, core).flatten(2, 3).flatten(0, 1)
-            transform = torch.einsum("ijrs,klsr->kilj", ring, last).flatten(2, 3).flatten(0, 1)
-        transform.diagonal().sub_(1)
-        return transform
+            return last[:, :, 0, 0] - last.new_ones(len(last)).diag()
+        ring = first[0]
+        for core in first[1:]:
+            ring = torch.einsum("ijrs,klst->kiljrt", ring, core).flatten(2, 3).flatten(0, 1)
+        ring = with_slice(ring.transpose(2, 3), -1.0)
+        # [k, 1, l, sr] @ [i, sr, j]: [k, i, l, j] as it is to lie in memory, with no other dense matrix on the way
+        product = with_slice(last, 1.0)[:, None] @ ring.transpose(1, 2)
+        return product.flatten(2).flatten(0, 1)
 
     def down(self) -> Float[Tensor, "inner in"]:
         """The factor of Delta that reads x; for a ring C_1[j_1] ... C_D[j_D], a row for each ring index."""
@@ -142,9 +142,15 @@ class TLoRA(Adapter):
         return torch.stack([torch.linalg.vector_norm(a - b, dim=(0, 1)).sum() for a, b in pairs]).sum()
 
 
+def with_slice(core: Core, value: float) -> Float[Tensor, "n n slices"]:
+    """The slices of a core in one row, and one more, `value` times the identity."""
+    identity = torch.full_like(core[:, 0, 0, 0], value).diag()
+    return torch.cat([core.flatten(2), identity[:, :, None]], dim=2)
+
+
 def chain(cores: list[Tensor]) -> Float[Tensor, "size r r"]:
     """The matrix products B_1[i_1] ... B_D[i_D] of all i, the first index fastest; in float32 at least."""
-    ring, *others = (core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores)
+    ring, *others = map(at_least_float32, cores)
     for core in others:
         ring = torch.einsum("irs,kst->kirt", ring, core).flatten(0, 1)
     return ring
