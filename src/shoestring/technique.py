@@ -58,11 +58,17 @@ class Moment:
 class Events:
     """What a technique or an adapter config may do during training. Every event does nothing unless overridden."""
 
+    def check_recipe(self, others: Sequence["Technique"]) -> None:
+        """Refuse settings that cannot stand beside the recipe's other techniques; called when the recipe is built."""
+
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Before attaching: all data that will be run, by split, as rows of model inputs; and its tokenizer, if known.
 
         Not called where nobody said what the data is. Empty where any data may come, as for a model that is loaded.
         """
+
+    def on_attached(self, model: nn.Module) -> None:
+        """All techniques of the recipe are attached; refuse what they made of the model, where it does not fit."""
 
     def on_step_begin(self, moment: Moment) -> None:
         """Before the first forward of an optimizer step."""
@@ -110,6 +116,7 @@ class Technique(Events):
     alone_in_phase: no second technique of the same phase may stand beside it.
     needs: phases of which at least one other technique must be in the recipe.
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
+    graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
     removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
     """
 
@@ -119,6 +126,7 @@ class Technique(Events):
     alone_in_phase: ClassVar[bool] = False
     needs: ClassVar[frozenset[Phase]] = frozenset()
     claims: ClassVar[frozenset[str]] = frozenset()
+    graph_in_blocks: ClassVar[bool] = True
     removes: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -139,12 +147,6 @@ class Technique(Events):
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Act on `model` inside the context and leave it as it was after; yields the model to go on with."""
         yield model
-
-    def check_recipe(self, others: Sequence["Technique"]) -> None:
-        """Refuse settings that cannot stand beside the recipe's other techniques; called when the recipe is built."""
-
-    def on_attached(self, model: nn.Module) -> None:
-        """All techniques of the recipe are attached; refuse what they made of the model, where it does not fit."""
 
     def to_saved(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """What to save of a base weight, in the shape it has without this technique; `value` is what there is now."""

@@ -18,12 +18,24 @@ Settings = dict[str, Any]
 VARIANTS: dict[str, dict[str, Settings]] = {
     "hut": {"residual": {"r": 2}, "literal": {"r": 2, "form": "literal"}},
     "s2_lora": {"kaiming": {"r": 2}, "adalora": {"r": 2, "init": "adalora"}},
-    "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
     "wara": {  # lin1 has 2 outputs, Conv1D has one
         "weight": {"r": 1},
         "per_band": {"r": 1, "levels": 2, "per_band": True},
         "tiny": {"form": "tiny", "r": 1},
     },
+    "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
+    # layers of peft's tests have sizes of one prime factor, and its large steps take a transform with noise to infinity
+    "tlora": {
+        "ring": {"r": 1, "strict": False, "init": "paper"},
+        "lora": {"r": 2, "residual": "lora", "strict": False},
+    },
+    "alore": {  # 5 divides 10, 20 and the 5 inputs of Conv1D
+        "sum": {"r": 5, "num_experts": 5},
+        "per expert": {"r": 5, "num_experts": 5, "aggregate": "per_expert", "has_bias": True},
+    },
+    "mola": {"two of three": {"r": 2, "experts": 3}, "all of two": {"r": 2, "experts": 2}},
+    # of the 5 weights of Conv1D some must be left
+    "snell": {"soft": {"r": 2, "sparsity": 0.3}, "hard": {"r": 4, "sparsity": 0.3, "gate": "hard"}},
     "bottleneck": {
         "houlsby": {"form": "houlsby", "r": 2, "init": "lora"},
         "pfeiffer": {"form": "pfeiffer", "r": 2, "init": "lora"},

@@ -1,23 +1,38 @@
 """Weight adapters: new weights on a layer, through peft. One file a method."""
 
+from .alore import ALoRE, ALoREConfig
 from .base import Adapter, AdapterConfig, register
 from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
+from .mola import MoLA, MoLAConfig
 from .nera import NeRA, NeRAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
+from .snell import SNELL, SNELLConfig
+from .snella import SNELLA, SNELLAConfig
+from .tlora import TLoRA, TLoRAConfig
 from .wara import WaRA, WaRAConfig
 
 __all__ = [
     "HUT",
+    "SNELL",
+    "SNELLA",
+    "ALoRE",
+    "ALoREConfig",
     "Adapter",
     "AdapterConfig",
     "Bottleneck",
     "BottleneckConfig",
     "HUTConfig",
+    "MoLA",
+    "MoLAConfig",
     "NeRA",
     "NeRAConfig",
     "S2LoRA",
     "S2LoRAConfig",
+    "SNELLAConfig",
+    "SNELLConfig",
+    "TLoRA",
+    "TLoRAConfig",
     "WaRA",
     "WaRAConfig",
     "register",

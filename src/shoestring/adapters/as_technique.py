@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,6 +112,10 @@ class PeftTechnique(Technique):
     def _events(self) -> Events:
         return self.config if isinstance(self.config, Events) else Events()
 
+    def check_recipe(self, others: Sequence[Technique]) -> None:
+        """Pass on to the config."""
+        self._events.check_recipe(others)
+
     @property
     def reads_data(self) -> bool:
         """Whether the config does."""
@@ -120,6 +124,10 @@ class PeftTechnique(Technique):
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Pass on to the config."""
         self._events.see_data(splits, processor)
+
+    def on_attached(self, model: nn.Module) -> None:
+        """Pass on to the config."""
+        self._events.on_attached(model)
 
     def on_step_begin(self, moment: Moment) -> None:
         """Pass on to the config."""

@@ -224,6 +224,19 @@ def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     ]
 
 
+def place_in_stack(model: nn.Module, key: str) -> tuple[str, int, int] | None:
+    """Where the module `key` is in the outermost list of blocks around it, of whatever layout they are.
+
+    The name of the list, the index of the block and the number of blocks; None where no list is around it.
+    """
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        name, index = ".".join(parts[:length]), parts[length]
+        if index.isdigit() and isinstance(stack := model.get_submodule(name), nn.ModuleList):
+            return name, int(index), len(stack)
+    return None
+
+
 def block_around(model: nn.Module, key: str) -> tuple[str, Layout] | None:
     """The name and layout of the block that the module `key` belongs to; None where its layout is unknown."""
     parts = key.split(".")

@@ -75,6 +75,7 @@ class Reversible(BlockTechnique):
     """
 
     name: ClassVar[str] = "reversible"
+    graph_in_blocks: ClassVar[bool] = False
     training_only: ClassVar[bool] = False
     variant: Literal[1, 2, 3] = 1
     r: int = 8

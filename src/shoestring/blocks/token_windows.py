@@ -47,6 +47,7 @@ class TokenWindows(BlockTechnique):
     """
 
     name: ClassVar[str] = "token_windows"
+    graph_in_blocks: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     handles_attention = True
 
