@@ -94,14 +94,14 @@ def leading_singular(
     sketch = min(of.k + of.oversampling, len(rows), columns)
     drawn = torch.randn(columns, sketch, generator=torch.Generator().manual_seed(of.seed))
     right = drawn.to(z.device, wide)
-    for _ in range(of.iterations + 1):
+    for index in range(of.iterations + 1):
+        right = torch.linalg.qr(right).Q if index else right
         left = torch.cat([_in_reach(z[some]) @ right for some in rows.chunk(chunks)])
         left = torch.linalg.qr(left).Q
         right = torch.zeros_like(right)
         for some, part in zip(rows.chunk(chunks), left.chunk(chunks), strict=True):
             right.addmm_(_in_reach(z[some]).T, part)
-        onward, right = right, torch.linalg.qr(right).Q
-    u, s, vh = torch.linalg.svd(onward.T, full_matrices=False)
+    u, s, vh = torch.linalg.svd(right.T, full_matrices=False)
     return left @ u[:, : of.k], s[: of.k], vh[: of.k].T
 
 
