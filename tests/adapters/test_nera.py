@@ -237,19 +237,19 @@ def test_the_basis_formed_at_once_is_a_quarter_of_a_large_input_and_at_least_a_t
     assert wide == 1
 
 
-def test_a_small_input_beside_a_knot_survives_autocast():
-    """In bfloat16, 1 less a small number would be 1."""
+def test_the_place_between_knots_survives_autocast():
+    """In bfloat16 the input would be 1 and its hat 1, not 0.5."""
     adapter = splines(in_features=1, num_knots=2).float()
-    x = torch.tensor([[2.0**-10], [0.0]])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        basis, _ = hats(x, adapter.gain, adapter.knots)
-        assert basis.dtype == torch.float32
-        z = nera._Splines.apply(x, adapter.gain, adapter.knots, adapter.coefficients)
-        with torch.autocast("cpu", enabled=False):
-            expected = nera._Splines.apply(x, adapter.gain, adapter.knots, adapter.coefficients)
-        low = adapter.branch(x)
-    assert z.shape == expected.shape
+    with torch.no_grad():
+        adapter.gain.fill_(256)
+        adapter.knots.copy_(torch.tensor([[256.0], [999.0]]))
+        x = torch.tensor([[1 + 2.0**-9]])
+        expected = 0.5 * adapter.scale * (adapter.up @ adapter.coefficients[0, 0])[None]
+        torch.testing.assert_close(adapter.branch(x), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = adapter.branch(x)
     assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_saved_and_loaded_parameters_are_equal_bit_by_bit(tmp_path):
