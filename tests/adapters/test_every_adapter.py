@@ -21,6 +21,8 @@ CASES = {
     "bottleneck-houlsby": ("bottleneck", {"form": "houlsby", "r": 3, "init": "lora"}),
     "bottleneck-pfeiffer": ("bottleneck", {"form": "pfeiffer", "reduction_factor": 4, "init": "lora", "norm": True}),
     "bottleneck-parallel": ("bottleneck", {"activation": "gelu", "scale": "learned"}),
+    "mola": ("mola", {"r": 3, "experts": 3}),
+    "mola-all-of-two": ("mola", {"r": 2, "experts": 2, "alpha": 3, "use_rslora": True}),
     "nera": ("nera", {"r": 3, "alpha": 1.0}),
     "nera-knots": ("nera", {"r": 3, "num_knots": 4, "alpha": 2.0}),
     "wara": ("wara", {"r": 3, "alpha": 5}),

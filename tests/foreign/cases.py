@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "sum": {"r": 5, "num_experts": 5},
         "per expert": {"r": 5, "num_experts": 5, "aggregate": "per_expert", "has_bias": True},
     },
+    "mola": {"two of three": {"r": 2, "experts": 3}, "all of two": {"r": 2, "experts": 2}},
     # of the 5 weights of Conv1D some must be left
     "snell": {"soft": {"r": 2, "sparsity": 0.3}, "hard": {"r": 4, "sparsity": 0.3, "gate": "hard"}},
     "bottleneck": {

@@ -4,6 +4,7 @@ from .alore import ALoRE, ALoREConfig
 from .base import Adapter, AdapterConfig, register
 from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
+from .mola import MoLA, MoLAConfig
 from .nera import NeRA, NeRAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
 from .snell import SNELL, SNELLConfig
@@ -22,6 +23,8 @@ __all__ = [
     "Bottleneck",
     "BottleneckConfig",
     "HUTConfig",
+    "MoLA",
+    "MoLAConfig",
     "NeRA",
     "NeRAConfig",
     "S2LoRA",
