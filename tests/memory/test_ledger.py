@@ -94,6 +94,7 @@ def test_peak_parts_and_saved_of_an_mlp_equal_the_sum_by_hand():
         "gradients": W2 + B2,
         "optimizer_state": 0,
         "saved_for_backward": HIDDEN,
+        "logits_and_loss": 0,  # of a head over a vocabulary
         "temporary": 2 * HIDDEN + 2 * LOSS,
         "inputs": INPUT,
     }

@@ -36,6 +36,7 @@ from .storages import (
     storage_sizes,
     storages_of,
     tensors_in,
+    vocabulary_of,
     weight_tensors,
 )
 
@@ -43,13 +44,14 @@ from .storages import (
 class _Record:
     """One storage: its size now, its part once known, and where it was born."""
 
-    __slots__ = ("alive", "born", "holders", "module", "part", "reference", "size")
+    __slots__ = ("alive", "born", "holders", "logits", "module", "part", "reference", "size")
 
     def __init__(self, size: int, born: int, module: str, part: str | None):
         self.size = size
         self.born = born  # place in the log; -1 if it was there before the ledger
         self.module = module
-        self.part = part  # None: saved for backward or temporary, decided in the report
+        self.part = part  # None: logits, saved for backward or temporary, decided in the report
+        self.logits = False  # as wide as the vocabulary
         self.alive = True
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
         self.holders: list[weakref.ref[Tensor]] | None = None  # by which Python may hold it after the forward
@@ -121,6 +123,7 @@ class Ledger:
         self._cuda_max: int | None = None
         self._started = True
         self._paths = {id(module): name for name, module in self.model.named_modules()}
+        self._vocabulary = vocabulary_of(self.model)
 
         trainable = storage_sizes((p for p in self.model.parameters() if p.requires_grad), self.device)
         weights = storage_sizes(weight_tensors(self.model), self.device)
@@ -168,6 +171,8 @@ class Ledger:
         kept = {record for window in windows for record in window}
 
         def part(record: _Record) -> str:
+            if record.part is None and record.logits:
+                return "logits_and_loss"
             return record.part or ("saved_for_backward" if record in kept else "temporary")
 
         peak = replay(
@@ -178,6 +183,7 @@ class Ledger:
             peak_bytes=sum(peak.parts.values()),
             peak_phase=peak.phase,
             at_peak=peak.parts,
+            by_phase=peak.by_phase,
             saved_bytes=sum(saved.values()),
             largest=peak.largest,
             trainable_bytes=self._trainable_bytes,
@@ -309,6 +315,7 @@ class Ledger:
                 continue
             module = self._paths[id(self._modules[-1])] if self._modules else ""
             record = _Record(size, -1 if existing else len(self._log), module, "inputs" if existing else None)
+            record.logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
             record.reference = weakref.ref(storage, functools.partial(self._died, record, key))
             self._live[key] = record
             if existing:

@@ -5,7 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Phase = Literal["forward", "backward", "optimizer", "other"]
-PARTS = ("weights", "gradients", "optimizer_state", "saved_for_backward", "temporary", "inputs")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer_state",
+    "saved_for_backward",
+    "logits_and_loss",
+    "temporary",
+    "inputs",
+)
 
 
 @dataclass(frozen=True)
@@ -14,7 +22,9 @@ class MemoryReport:
 
     peak_bytes: the largest sum of live storages.
     peak_phase: what was running then.
-    at_peak: the peak by part; the values sum to `peak_bytes`.
+    at_peak: the peak by part; the values sum to `peak_bytes`. Logits and what has their width are a part of their own,
+        kept for backward or not.
+    by_phase: the largest sum in each phase.
     saved_bytes: kept for backward when it began, without weights, inputs and outputs; the most over several forwards.
     largest: each part's own maximum over time, not all at the same moment.
     trainable_bytes, frozen_bytes: parameters that train; all other weights, with buffers and quantization constants.
@@ -25,6 +35,7 @@ class MemoryReport:
     peak_bytes: int
     peak_phase: Phase
     at_peak: dict[str, int]
+    by_phase: dict[Phase, int]
     saved_bytes: int
     largest: dict[str, int]
     trainable_bytes: int
@@ -45,10 +56,11 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes by part at the highest total, the phase it was in, and each part's own maximum."""
+    """Bytes by part at the highest total, the phase it was in, the highest total of each, and each part's maximum."""
 
     parts: dict[str, int]
     phase: Phase
+    by_phase: dict[Phase, int]
     largest: dict[str, int]
 
 
@@ -64,10 +76,12 @@ def replay(existing: Iterable[tuple[str, int]], log: Iterable[tuple[str, int, Ph
     peak = total = sum(now.values())
     parts, largest = dict(now), dict(now)
     peak_phase: Phase = "other"
+    by_phase: dict[Phase, int] = {}
     for part, change, phase in log:
         total += change
         now[part] += change
         largest[part] = max(largest[part], now[part])
+        by_phase[phase] = max(by_phase.get(phase, 0), total)
         if total > peak:
             peak, parts, peak_phase = total, dict(now), phase
-    return Peak(parts, peak_phase, largest)
+    return Peak(parts, peak_phase, by_phase, largest)

@@ -43,6 +43,13 @@ def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from tensors_in(getattr(tensor, "quant_state", None))
 
 
+def vocabulary_of(model: nn.Module) -> int | None:
+    """The width of the model's logits, if it has a head over a vocabulary."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages a tensor stands on: one if it is plain, those of its parts if it is sparse or a wrapper."""
     if hasattr(tensor, "__tensor_flatten__"):

@@ -12,6 +12,8 @@ from .data import PACKAGED
 if TYPE_CHECKING:
     from .settings import ModelSettings
 
+KNOWN = "known:"  # and the name of a configuration that comes with the package
+
 
 def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tuple[Any, Any]:
     """The model as `auto_class` makes it, and its tokenizer or processor.
@@ -23,7 +25,7 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
     import torch
     from transformers import AutoTokenizer
 
-    source = _source(model.name)
+    source = source_of(model.name)
     files = {"revision": model.revision} if model.revision else {}
     options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     if model.dtype is not None:
@@ -37,8 +39,16 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
     return loaded, tokenizer
 
 
-def _source(name: str) -> str:
-    """The folder or hub id that `from_pretrained` reads."""
+def source_of(name: str) -> str:
+    """The folder or hub id that `from_pretrained` reads.
+
+    Raises SettingError if a file or folder is named that is not there.
+    """
+    if name.startswith(KNOWN):
+        raise SettingError(
+            f"{name} is a configuration without weights, to plan with; to train, give a hub id, a folder or "
+            "packaged:NAME."
+        )
     if name.startswith(PACKAGED):
         from .. import assets
 

@@ -25,9 +25,15 @@ class Task(ABC):
     peft_task_type: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    limit: int | None = None  # the most tokens that the model takes, once known
 
     def __init__(self, settings: RunSettings):
         self.settings = settings
+
+    @classmethod
+    @abstractmethod
+    def auto_class(cls) -> Any:
+        """The class of transformers that loads models for this task."""
 
     @classmethod
     def arguments_class(cls) -> type[TrainingArguments]:

@@ -22,12 +22,16 @@ class CausalLM(Task):
     the model's chat template.
     """
 
-    limit: int | None = None
-
     name = "causal-lm"
     peft_task_type = "CAUSAL_LM"
     metric = "loss"
     higher_is_better = False
+
+    @classmethod
+    def auto_class(cls) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
 
     @classmethod
     def arguments_class(cls) -> type[TrainingArguments]:
@@ -61,9 +65,7 @@ class CausalLM(Task):
         need_columns(split, dataset, *columns)
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM
-
-        model, tokenizer = load_pretrained(self.settings.model, AutoModelForCausalLM)
+        model, tokenizer = load_pretrained(self.settings.model, self.auto_class())
         chats = self.data.chat or "messages" in self._columns(data["train"]).values()
         if chats and tokenizer.chat_template is None and not self.settings.train.get("chat_template_path"):
             raise SettingError(

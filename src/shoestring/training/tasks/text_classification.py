@@ -24,6 +24,12 @@ class TextClassification(Task):
 
     labels: list[str]
 
+    @classmethod
+    def auto_class(cls) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
     def check_columns(self, split: str, dataset: Dataset) -> None:
         need_columns(split, dataset, self.data.text, self.data.label, self.data.text_pair)
         for name in filter(None, (self.data.text, self.data.text_pair)):
@@ -32,12 +38,10 @@ class TextClassification(Task):
                 raise SettingError(f"Row {row} of {split} holds no text in {name!r}, but {dataset[row][name]!r}.")
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
-        from transformers import AutoModelForSequenceClassification
-
         self.labels = self._label_names(data["train"])
         model, tokenizer = load_pretrained(
             self.settings.model,
-            AutoModelForSequenceClassification,
+            self.auto_class(),
             num_labels=len(self.labels),
             id2label=dict(enumerate(self.labels)),
             label2id={name: index for index, name in enumerate(self.labels)},

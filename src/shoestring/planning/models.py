@@ -1,0 +1,133 @@
+"""What a rehearsal runs: models from their configuration alone, and batches in the shapes they take."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingError
+from ..memory import configurations
+from ..training.models import KNOWN, source_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def configuration(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model: known:NAME, packaged:NAME, a folder, a config.json, a .gguf file or a hub id.
+
+    Of a hub id its config.json is all that is downloaded.
+
+    Raises SettingError if there is none, it is of no known architecture, or it leaves out sizes of the model.
+    """
+    from transformers import AutoConfig
+
+    if name.startswith(KNOWN):
+        return configurations.load(name.removeprefix(KNOWN))
+    path = Path(name).expanduser()
+    if path.suffix != ".json" or not path.is_file():
+        path = Path(source_of(name))
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        if not file.is_file():
+            if path.exists():
+                raise SettingError(f"{path} holds no config.json, which says what the model is.")
+            return AutoConfig.from_pretrained(name, **({"revision": revision} if revision else {}))
+        config = AutoConfig.from_pretrained(file)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(
+            f"The configuration of {name!r} cannot be read: {reason}. Give a folder or file of a config.json, a hub "
+            f"id, packaged:NAME, or one of {', '.join(KNOWN + n for n in configurations.names()[:3])}, ..."
+        ) from error
+    _refuse_gaps(config, file)
+    return config
+
+
+def _refuse_gaps(config: PretrainedConfig, file: Path) -> None:
+    """Sizes that a file leaves out would silently be those of the class."""
+    given = json.loads(file.read_text(encoding="utf-8"))
+    inner = next((given[key] for key in ("text_config", "vision_config", "audio_config") if key in given), given)
+    inside = next((getattr(config, key) for key in ("text_config", "vision_config") if key in given), config)
+    for size in SIZES:
+        own_name = inside.attribute_map.get(size, size)
+        named = {size, own_name, *(f"{part}_{end}" for part in ("encoder", "decoder") for end in ("layers",))}
+        wanted = hasattr(inside, size) and not (size == "num_hidden_layers" and named & inner.keys())
+        if wanted and not named & inner.keys() and not hasattr(inside, "hidden_sizes"):
+            raise SettingError(f"{file} does not say {own_name}: without it nothing can be predicted.")
+
+
+def model_class(config: PretrainedConfig, auto_class: Any = None) -> type[nn.Module]:
+    """The class that `auto_class` makes of a configuration, or the one it names itself.
+
+    Raises SettingError if there is none.
+    """
+    import transformers
+
+    if auto_class is not None:
+        try:
+            return auto_class._model_mapping[type(config)]
+        except KeyError:
+            raise SettingError(
+                f"There is no {auto_class.__name__.removeprefix('AutoModel')} form of {config.model_type!r}."
+            ) from None
+    named = (config.architectures or [None])[0]
+    if named is None or not hasattr(transformers, named):
+        raise SettingError(
+            f"The configuration of {config.model_type!r} names no architecture of transformers ({named}); give the "
+            "task."
+        )
+    return getattr(transformers, named)
+
+
+def make_model(
+    config: PretrainedConfig, cls: type[nn.Module], dtype: torch.dtype | None, attention: str | None = None
+) -> nn.Module:
+    """A model with start values, or with none under a mode without values."""
+    config = copy.deepcopy(config)
+    options = {"attn_implementation": attention} if attention else {}
+    model = cls._from_config(config, dtype=dtype or config.dtype or torch.float32, **options)  # type: ignore[attr-defined]
+    if getattr(config, "scale_decoder_outputs", None) is False:  # its files hold a head of its own, as T5's do not
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
+    return model.train()
+
+
+def make_batch(model: nn.Module, rows: int, length: int) -> Mapping[str, Tensor]:
+    """Inputs and labels in the shapes that the model takes; sequences of full length.
+
+    rows: sequences, or images, or recordings. length: tokens of a sequence; of the labels where inputs are audio.
+    """
+    config: Any = model.config
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    batch: dict[str, Tensor] = {}
+    main, name = inner.main_input_name, type(inner).__name__
+    if main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        batch[main] = torch.zeros(rows, getattr(vision, "num_channels", 3), side, side)
+    elif main == "input_features":
+        frames = 2 * config.max_source_positions  # the first layers halve them
+        batch[main] = torch.zeros(rows, config.num_mel_bins, frames)
+    elif main == "input_ids":
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        raise SettingError(f"{name} takes {main}, for which no batch is known.")
+    whole = any(kind in name for kind in ("CausalLM", "LMHead", "ConditionalGeneration", "MaskedLM", "TokenClass"))
+    batch["labels"] = ids.clone() if whole else torch.zeros(rows, dtype=torch.long)
+    return batch
+
+
+def longest(config: PretrainedConfig) -> int | None:
+    """The most tokens the model takes; None where its configuration does not say."""
+    text: Any = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None)

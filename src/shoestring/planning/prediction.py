@@ -1,0 +1,327 @@
+"""Prediction: the peak memory of a run by part, before anything is loaded; and an estimate of the time of a step.
+
+Method   One step of the run is rehearsed without values (rehearsal.py) and its bytes counted. What cannot be rehearsed
+         is by rule, and said so in `by_rule`: how states of 8-bit and paged optimizers, and shards of several
+         processes, are laid out.
+CUDA     The bytes are those of tensors, as `torch.cuda.max_memory_allocated` counts them. What comes on top differs by
+         driver and by the sizes asked for, so it is a range: the context, and blocks that the allocator holds unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ..errors import SettingError
+from ..memory.devices import TimeEstimate, seconds
+from ..memory.operations import Operations
+from ..recipe import Recipe
+from ..training.models import check_length
+from ..training.tasks import TASKS, Task
+from ..training.trainer import RecipeTrainer
+from . import models, optimizers, sharding
+from .rehearsal import Rehearsed, Work, rehearse
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..training.settings import RunSettings
+
+CUDA_CONTEXT = (400 * 2**20, 800 * 2**20)
+ALLOCATOR_SLACK = (0.0, 0.08)  # of the peak: blocks held for sizes that did not come again
+PARTS = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer_state",
+    "saved_for_backward",
+    "logits_and_loss",
+    "temporary",
+    "inputs",
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one training step of a run will take; memory in bytes, of one process.
+
+    model, batch, length: what it is for; rows of a micro-batch, and tokens of a sequence.
+    peak_bytes, peak_step: the most, and whether loading, forward, backward, optimizer or what is between them takes it.
+    parts: the peak by part; they sum to peak_bytes. by_step: the most of each step.
+    paged_bytes: optimizer state that may leave the device.
+    cuda_bytes: the range in which the device's own count will lie, context and slack included.
+    by_rule: what of this was not rehearsed but follows a rule.
+    operations: of a whole step with all its micro-batches, where they were counted.
+    """
+
+    model: str
+    recipe: list[dict[str, Any]]
+    batch: int
+    length: int
+    accumulation: int
+    processes: int
+    peak_bytes: int
+    peak_step: str
+    parts: Mapping[str, int]
+    by_step: Mapping[str, int]
+    paged_bytes: int
+    trained_parameters: int
+    total_parameters: int
+    by_rule: tuple[str, ...]
+    operations: Operations | None = None
+
+    @property
+    def cuda_bytes(self) -> tuple[int, int]:
+        """On a GPU: with the context and the allocator's slack, at least and at most."""
+        low, high = (
+            int(context + self.peak_bytes * (1 + slack))
+            for context, slack in zip(CUDA_CONTEXT, ALLOCATOR_SLACK, strict=True)
+        )
+        return low, high
+
+    def time_on(self, device: str) -> TimeEstimate:
+        """An estimate for one step.
+
+        Raises SettingError for an unknown device, ValueError if operations were not counted.
+        """
+        if self.operations is None:
+            raise ValueError("The operations of this prediction were not counted; predict with count_operations=True.")
+        return seconds(self.operations, device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction as plain JSON values."""
+        values = asdict(replace(self, operations=None))
+        values["operations"] = self.operations.to_dict() if self.operations else None
+        return {**values, "cuda_bytes": list(self.cuda_bytes), "by_rule": list(self.by_rule)}
+
+
+def predict(
+    settings: RunSettings,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    shards: sharding.Sharding | None = None,
+    count_operations: bool = False,
+) -> Prediction:
+    """What a run file's training step will take; nothing is loaded but the model's configuration.
+
+    batch, length: in place of train.per_device_train_batch_size and data.max_length.
+    shards: how several processes divide the model; one process holds all of it by default.
+
+    Raises SettingError if the model is unknown, the run cannot be predicted, or its sizes are out of range.
+    """
+    rule = optimizers.by_rule(settings.train.get("optim"))
+    work, sizes = work_of(settings, batch, length)
+    found = rehearse(work, count_operations=count_operations)
+    return prediction_of(settings.model.name, work.recipe, sizes, found, rule, shards)
+
+
+def predict_model(
+    model: str | PretrainedConfig,
+    recipe: Recipe | Sequence[Any] = (),
+    *,
+    batch: int = 1,
+    length: int = 1024,
+    dtype: torch.dtype | None = None,
+    auto_class: Any = None,
+    train: Mapping[str, Any] | None = None,
+    shards: sharding.Sharding | None = None,
+    count_operations: bool = False,
+) -> Prediction:
+    """What a step of transformers' Trainer will take, with the model's own loss.
+
+    model: a configuration, or what names one. recipe: as in a run file. auto_class: of transformers, where the
+    configuration's own architecture is not meant. train: fields of TrainingArguments. Others as for `predict`.
+
+    Raises SettingError as `predict` does.
+    """
+    train = dict(train or {})
+    rule = optimizers.by_rule(train.get("optim"))
+    if rule is not None:
+        train["optim"] = "sgd"
+    config = models.configuration(model) if isinstance(model, str) else model
+    work = work_of_model(config, recipe, batch=batch, length=length, dtype=dtype, auto_class=auto_class, train=train)
+    found = rehearse(work, count_operations=count_operations)
+    sizes = (batch, length, int(train.get("gradient_accumulation_steps", 1)))
+    name = model if isinstance(model, str) else str(config.name_or_path or config.model_type)
+    return prediction_of(name, work.recipe, sizes, found, rule, shards)
+
+
+def work_of(settings: RunSettings, batch: int | None, length: int | None) -> tuple[Work, tuple[int, int, int]]:
+    """One step of a run file; and rows of a micro-batch, tokens of a sequence, micro-batches of a step."""
+    config = models.configuration(settings.model.name, settings.model.revision)
+    task = TASKS[settings.task](settings)
+    task.limit = limit = models.longest(config)
+    recipe = settings.build_recipe()
+    task.set_up_recipe(recipe)
+    arguments = _arguments(settings, task)
+    batch = arguments["per_device_train_batch_size"] if batch is None else batch
+    length = length or settings.data.max_length or task.argument_defaults().get("max_length") or limit
+    if length is None:
+        raise SettingError(f"{settings.model.name} does not say how long sequences may be; set data.max_length.")
+    _check_sizes(batch, length, limit)
+    cls = models.model_class(config, task.auto_class())
+    dtype = getattr(torch, settings.model.dtype) if settings.model.dtype else None
+
+    def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
+        return quiet(
+            task.trainer(
+                model=model,
+                args=task.arguments_class()(**{**arguments, "output_dir": folder}),
+                train_dataset=Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]}),
+                processing_class=two_words(),
+                callbacks=list(callbacks),
+            )
+        )
+
+    work = Work(
+        recipe,
+        lambda: models.make_model(config, cls, dtype, settings.model.attn_implementation),
+        make_trainer,
+        lambda model: models.make_batch(model, batch, length),
+    )
+    return work, (batch, length, arguments["gradient_accumulation_steps"])
+
+
+def work_of_model(
+    config: PretrainedConfig,
+    recipe: Recipe | Sequence[Any] = (),
+    *,
+    batch: int,
+    length: int,
+    dtype: torch.dtype | None = None,
+    auto_class: Any = None,
+    attention: str | None = None,
+    train: Mapping[str, Any] | None = None,
+) -> Work:
+    """One step of RecipeTrainer on any model, with the loss that the model computes."""
+    _check_sizes(batch, length, models.longest(config))
+    cls = models.model_class(config, auto_class)
+
+    def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
+        arguments = TrainingArguments(**{**(train or {}), **ONE_STEP, "output_dir": folder})
+        return quiet(RecipeTrainer(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks)))
+
+    return Work(
+        recipe if isinstance(recipe, Recipe) else Recipe.from_list(recipe),
+        lambda: models.make_model(config, cls, dtype, attention),
+        make_trainer,
+        lambda model: models.make_batch(model, batch, length),
+    )
+
+
+def _check_sizes(batch: int, length: int, limit: int | None) -> None:
+    if batch < 1 or length < 1:
+        raise SettingError(f"batch and length must be at least 1, got {batch} and {length}.")
+    check_length(length, limit)
+
+
+def prediction_of(
+    model: str,
+    recipe: Recipe,
+    sizes: tuple[int, int, int],
+    found: Rehearsed,
+    rule: optimizers.StateRule | None = None,
+    shards: sharding.Sharding | None = None,
+) -> Prediction:
+    """What was rehearsed, and what follows by rule, as one prediction.
+
+    sizes: rows of a micro-batch, tokens of a sequence, micro-batches of a step.
+    """
+    report = found.memory
+    parts = {part: report.at_peak.get(part, 0) for part in PARTS}
+    parts["adapters"] = found.adapter_bytes
+    parts["weights"] -= found.adapter_bytes
+    by_step: dict[str, int] = {"load": report.at_peak["weights"] + found.largest_weight_bytes}
+    by_step |= {str(phase): size for phase, size in report.by_phase.items()}
+    rules, paged = [], 0
+    if rule is not None:
+        state = sum(rule.bytes_of(size) for size in found.trained_sizes)
+        paged = state if rule.paged else 0
+        parts["optimizer_state"] += state - paged
+        by_step = {step: size + (step != "load") * (state - paged) for step, size in by_step.items()}
+        rules.append(rule.text)
+    if shards is not None:
+        before = sum(parts.values())
+        parts = shards.divided(parts, found.units)
+        change = sum(parts.values()) - before
+        by_step = {step: max(size + change, 0) for step, size in by_step.items() if step != "load"}
+        rules.append(shards.text)
+    peak_step = max(by_step, key=by_step.__getitem__)
+    if peak_step == "load":
+        load = by_step["load"] - sum(parts[part] for part in ("weights", "adapters"))
+        parts = {part: parts[part] if part in ("weights", "adapters") else 0 for part in PARTS} | {"temporary": load}
+    return Prediction(
+        model=model,
+        recipe=recipe.to_list(),
+        batch=sizes[0],
+        length=sizes[1],
+        accumulation=sizes[2],
+        processes=shards.processes if shards else 1,
+        peak_bytes=sum(parts.values()),
+        peak_step=peak_step,
+        parts=parts,
+        by_step=by_step,
+        paged_bytes=paged,
+        trained_parameters=found.trained_parameters,
+        total_parameters=found.total_parameters,
+        by_rule=tuple(rules),
+        operations=found.operations,
+    )
+
+
+ONLY_AROUND_TRAINING = ("eval_", "save_", "load_best_model", "push_to", "hub_", "report_to", "logging_", "log_")
+NEEDS_DEVICES = ("fsdp", "deepspeed", "ddp_", "tf32", "fp16", "torch_compile", "use_cpu")
+ONE_STEP: Mapping[str, Any] = {
+    "max_steps": 1,
+    "num_train_epochs": 1,
+    "warmup_steps": 0,
+    "use_cpu": True,  # a trace has no device
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_num_workers": 0,
+}
+
+
+def _arguments(settings: RunSettings, task: Task) -> dict[str, Any]:
+    """What shapes one step of the trainer, as it can be rehearsed on any machine."""
+    left_out = (*ONLY_AROUND_TRAINING, *NEEDS_DEVICES)
+    train = {name: value for name, value in settings.train.items() if not name.startswith(left_out)}
+    if optimizers.by_rule(train.get("optim")):
+        train["optim"] = "sgd"  # which has no state: that is added by rule
+    sixteen = settings.train.get("bf16") or settings.train.get("fp16")  # of one size
+    defaults: dict[str, Any] = {"gradient_checkpointing": False, "bf16": bool(sixteen), "label_names": ["labels"]}
+    arguments: dict[str, Any] = {**defaults, **task.argument_defaults(), **train, **ONE_STEP}
+    blank = task.arguments_class()(output_dir=settings.output_dir, use_cpu=True)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        arguments.setdefault(name, getattr(blank, name))
+    return arguments
+
+
+def two_words() -> PreTrainedTokenizerFast:
+    """A tokenizer for trainers that ask for one where no text is read."""
+    made = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+def quiet(trainer: Trainer) -> Trainer:
+    """The trainer without those callbacks that print."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    return trainer

@@ -1,0 +1,188 @@
+"""Rehearsal: one step of a real trainer with a real recipe, on tensors without values, counted by the ledger.
+
+Method   The model is made from its configuration, the recipe attached and the trainer started as in a run, all under
+         `Valueless`. Nothing is computed, and what a run would allocate is counted; no technique or trainer has a
+         formula here. The optimizer first steps on gradients made up for it, so that its state is there in the step
+         that is counted, as in all steps of a run but the first.
+Batch    Every sequence has the full length, so there is no padding and no mask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..blocks.stacks import find_stacks
+from ..errors import SettingError
+from ..fakes import Valueless
+from ..memory import MemoryReport
+from ..memory.operations import OperationCounter, Operations
+from ..memory.storages import main_device, storage_sizes, storages_of, weight_tensors
+from ..recipe import Recipe, attached_to
+from ..training.observe import StepMemory
+from .sharding import Units
+
+NO_FAKES = (
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    NotImplementedError,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step to rehearse, as functions that make its parts.
+
+    make_model: the model, without values where they are called under `Valueless`.
+    make_trainer: its trainer, given the model with the recipe attached, a folder and callbacks; trains one step.
+    make_batch: model inputs of one micro-batch.
+    """
+
+    recipe: Recipe
+    make_model: Callable[[], nn.Module]
+    make_trainer: Callable[[nn.Module, str, Sequence[TrainerCallback]], Trainer]
+    make_batch: Callable[[nn.Module], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one step took.
+
+    adapter_bytes: weights that the recipe added. largest_weight_bytes: of the one parameter with most.
+    trained_sizes: numbers in each parameter that trains; total_parameters: in all of them. units: for sharding.
+    """
+
+    memory: MemoryReport
+    operations: Operations | None
+    adapter_bytes: int
+    largest_weight_bytes: int
+    trained_sizes: tuple[int, ...]
+    total_parameters: int
+    units: Units
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that train."""
+        return sum(self.trained_sizes)
+
+
+def rehearse(work: Work, *, count_operations: bool = False) -> Rehearsed:
+    """The step on tensors without values.
+
+    Raises SettingError, naming the technique, if one needs values.
+    """
+    try:
+        return run_one_step(work, count_operations=count_operations, mode=Valueless())
+    except NO_FAKES as error:
+        raise SettingError(_without_values(work, error)) from error
+
+
+def run_one_step(
+    work: Work, *, count_operations: bool = False, mode: AbstractContextManager[Any] | None = None
+) -> Rehearsed:
+    """The step on real tensors; or on those of `mode`."""
+    operations = OperationCounter() if count_operations else None
+    memory = _CountedStep(operations)
+    with TemporaryDirectory() as folder, mode or nullcontext():
+        base = work.make_model()
+        known = {id(storage) for tensor in weight_tensors(base) for storage in storages_of(tensor)}
+        model = work.recipe.apply(base)
+        try:
+            trainer = work.make_trainer(model, folder, [_PrimedOptimizer(), memory])
+            batches = [work.make_batch(model) for _ in range(trainer.args.gradient_accumulation_steps)]
+            trainer.get_train_dataloader = lambda: batches
+            parameters = list(trainer.model.parameters())  # of the trainer, which may put new ones in their place
+            added = {id(s): s.nbytes() for p in parameters for s in storages_of(p) if id(s) not in known}
+            largest = max(p.nbytes for p in parameters)
+            trained = tuple(p.numel() for p in parameters if p.requires_grad)
+            total, units = sum(p.numel() for p in parameters), _units(base)
+            try:
+                trainer.train()
+            finally:
+                memory.abandon()
+        finally:
+            attached_to(model).detach()
+    assert memory.report is not None
+    counted = operations.operations() if operations else None
+    return Rehearsed(memory.report, counted, sum(added.values()), largest, trained, total, units)
+
+
+def _units(model: nn.Module) -> Units:
+    """Blocks of all stacks as units; a model without any is one."""
+    weights = sum(storage_sizes(model.parameters(), main_device(model)).values())
+    try:
+        blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    except SettingError:
+        return Units(weights, 0)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    return Units(max(sizes), weights - sum(sizes))
+
+
+class _PrimedOptimizer(TrainerCallback):
+    """Lets the optimizer make its state before the step that is counted."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One step on gradients of nothing."""
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 * group["lr"]
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class _CountedStep(StepMemory):
+    """The ledger over one step, inside a counter of operations if there is one."""
+
+    def __init__(self, operations: OperationCounter | None):
+        super().__init__()
+        self._operations = operations
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._operations is not None:
+            self._operations.__enter__()
+        super().on_step_begin(*args, **kwargs)
+
+    def abandon(self) -> None:
+        counting = self.watching and self._operations is not None
+        super().abandon()
+        if counting:
+            self._operations.__exit__(None, None, None)  # type: ignore[union-attr]
+
+
+def _without_values(work: Work, error: Exception) -> str:
+    """What to tell where a step cannot run without values: which technique it is, found by leaving each out."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    for culprit in work.recipe.techniques:
+        others = Recipe(*(t for t in work.recipe.techniques if t is not culprit))
+        try:
+            rest = rehearse_without(work, others)
+        except (*NO_FAKES, ValueError, RuntimeError):
+            continue
+        return (
+            f"{culprit.name} computes with values that are not there before the model is loaded ({reason}), so it "
+            f"cannot be predicted; without it the peak is {rest.memory.peak_bytes / 2**30:.2f} GiB. Run "
+            "`shoestring measure` for the real step."
+        )
+    return f"This model cannot run without values ({reason}); run `shoestring measure` for the real step."
+
+
+def rehearse_without(work: Work, recipe: Recipe) -> Rehearsed:
+    """The step with another recipe."""
+    return run_one_step(Work(recipe, work.make_model, work.make_trainer, work.make_batch), mode=Valueless())

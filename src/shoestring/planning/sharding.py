@@ -1,0 +1,68 @@
+"""Sharding: what one of several processes holds, by the rules of DDP, FSDP2 and ZeRO.
+
+Rules    With n processes, weights W, gradients G, optimizer state S, blocks of a model the units that are gathered:
+         ddp     W + 2 G + S: gradients are copied into buckets to be summed
+         zero1   W + G + S/n;   zero2   W + (G + S)/n
+         zero3, fsdp2   (W + G + S)/n, and at the peak two blocks and what is outside of blocks, gathered
+         Activations, logits and temporaries are those of the process's own micro-batch.
+Source   Rajbhandari et al., ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, arXiv:2304.11277
+Leaves   Buffers of the communication library, and prefetching beyond one block.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import SettingError, did_you_mean
+
+Kind = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Weights in bytes, adapters included: of the largest block, and of all that is in no block."""
+
+    largest_block: int
+    outside: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A model over several processes.
+
+    Raises SettingError if there is no such kind, or for fewer than 1 process.
+    """
+
+    kind: Kind
+    processes: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise SettingError(f"Unknown sharding {self.kind!r}. {did_you_mean(str(self.kind), get_args(Kind))}")
+        if self.processes < 1:
+            raise SettingError(f"sharding needs at least 1 process, got {self.processes}.")
+
+    @property
+    def text(self) -> str:
+        """What is told about it."""
+        return f"what each of {self.processes} processes holds under {self.kind}"
+
+    def divided(self, parts: Mapping[str, int], units: Units) -> dict[str, int]:
+        """The parts of one process, from those of a process that holds everything."""
+
+        def share(size: int, wanted: bool) -> int:
+            return -(-size // self.processes) if wanted else size
+
+        new = dict(parts)
+        if self.processes == 1:
+            return new
+        whole = self.kind in ("fsdp2", "zero3")
+        for part in ("weights", "adapters"):
+            new[part] = share(new[part], whole)
+        new["gradients"] = share(new["gradients"], whole or self.kind == "zero2")
+        new["optimizer_state"] = share(new["optimizer_state"], self.kind != "ddp")
+        if whole:
+            new["temporary"] += 2 * units.largest_block + units.outside
+        elif self.kind == "ddp":
+            new["temporary"] += new["gradients"]
+        return new
