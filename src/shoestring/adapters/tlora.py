@@ -19,6 +19,7 @@ Differs  the paper's start gives all R^2 slices of a core the same gradient, so 
          The penalties pull towards the start's own identity; their weight is not public
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -120,7 +121,7 @@ class TLoRA(Adapter):
         new = torch.addmm(weight, weight, self.change().to(weight.dtype))
         return new.addmm_(self.up().to(weight.dtype), self.down().to(weight.dtype))
 
-    def through(self, x: Float[Tensor, "*batch in"], layer: Any) -> Float[Tensor, "*batch out"]:
+    def through(self, x: Float[Tensor, "*batch in"], layer: Callable[[Tensor], Tensor]) -> Float[Tensor, "*batch out"]:
         """layer(T x) + Delta x."""
         y = layer(x + linear_with_rebuilt_weight(x, self.change, self.cores("a")).to(x.dtype))
         inner = linear_with_rebuilt_weight(x, self.down, self.cores("c"))
