@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModel
+from transformers import AutoModel, TrainerCallback
 
 import shoestring.adapters.sparse_kernel as sparse_kernel
-from shoestring.adapters import SNELL, SNELLAConfig, SNELLConfig
+from shoestring.adapters import SNELL, SNELLA, SNELLAConfig, SNELLConfig
 from shoestring.adapters.base import AdaptedLinear
 from shoestring.adapters.snella import allot
 from shoestring.adapters.sparse_kernel import SparseKernelAdapter, kth_smallest, num_zero, threshold
@@ -23,6 +23,7 @@ from shoestring.recipe import Recipe
 from shoestring.technique import Moment
 from shoestring.testing.adapters import TARGETS, adapted, batch, trainable, two_layers
 from shoestring.testing.assets import need
+from shoestring.training import RunSettings, train
 
 
 def methods(model: nn.Module) -> list[SparseKernelAdapter]:
@@ -422,6 +423,52 @@ def test_it_adapts_an_image_model_under_recomputation(method: str):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.mark.slow
+def test_snella_learns_reviews_in_the_trainer_and_hands_out_entries(tmp_path):
+    need("minilm", "rotten-tomatoes")
+    run = {
+        "model": "packaged:minilm",
+        "task": "text-classification",
+        "data": {"train": "packaged:rotten-tomatoes", "max_length": 32, "max_train_rows": 16, "max_eval_rows": 8},
+        "recipe": [{"snella": {"r": 8, "target_modules": ["query", "value", "intermediate.dense"]}}],
+        "train": {
+            "max_steps": 12,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "eval_strategy": "no",  # or the best checkpoint, with its entries, comes back at the end
+        },
+        "output_dir": str(tmp_path / "run"),
+    }
+    parts: dict[str, int] = {}
+
+    def watch(ready) -> None:
+        model = ready.trainer.model
+        ready.trainer.add_callback(AtEnd(lambda: parts.update(shares(model))))
+
+    report = train(RunSettings.from_dict(run), on_ready=watch)
+    losses = [loss for _, loss in report.losses]
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2]), losses
+    sizes = [384 * 384] * 12 + [384 * 1536] * 6
+    assert abs(sum(parts.values()) - sum(sizes) / 2) <= 18, "half of all entries, as sparsity says"
+    assert len(set(parts.values())) > 6, "not the same for all"
+
+
+class AtEnd(TrainerCallback):
+    """Calls a function when training ends."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call = call
+
+    def on_train_end(self, *_, **__) -> None:
+        self.call()
+
+
+def shares(model: nn.Module) -> dict[str, int]:
+    """The entries allotted to each layer."""
+    return {name: int(m.num_changed) for name, m in model.named_modules() if isinstance(m, SNELLA)}
 
 
 @pytest.mark.parametrize(
