@@ -28,6 +28,7 @@ class Valueless(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._entered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKED and getattr(args[0], "constant", None) is None:
@@ -35,16 +36,20 @@ class Valueless(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def __enter__(self) -> Self:
-        with ExitStack() as undo:
-            undo.enter_context(patch.object(import_utils, "is_fake_tensor", lambda tensor: False))
-            undo.enter_context(patch.object(nn.Module, "_apply", _apply_to_fakes(nn.Module._apply)))
-            super().__enter__()
-            self._undo_patches = undo.pop_all()
+        if self._entered == 0:  # torch enters a mode again for many operations
+            with ExitStack() as undo:
+                undo.enter_context(patch.object(import_utils, "is_fake_tensor", lambda tensor: False))
+                undo.enter_context(patch.object(nn.Module, "_apply", _apply_to_fakes(nn.Module._apply)))
+                self._patches = undo.pop_all()
+        self._entered += 1
+        super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._undo_patches.close()
+        self._entered -= 1
+        if self._entered == 0:
+            self._patches.close()
 
 
 def _one(dtype: torch.dtype) -> bool | int | float:

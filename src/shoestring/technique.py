@@ -5,7 +5,7 @@ The kinds (adapters, blocks, selection, ...) build on this file; `recipe.py` put
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,6 +30,20 @@ class Phase(IntEnum):
     ACTIVATION = 70  # how a tensor kept for backward is stored
     OBJECTIVE = 80  # the loss
     OPTIMIZER = 90  # the update
+
+
+@dataclass(frozen=True)
+class Advised:
+    """That a technique is worth trying where memory is short.
+
+    order: lower ones are tried first, and preferred: below 20 nothing is paid, from 20 on time, from 60 on exactness.
+    settings: what it is tried with.
+    why: what it saves and what is paid, for the user.
+    """
+
+    order: int
+    why: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,7 @@ class Technique(Events):
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
     graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
     removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
+    advised: how the planner may propose it to users whose run does not fit; () for never.
     """
 
     name: ClassVar[str]
@@ -128,6 +143,7 @@ class Technique(Events):
     claims: ClassVar[frozenset[str]] = frozenset()
     graph_in_blocks: ClassVar[bool] = True
     removes: ClassVar[frozenset[str]] = frozenset()
+    advised: ClassVar[tuple[Advised, ...]] = ()
 
     @property
     def loss_share(self) -> float:
@@ -186,11 +202,11 @@ def settings_of(config: Any, hidden: frozenset[str] = frozenset()) -> dict[str, 
     if not is_dataclass(config):
         return {}
     blank = {}
-    for field in fields(config):
-        if field.default_factory is not None and callable(field.default_factory):
-            blank[field.name] = field.default_factory()
+    for each in fields(config):
+        if each.default_factory is not None and callable(each.default_factory):
+            blank[each.name] = each.default_factory()
         else:
-            blank[field.name] = field.default
+            blank[each.name] = each.default
     changed = {f.name: plain(getattr(config, f.name)) for f in fields(config) if f.name not in hidden}
     return {name: value for name, value in changed.items() if value != plain(blank[name])}
 

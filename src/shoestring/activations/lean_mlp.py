@@ -26,7 +26,7 @@ from transformers import activations as hf
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
-from ..technique import Phase, Technique, register_technique
+from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
 
 Function = Callable[..., Tensor]
@@ -154,6 +154,7 @@ class LeanMLP(Technique):
     """
 
     name: ClassVar[str] = "lean_mlp"
+    advised = (Advised(11, "feed-forward layers keep less; exact, hardly slower"),)
     phase: ClassVar[Phase] = Phase.ACTIVATION
     exact: ClassVar[bool] = True
     claims: ClassVar[frozenset[str]] = frozenset({"the activation functions of the blocks"})

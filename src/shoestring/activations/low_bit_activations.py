@@ -29,7 +29,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..technique import register_technique
+from ..technique import Advised, register_technique
 from .base import Codec, Operation, Stage
 
 SLICE = 1 << 22  # elements quantized at a time: bounds what packing needs beside its result
@@ -52,6 +52,7 @@ class LowBitActivations(Codec):
     """
 
     name = "low_bit_activations"
+    advised = (Advised(60, "what backward needs is kept in 8 bits: gradients are no longer exact"),)
     stage = Stage.COMPRESSION
     reads_operations = True
     # fmt: off

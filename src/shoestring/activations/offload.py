@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensor
 
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
-from ..technique import register_technique
+from ..technique import Advised, register_technique
 from .base import Codec, Stage
 
 
@@ -44,6 +44,11 @@ class Offload(Codec):
     """
 
     name = "offload"
+    advised = (
+        Advised(
+            50, "what backward needs waits in host memory: exact, slower by transfers that the estimate leaves out"
+        ),
+    )
     exact = True
     stage = Stage.STORAGE
     removes = frozenset({"everything kept"})

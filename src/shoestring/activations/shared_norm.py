@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..errors import SettingError
 from ..fakes import has_values
-from ..technique import Phase, Technique, register_technique
+from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class SharedNorm(Technique):
     """
 
     name: ClassVar[str] = "shared_norm"
+    advised = (Advised(12, "norms keep one tensor in place of two; exact"),)
     phase: ClassVar[Phase] = Phase.ACTIVATION
     exact: ClassVar[bool] = True
     claims: ClassVar[frozenset[str]] = frozenset({"the norms of the blocks"})

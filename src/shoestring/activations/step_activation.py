@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import activations as hf
 
 from ..errors import SettingError
-from ..technique import Phase, Technique, register_technique
+from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
 
 
@@ -114,6 +114,7 @@ class StepActivation(Technique):
     """
 
     name: ClassVar[str] = "step_activation"
+    advised = (Advised(65, "activation functions keep 2 bits: gradients are no longer exact"),)
     phase: ClassVar[Phase] = Phase.ACTIVATION
     claims: ClassVar[frozenset[str]] = frozenset({"the activation functions of the blocks"})
     removes: ClassVar[frozenset[str]] = frozenset({"activation inputs"})

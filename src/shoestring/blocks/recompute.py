@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import SettingError
-from ..technique import Phase, register_technique
+from ..technique import Advised, Phase, register_technique
 from .base import BlockTechnique, running_passes, within
 from .stacks import BlockCall, Stack
 
@@ -42,6 +42,7 @@ class Recompute(BlockTechnique):
     """
 
     name: ClassVar[str] = "recompute"
+    advised = (Advised(20, "blocks run again in backward: about a third more time, exact"),)
     phase: ClassVar[Phase] = Phase.RECOMPUTATION
     exact: ClassVar[bool] = True
     keep: Literal["nothing", "attention"] = "nothing"

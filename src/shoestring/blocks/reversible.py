@@ -35,7 +35,7 @@ from transformers.activations import ACT2FN
 from ..adapters.placement import layout_of
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
-from ..technique import Phase, Technique, register_technique
+from ..technique import Advised, Phase, Technique, register_technique
 from .base import BlockTechnique
 from .stacks import BlockCall, Stack
 from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic
@@ -75,6 +75,9 @@ class Reversible(BlockTechnique):
     """
 
     name: ClassVar[str] = "reversible"
+    advised = (
+        Advised(30, "inputs of blocks are computed back instead of kept: a changed model with exact gradients, slower"),
+    )
     graph_in_blocks: ClassVar[bool] = False
     training_only: ClassVar[bool] = False
     variant: Literal[1, 2, 3] = 1

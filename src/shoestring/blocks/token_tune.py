@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
-from ..technique import register_technique
+from ..technique import Advised, register_technique
 from .attention import additive, attend, handled_by, visible_rows
 from .base import BlockTechnique, Pass
 from .row_sparse import gradient_stopped, kept_by_rows, stopped_outside
@@ -77,6 +77,14 @@ class TokenTune(BlockTechnique):
     """
 
     name: ClassVar[str] = "token_tune"
+    advised = (
+        Advised(70, "gradients from three tokens in ten: faster a step, needs more steps", {"keep_fraction": 0.3}),
+        Advised(
+            75,
+            "gradients from one token in ten: the least memory and time a step, needs more steps",
+            {"keep_fraction": 0.1},
+        ),
+    )
     keep_fraction: float = 0.3
     select: Literal["random", "supervised", "seek"] = "random"
     keep_ends: bool = True

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..technique import Phase, Technique, register_technique
+from ..technique import Advised, Phase, Technique, register_technique
 from .base import BlockTechnique, Pass
 from .stacks import BlockCall, Stack, refuse_token_mixing
 from .window_budget import bytes_of, tokens_within
@@ -47,6 +47,7 @@ class TokenWindows(BlockTechnique):
     """
 
     name: ClassVar[str] = "token_windows"
+    advised = (Advised(40, "blocks run over windows of tokens: exact, about half as much time again"),)
     graph_in_blocks: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     handles_attention = True

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import SettingError
-from ..technique import register_technique
+from ..technique import Advised, register_technique
 from .base import HeadLoss, LazyLogits, Step, handed_on, labelled_rows, linear_dtype
 
 LEAST_ROWS = 64  # products of fewer rows are slow, and below 8 rows CPUs round them worse
@@ -41,6 +41,7 @@ class ChunkedLoss(HeadLoss):
     """
 
     name: ClassVar[str] = "chunked_loss"
+    advised = (Advised(10, "logits are never all there; nothing is paid"),)
     exact: ClassVar[bool] = True
 
     chunk_rows: int | None = None

@@ -18,6 +18,7 @@ from ..training.models import KNOWN, source_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -131,3 +132,29 @@ def longest(config: PretrainedConfig) -> int | None:
     """The most tokens the model takes; None where its configuration does not say."""
     text: Any = config.get_text_config()
     return getattr(text, "max_position_embeddings", None)
+
+
+def depth_of(config: PretrainedConfig) -> int:
+    """Blocks of the deepest stack."""
+    text: Any = config.get_text_config()
+    return max((int(value) for name in DEPTHS if isinstance(value := getattr(text, name, None), int)), default=0)
+
+
+def at_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """The configuration of the same model with fewer blocks in each stack."""
+    config = copy.deepcopy(config)
+    text: Any = config.get_text_config()
+    for name in DEPTHS:
+        if isinstance(value := getattr(text, name, None), int) and value > depth:
+            setattr(text, name, depth)
+    for name, value in vars(text).items():
+        if name in ("layer_types", "mlp_layer_types") and isinstance(value, list):
+            setattr(text, name, value[:depth])
+    return config
+
+
+def period(config: PretrainedConfig) -> int:
+    """After how many blocks their kinds repeat."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [None]
+    fits = (n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return next(fits)

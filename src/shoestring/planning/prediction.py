@@ -115,17 +115,19 @@ def predict(
     batch: int | None = None,
     length: int | None = None,
     shards: sharding.Sharding | None = None,
+    depth: int | None = None,
     count_operations: bool = False,
 ) -> Prediction:
     """What a run file's training step will take; nothing is loaded but the model's configuration.
 
     batch, length: in place of train.per_device_train_batch_size and data.max_length.
     shards: how several processes divide the model; one process holds all of it by default.
+    depth: blocks in each stack, in place of all of them.
 
     Raises SettingError if the model is unknown, the run cannot be predicted, or its sizes are out of range.
     """
     rule = optimizers.by_rule(settings.train.get("optim"))
-    work, sizes = work_of(settings, batch, length)
+    work, sizes = work_of(settings, batch, length, depth)
     found = rehearse(work, count_operations=count_operations)
     return prediction_of(settings.model.name, work.recipe, sizes, found, rule, shards)
 
@@ -161,9 +163,13 @@ def predict_model(
     return prediction_of(name, work.recipe, sizes, found, rule, shards)
 
 
-def work_of(settings: RunSettings, batch: int | None, length: int | None) -> tuple[Work, tuple[int, int, int]]:
+def work_of(
+    settings: RunSettings, batch: int | None = None, length: int | None = None, depth: int | None = None
+) -> tuple[Work, tuple[int, int, int]]:
     """One step of a run file; and rows of a micro-batch, tokens of a sequence, micro-batches of a step."""
     config = models.configuration(settings.model.name, settings.model.revision)
+    if depth is not None:
+        config = models.at_depth(config, depth)
     task = TASKS[settings.task](settings)
     task.limit = limit = models.longest(config)
     recipe = settings.build_recipe()
