@@ -40,6 +40,8 @@ class Valueless(FakeTensorMode):
             with ExitStack() as undo:
                 undo.enter_context(patch.object(import_utils, "is_fake_tensor", lambda tensor: False))
                 undo.enter_context(patch.object(nn.Module, "_apply", _apply_to_fakes(nn.Module._apply)))
+                # it draws until no number is out of bounds, and each question about that is answered by True
+                undo.enter_context(patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
                 self._patches = undo.pop_all()
         self._entered += 1
         super().__enter__()
