@@ -42,6 +42,7 @@ class Valueless(FakeTensorMode):
                 undo.enter_context(patch.object(nn.Module, "_apply", _apply_to_fakes(nn.Module._apply)))
                 # it draws until no number is out of bounds, and each question about that is answered by True
                 undo.enter_context(patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
+                undo.enter_context(patch.object(FakeTensor, "__deepcopy__", _deep_copy))  # torch's copies the mode too
                 self._patches = undo.pop_all()
         self._entered += 1
         super().__enter__()
@@ -58,6 +59,15 @@ def _one(dtype: torch.dtype) -> bool | int | float:
     if dtype == torch.bool:
         return True
     return 1.0 if dtype.is_floating_point else 1
+
+
+def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    if id(tensor) not in memo:
+        copied: Tensor = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied)
+        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
 
 
 def _apply_to_fakes(apply: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
