@@ -314,8 +314,21 @@ def _sixteen_bit_weights(settings: RunSettings, now: Prediction) -> _Step | None
     return _Step("model.dtype=bfloat16", "frozen weights in 16 bits: rounded once, and faster", False, 62, apply)
 
 
+def _four_bit_weights(settings: RunSettings, now: Prediction) -> _Step | None:
+    """Only where adapters train, which quantised weights cannot."""
+    if now.parts["adapters"] == 0 or settings.model.quantization is not None:
+        return None
+
+    def apply(changed: RunSettings) -> RunSettings:
+        return changed.model_copy(update={"model": changed.model.model_copy(update={"quantization": "nf4"})})
+
+    why = "frozen weights in 4 bits: a quarter of 16, the model slightly another, a step slower"
+    return _Step("model.quantization=nf4", why, False, 64, apply)
+
+
 SETTINGS: tuple[Callable[[RunSettings, Prediction], _Step | None], ...] = (
     _smaller_batches,
     _eight_bit_optimizer,
     _sixteen_bit_weights,
+    _four_bit_weights,
 )

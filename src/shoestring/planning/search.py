@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..training.settings import RunSettings
 
 DEEP = 12  # blocks from which on two depths are quicker than one whole model
-MOST_ROWS = 4096
+EXACT = 16  # values are found to the last up to here, and to a share of as much beyond
 
 
 @dataclass(frozen=True)
@@ -107,31 +107,22 @@ def largest(
     guess, whole: predictions of a value, the quick one and the one that counts.
     fits: whether a prediction does. limit_bytes: about where its peak may be, to know where to look.
     """
-    low, found = step, whole(step)
+    found = whole(step)
     if not fits(found):
         return None
-    if most < 2 * step:
-        return Largest(low, found, at_limit=True)
-    one, two = guess(step), guess(2 * step)
-    slopes = {name: two.by_step[name] - one.by_step[name] for name in one.by_step}
-    rooms = [(limit_bytes - one.by_step[name]) / slope for name, slope in slopes.items() if slope > 0]
-    top = most // step
-    value = min(top, 1 + math.floor(min(rooms, default=float(top))))
-    high = top + 1  # the least that is known not to fit, in steps
-    low = 1
-    for _ in range(12):
-        value = min(max(value, low + 1), high - 1)
-        if high - low <= 1:
-            break
-        tried = whole(value * step)
-        if fits(tried):
-            low, found = value, tried
-            if value == top:
-                break
-            value += max(1, round(value * 0.02))
-            if high - low > max(2, low // 16):
-                continue
-            break
-        high = value
-        value = max(low + 1, min(value - 1, math.floor(value * limit_bytes / tried.peak_bytes)))
-    return Largest(low * step, found, at_limit=low == top)
+    low, high = 1, most // step + 1  # in steps: what fits, and what does not or may not be
+    if high > 2:
+        one, two = guess(step), guess(2 * step)
+        slopes = {name: two.by_step[name] - one.by_step[name] for name in one.by_step}
+        rooms = [(limit_bytes - one.by_step[name]) / slope for name, slope in slopes.items() if slope > 0]
+        value = 1 + math.floor(min(rooms, default=float(high)))
+        while high - low > max(1, low // EXACT):
+            value = min(max(value, low + 1), high - 1)
+            tried = whole(value * step)
+            if fits(tried):
+                low, found, value = value, tried, value + 1  # the next one rarely does
+                near = not fits(whole(value * step)) if value < high else True
+                high, value = (value if near else high), (low + high) // 2
+            else:
+                high, value = value, (low + value) // 2
+    return Largest(low * step, found, at_limit=low == most // step)

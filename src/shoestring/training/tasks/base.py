@@ -46,6 +46,10 @@ class Task(ABC):
         """Arguments of the trainer that differ from its own defaults for this task."""
         return {}
 
+    def rehearsal_arguments(self) -> dict[str, Any]:
+        """Arguments that keep the trainer from preparing data where a step is only rehearsed."""
+        return {}
+
     @abstractmethod
     def check_columns(self, split: str, dataset: Dataset) -> None:
         """Refuse a data set that lacks a column, holds no rows, or has values the task cannot use.

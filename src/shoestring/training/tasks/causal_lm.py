@@ -46,6 +46,9 @@ class CausalLM(Task):
     def argument_defaults(self) -> dict[str, Any]:
         return {"max_length": self.data.max_length or min(1024, self.limit or 1024)}
 
+    def rehearsal_arguments(self) -> dict[str, Any]:
+        return {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
     def _columns(self, dataset: Dataset) -> dict[str, str]:
         """The columns that are read, with the names TRL knows them by."""
         for form in (("messages",), ("prompt", "completion"), ("text",)):

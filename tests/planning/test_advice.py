@@ -1,0 +1,171 @@
+"""Advice: what is told to fit does fit, the best comes first, and limits are where they are said to be."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shoestring.errors import SettingError
+from shoestring.memory.operations import Operations
+from shoestring.planning import Prediction, advise, predict, search
+from shoestring.planning import advice as advice_module
+from shoestring.planning.prediction import ALLOCATOR_SLACK, CUDA_CONTEXT
+from shoestring.planning.search import Rehearsals, largest
+from shoestring.recipe import TECHNIQUES
+from shoestring.training.settings import RunSettings
+
+LENGTH = 96
+
+
+def run(folder: Path, blocks: int, recipe: list[Any], **config: Any) -> RunSettings:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 320}
+    values = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": blocks,
+        **sizes,
+        **config,
+    }
+    file = folder / "config.json"
+    file.write_text(json.dumps({"max_position_embeddings": 512, "dtype": "float32", **values}))
+    return RunSettings.from_dict(
+        {
+            "model": str(file),
+            "task": "causal-lm",
+            "data": {"train": "nothing.jsonl", "max_length": LENGTH},
+            "recipe": recipe,
+            "train": {"per_device_train_batch_size": 4},
+        }
+    )
+
+
+LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
+
+
+# With predictions made up: what is decided on them
+
+FACTORS = {"recompute": 0.3, "lean_mlp": 0.9, "token_tune": 0.25, "offload": 1.0}  # of what is kept for backward
+WEIGHTS, ROW = 10**9, 10**6  # bytes; a row of one token
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunSettings:
+    def predicted(
+        settings: RunSettings, batch: int | None = None, length: int | None = None, **other: Any
+    ) -> Prediction:
+        settings.build_recipe()
+        batch = batch or settings.train["per_device_train_batch_size"]
+        length = length or settings.data.max_length
+        kept = batch * length * ROW
+        for entry in settings.recipe:
+            kept = int(kept * FACTORS.get(next(iter(entry)), 1.0))
+        parts = {"weights": WEIGHTS - 1000, "adapters": 1000, "saved_for_backward": kept, "optimizer_state": 0}
+        peak = WEIGHTS + kept
+        steps = {"load": WEIGHTS, "backward": peak}
+        operations = Operations({"forward": {"float32": 1e12}}, {"forward": {"float32": 1e9}})
+        sizes = (batch, length, 1, 1, peak, "backward", parts, steps, 0, 1000, WEIGHTS // 2, (), operations)
+        return Prediction("made up", settings.recipe, *sizes)
+
+    monkeypatch.setattr(search, "predict", predicted)
+    monkeypatch.setattr(advice_module, "TECHNIQUES", {name: TECHNIQUES[name] for name in FACTORS})
+    return run(tmp_path, 2, [LORA])
+
+
+def memory_for(kept: float) -> int:
+    return int((WEIGHTS + kept) * (1 + ALLOCATOR_SLACK[1])) + CUDA_CONTEXT[1]
+
+
+KEPT = 4 * LENGTH * ROW
+
+
+def test_a_run_that_fits_is_left_alone_and_its_limits_are_told(made_up: RunSettings):
+    advice = advise(made_up, memory_for(KEPT * 2.3))
+    assert advice.fits
+    assert advice.changes == []
+    assert advice.largest_batch == 9
+    assert advice.largest_length == 192  # in steps of 64
+
+
+def test_changes_that_help_alone_are_told_with_the_exact_ones_first(made_up: RunSettings):
+    advice = advise(made_up, memory_for(KEPT * 0.35))
+    assert not advice.fits
+    assert [change.title.split(" ")[0] for change in advice.changes] == [
+        "train.per_device_train_batch_size=1",
+        "recompute",
+        "token_tune",
+        "token_tune",
+    ]
+    assert [change.exact for change in advice.changes] == [True, True, False, False]
+    assert advice.changes[0].settings.train["gradient_accumulation_steps"] == 4
+    assert json.loads(json.dumps(advice.to_dict()))["changes"][1]["title"] == "recompute"
+
+
+def test_changes_are_put_together_where_none_is_enough_and_none_is_spare(made_up: RunSettings):
+    (change,) = advise(made_up, memory_for(KEPT * 0.08)).changes
+    assert change.title == "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=4 + recompute"
+    assert change.exact
+
+
+def test_where_nothing_fits_the_smallest_footprint_and_what_is_missing_are_told(made_up: RunSettings):
+    memory = memory_for(KEPT * 0.001)
+    advice = advise(made_up, memory)
+    assert advice.changes == []
+    assert advice.largest_batch is None
+    assert advice.missing_bytes == advice.smallest.cuda_bytes[1] - memory > 0
+    assert advice.smallest.parts["saved_for_backward"] < KEPT * 0.08
+    assert "recompute" in advice.smallest_title
+
+
+def test_memory_below_the_weights_is_refused(made_up: RunSettings):
+    with pytest.raises(SettingError, match=r"below the weights of .* alone, 1,000,000,000 bytes"):
+        advise(made_up, WEIGHTS)
+
+
+# With real ones
+
+
+def test_what_is_told_to_fit_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(advice_module, "TECHNIQUES", {"recompute": TECHNIQUES["recompute"]})
+    monkeypatch.setattr(advice_module, "_largest", lambda *any: (None, None))
+    settings = run(tmp_path, 2, [LORA])
+    now = predict(settings)
+    memory = int((now.peak_bytes - 300_000) * (1 + ALLOCATOR_SLACK[1])) + CUDA_CONTEXT[1]
+    advice = advise(settings, memory)
+    assert [change.title.split("=")[0] for change in advice.changes[:2]] == [
+        "train.per_device_train_batch_size",
+        "recompute",
+    ]
+    for change in advice.changes:
+        assert predict(change.settings).peak_bytes == change.peak_bytes < now.peak_bytes
+        assert change.slowdown > 0
+    assert advice.changes[1].slowdown > 1
+
+
+def test_two_depths_in_whole_periods_tell_what_a_deep_model_takes(tmp_path: Path):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 6 + ["sliding_attention"]}
+    names = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    sizes = {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 16}
+    rehearsals = Rehearsals(run(tmp_path, 13, [LORA], **kinds, **names, **sizes))
+    guess, whole = rehearsals.guess(), rehearsals.whole()
+    assert guess.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
+    assert guess.operations.total_flops == pytest.approx(whole.operations.total_flops, rel=1e-3)
+    assert (guess.trained_parameters, guess.total_parameters) == (whole.trained_parameters, whole.total_parameters)
+
+
+@pytest.mark.parametrize("power", [1, 1.5, 2])
+@pytest.mark.parametrize("limit", [9, 10, 57, 1000, 12345])
+def test_search_finds_the_largest_that_fits(power: float, limit: int):
+    calls: list[int] = []
+
+    def peak(value: int) -> Any:
+        calls.append(value)
+        size = 5 + 3 * value**power
+        return SimpleNamespace(by_step={"forward": size, "load": 4}, peak_bytes=size)
+
+    found = largest(peak, peak, lambda p: p.peak_bytes <= limit, limit, most=2000)
+    best = max((n for n in range(1, 2001) if 5 + 3 * n**power <= limit), default=None)
+    assert (found.value if found else None) == pytest.approx(best, rel=1 / 16)
+    assert found is None or found.prediction.peak_bytes <= limit
+    assert len(calls) < 20
