@@ -13,10 +13,6 @@ relative to the baseline's.
 
 import argparse
 import gc
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +21,12 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from result import Row, at_most, print_table, write
+from result import Row, at_most, print_table, rows_beside, write
 from shoestring import Ledger, Recipe
 from shoestring.fakes import without_values
-from shoestring.memory import MemoryReport
 from shoestring.recipe import attached_to
+from steps import Step, above_weights, memory, seconds, stepped
 
-Step = Callable[[], None]
 LORA = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}}
 
 
@@ -54,30 +49,6 @@ def tokens(count: int, vocabulary: int = 4000) -> torch.Tensor:
     return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
 
 
-def stepped(model: Any, ids: torch.Tensor, entries: list[Any]) -> tuple[Any, Step]:
-    """The model with a recipe, and one step of it: forward and backward."""
-    torch.manual_seed(2)  # of adapters
-    model = Recipe.from_list(entries).apply(model).train()
-
-    def step() -> None:
-        torch.manual_seed(1)
-        model.zero_grad()
-        model(input_ids=ids, labels=ids.clone()).loss.backward()
-
-    return model, step
-
-
-def memory(model: Any, step: Step) -> MemoryReport:
-    model.zero_grad()
-    with Ledger(model) as ledger:
-        step()
-    return ledger.report()
-
-
-def above_weights(report: MemoryReport) -> int:
-    return report.peak_bytes - report.at_peak["weights"]
-
-
 def gradients(model: Any, step: Step) -> torch.Tensor:
     step()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
@@ -85,17 +56,6 @@ def gradients(model: Any, step: Step) -> torch.Tensor:
 
 def difference(ours: torch.Tensor, baseline: torch.Tensor) -> float:
     return float((ours - baseline).norm() / baseline.norm())
-
-
-def seconds(ours: Step, baseline: Step, rounds: int) -> tuple[float, float]:
-    """The least time of each, run in turn."""
-    times: dict[Step, list[float]] = {ours: [], baseline: []}
-    for _ in range(rounds + 1):
-        for step in (baseline, ours):
-            began = time.process_time()
-            step()
-            times[step].append(time.process_time() - began)
-    return min(times[ours][1:]), min(times[baseline][1:])
 
 
 def share_of_keys(shape: dict[str, int], count: int, kept: int) -> float:
@@ -290,20 +250,7 @@ def main() -> None:
         rows += found
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "only")}
-        write([*others(options.json, rows), *rows], options.json, seeds=[0, 1], **settings)
-
-
-def others(path: str, rows: list[Row]) -> list[Row]:
-    """The rows of a file that were not measured anew."""
-    if not Path(path).exists():
-        return []
-    found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-    measured = {row.name for row in rows}
-    return [
-        Row(*(row[k] for k in ("name", "ours", "baseline", "goal", "holds")))
-        for row in found
-        if row["name"] not in measured
-    ]
+        write([*rows_beside(rows, options.json), *rows], options.json, seeds=[0, 1], **settings)
 
 
 if __name__ == "__main__":

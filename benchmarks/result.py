@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -66,10 +66,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(rows: Sequence[Row], path: str | Path, seeds: Sequence[int] = (), **settings: Any) -> None:
-    """Write the rows as JSON beside versions, seeds, machine and whatever else the benchmark was set to."""
+def write(
+    rows: Sequence[Row],
+    path: str | Path,
+    seeds: Sequence[int] = (),
+    runs: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> None:
+    """Write the rows as JSON beside versions, seeds, machine and whatever else the benchmark was set to.
+
+    runs: the outcome of each training the rows are made of, by part and name.
+    """
     content = {
         "rows": [row.to_dict() for row in rows],
+        **({} if runs is None else {"runs": runs}),
         "versions": versions(),
         "seeds": list(seeds),
         "machine": machine(),
@@ -79,6 +89,26 @@ def write(rows: Sequence[Row], path: str | Path, seeds: Sequence[int] = (), **se
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def _read(path: str | Path | None, part: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8")).get(part) if path and Path(path).exists() else None
+
+
+def read_rows(path: str | Path | None) -> list[Row]:
+    """The rows of a file; none where there is no such file."""
+    return [Row(*(row[k] for k in ("name", "ours", "baseline", "goal", "holds"))) for row in _read(path, "rows") or []]
+
+
+def read_runs(path: str | Path | None) -> dict[str, dict[str, Any]]:
+    """The runs of a file; none where there is no such file."""
+    return _read(path, "runs") or {}
+
+
+def rows_beside(rows: Sequence[Row], path: str | Path) -> list[Row]:
+    """The rows of a file that are not among `rows`, measured anew."""
+    measured = {row.name for row in rows}
+    return [row for row in read_rows(path) if row.name not in measured]
 
 
 def print_table(rows: Sequence[Row], title: str = "") -> None:

@@ -9,41 +9,17 @@ there. Seconds are those of the processor, on one thread: other work on the mach
 """
 
 import argparse
-import functools
-import json
 import statistics
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
-from result import Row, machine, print_table, versions
+from result import Row, print_table, read_runs, write
+from runs import Outcome, finish, run, word_problems
 from shoestring import assets
-from shoestring.training import RunSettings, train
 
 LORA = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}}
-
-
-class Curve(TrainerCallback):
-    """The held-out loss after each evaluation, and the processor's seconds of each step."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, float]] = []
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self.began)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if "eval_loss" in metrics:
-            self.points.append((state.global_step, metrics["eval_loss"]))
 
 
 def classification(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,16 +46,6 @@ def classification(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
                 },
             },
         )
-
-
-@functools.cache
-def word_problems() -> dict[str, str]:
-    """Files of the packaged word problems, those that are not trained on as validation data."""
-    folder = tempfile.mkdtemp()
-    files = {"train": f"{folder}/train.jsonl", "test": f"{folder}/validation.jsonl"}
-    for split, file in files.items():
-        assets.load_data("gsm8k-test")[split].to_json(file)
-    return {"train": files["train"], "validation": files["test"]}
 
 
 def decoder(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -115,22 +81,12 @@ def decoder(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 PARTS = {"classification": classification, "decoder": decoder}
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
-    curve = Curve()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {**settings, "output_dir": f"{folder}/run"}
-        settings["train"] = {**settings["train"], "save_strategy": "no", "report_to": "none"}
-        report = train(RunSettings.from_dict(settings), callbacks=[curve])
-    # the backward that scores tokens comes first, and the ledger takes what it keeps for all of the step's
+def measured(settings: dict[str, Any]) -> Outcome:
+    """A run's outcome, without bytes where tokens are scored: the ledger takes that backward for the step's."""
+    outcome = run(settings)
     entries = [entry for entry in settings["recipe"] if isinstance(entry, dict)]
     scored = any(entry.get("token_tune", {}).get("select") == "seek" for entry in entries)
-    return {
-        "quality": report.quality,
-        "curve": curve.points,
-        "saved_bytes": report.memory["saved_bytes"] if report.memory and not scored else None,
-        "step_seconds": statistics.median(curve.seconds),
-        "losses": report.losses,
-    }
+    return {**outcome, "saved_bytes": None} if scored else outcome
 
 
 def mean(runs: list[dict[str, Any]], part: str) -> float:
@@ -139,7 +95,7 @@ def mean(runs: list[dict[str, Any]], part: str) -> float:
     return statistics.mean(r["quality"][split][measure] for r in runs)
 
 
-def compared(runs: dict[str, dict[str, dict[str, Any]]]) -> list[Row]:
+def compared(runs: dict[str, dict[str, Outcome]]) -> list[Row]:
     rows = []
     for part, found in runs.items():
         by_name: dict[str, list[dict[str, Any]]] = {}
@@ -200,25 +156,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     assets.install(["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"])
-    path = Path(options.json)
-    runs: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    runs = read_runs(options.json)
+
+    def keep() -> None:
+        write(compared(runs), options.json, options.seeds, runs)
+
     for seed in options.seeds:
         for part in options.only:
-            done = runs.setdefault(part, {})
-            for name, settings in PARTS[part](seed):
-                if f"{name}|{seed}" in done:
-                    continue
-                done[f"{name}|{seed}"] = run(settings)
-                content = {
-                    "rows": [row.to_dict() for row in compared(runs)],
-                    "runs": runs,
-                    "seeds": options.seeds,
-                    "versions": versions(),
-                    "machine": machine(),
-                }
-                unfinished = path.with_name(path.name + ".unfinished")
-                unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                unfinished.replace(path)
+            planned = ((f"{name}|{seed}", settings) for name, settings in PARTS[part](seed))
+            finish(planned, runs.setdefault(part, {}), measured, keep)
     print_table(compared(runs), "A share of the tokens beside all of them")
     if options.figure:
         draw(runs["decoder"], options.figure)

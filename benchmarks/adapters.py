@@ -1,0 +1,385 @@
+"""Every weight adapter beside LoRA of as many trained parameters: what a step costs, and how well it trains.
+
+    python benchmarks/adapters.py --only cost --json docs/results/adapters.json
+    python benchmarks/adapters.py --only classification --seeds 0 --json docs/results/adapters.json
+
+cost: one step, forward and backward, of the packaged encoder and decoder. LoRA's r is the whole number that comes
+nearest to the method's trained parameters; both are rows of their own. Bytes are the ledger's. Seconds are those of the
+processor on one thread, the least of several steps, the method's and LoRA's in turn. Limits are rows beside the LoRA
+that they name. What a trainer does between steps, such as SNELLA's budget, is not in it, nor is the optimizer.
+
+classification, decoder: LoRA and each method are trained at equal numbers of steps, with every learning rate of
+`LEARNING_RATES` at the first seed and with the best of these on validation data at the others. Every run is written
+to the JSON file when it ends, and not run again when it is there. Rows say how many seeds are finished.
+"""
+
+import argparse
+import functools
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
+from runs import Outcome, finish, run, word_problems
+from shoestring import assets
+from steps import Step, above_weights, memory, seconds, stepped
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A packaged model, what of it adapters without places of their own adapt, and the batch of one step."""
+
+    auto: Any
+    targets: Any
+    batch: tuple[int, int]
+    widest: tuple[int, int]  # sizes of the largest adapted layer
+    values: tuple[str, ...]  # of an encoder's or decoder's attention, for LoRA there alone
+    num_labels: int | None = None
+
+    @property
+    def largest_weight_bytes(self) -> int:
+        return self.widest[0] * self.widest[1] * FLOAT_BYTES
+
+
+MODELS = {
+    "minilm": Model(
+        AutoModelForSequenceClassification,
+        ["query", "key", "value", "dense"],
+        (4, 256),
+        (1536, 384),
+        ("query", "value"),
+        num_labels=2,
+    ),
+    "smollm2": Model(AutoModelForCausalLM, "all-linear", (1, 256), (1536, 576), ("q_proj", "v_proj")),
+}
+
+
+def lora(r: int, **more: Any) -> dict[str, Any]:
+    return {"lora": {"r": r, "lora_alpha": 2 * r, **more}}
+
+
+PISSA = {"lora": {"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}}
+OWN_PLACES = ("alore", "bottleneck")
+
+METHODS: dict[str, list[Any]] = {
+    "hut": [{"hut": {"r": 8}}],
+    "hut literal": [{"hut": {"r": 8, "form": "literal"}}],
+    "s2_lora": [{"s2_lora": {"r": {"minilm": 18, "smollm2": 96}}}],
+    "wara": [{"wara": {"r": 16}}],
+    "wara per_band": [{"wara": {"r": 8, "per_band": True}}],
+    "wara tiny": [{"wara": {"r": {"minilm": 48, "smollm2": 54}, "form": "tiny"}}],
+    "nera": [{"nera": {"r": 4}}],
+    "tlora": [{"tlora": {"r": 7}}],
+    "tlora starred": [{"tlora": {"r": 4, "residual": "lora"}}],
+    "snell": [{"snell": {"r": 8}}],
+    "snella": [{"snella": {"r": 8}}],
+    "alore": [{"alore": {"r": 36}}],
+    "mola": [{"mola": {"r": 8, "k": 2, "experts": "2-4-6-8"}}],
+    "miss": [{"miss": {"r": 16}}],
+    "bat": [{"miss": {"r": 16, "init_weights": "bat"}}],
+    "bottleneck houlsby": [{"bottleneck": {"form": "houlsby", "r": 36}}],
+    "bottleneck pfeiffer": [{"bottleneck": {"form": "pfeiffer", "r": 72}}],
+    "bottleneck parallel": [{"bottleneck": {"form": "parallel", "r": 72}}],
+    "bottleneck adaptformer": [{"bottleneck": {"form": "adaptformer", "r": 72}}],
+    "ba_lora": [PISSA, "ba_lora"],
+}
+"""WaRA's grid form is for tokens of images; these models have none."""
+
+ONLY_ON = {"ba_lora": "smollm2"}
+
+
+def entries(recipe: list[Any], model: str) -> list[Any]:
+    """The recipe for one model: its values where settings have one for each, and its places."""
+    made: list[Any] = []
+    for entry in recipe:
+        if isinstance(entry, str):
+            made.append(entry)
+            continue
+        ((name, settings),) = entry.items()
+        settings = {key: value[model] if isinstance(value, dict) else value for key, value in settings.items()}
+        if name not in OWN_PLACES:
+            settings.setdefault("target_modules", MODELS[model].targets)
+        made.append({name: settings})
+    return made
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most `ratio` times LoRA's, plus bytes that depend on the model.
+
+    beside: the LoRA that is meant; None for that of equal parameters.
+    """
+
+    measure: str
+    ratio: float
+    beside: Callable[[Model], dict[str, Any]] | None = None
+    more_bytes: Callable[[Model], int] | None = None
+
+
+def rank(r: int) -> Callable[[Model], dict[str, Any]]:
+    return lambda model: lora(r)
+
+
+KEPT, PEAK, SECONDS = "bytes kept", "peak above the weights", "seconds"
+LIMITS: dict[str, list[Limit]] = {
+    "hut": [Limit(PEAK, 1, more_bytes=lambda model: model.largest_weight_bytes)],
+    "hut literal": [Limit(PEAK, 1, more_bytes=lambda model: model.largest_weight_bytes)],
+    "wara": [Limit(PEAK, 1.05, rank(16)), Limit(SECONDS, 1.3, rank(16))],
+    "wara per_band": [Limit(PEAK, 1.05, rank(8)), Limit(SECONDS, 1.3, rank(8))],
+    "nera": [Limit(PEAK, 1.5, rank(4))],
+    "tlora": [
+        Limit(PEAK, 1, rank(49), lambda model: 2 * max(model.widest) ** 2 * FLOAT_BYTES),
+        Limit(SECONDS, 2, rank(49)),
+    ],
+    "tlora starred": [
+        Limit(PEAK, 1, rank(4), lambda model: 2 * max(model.widest) ** 2 * FLOAT_BYTES),
+        Limit(SECONDS, 2, rank(4)),
+    ],
+    "snell": [Limit(PEAK, 1.08, rank(8)), Limit(SECONDS, 1.3, rank(8))],
+    "snella": [Limit(PEAK, 1.08, rank(8)), Limit(SECONDS, 1.3, rank(8))],
+    "alore": [Limit(PEAK, 1, lambda model: lora(36, target_modules=list(model.values)))],
+    "mola": [Limit(PEAK, 1.3, rank(64)), Limit(SECONDS, 2, rank(64))],
+    "miss": [Limit(PEAK, 1), Limit(SECONDS, 1)],
+    "bat": [Limit(SECONDS, 1.6)],
+    "ba_lora": [Limit(PEAK, 1, lambda model: PISSA, lambda model: model.batch[1] * 49152 * FLOAT_BYTES)],
+}
+
+
+class Stepped:
+    """A packaged model with a recipe, and what a step of it costs."""
+
+    def __init__(self, name: str, recipe: list[Any]):
+        self.model, self.step = self._prepared(name, recipe)
+        self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @staticmethod
+    def _prepared(name: str, recipe: list[Any]) -> tuple[Any, Step]:
+        about = MODELS[name]
+        torch.manual_seed(0)  # of a new head
+        labels = {} if about.num_labels is None else {"num_labels": about.num_labels}
+        model = about.auto.from_pretrained(assets.model_folder(name), dtype=torch.float32, **labels)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, model.config.vocab_size, about.batch, generator=generator)
+        classes = None if about.num_labels is None else torch.arange(about.batch[0]) % about.num_labels
+        return stepped(model, ids, entries(recipe, name), classes)
+
+    @functools.cached_property
+    def bytes_of_step(self) -> dict[str, int]:
+        report = memory(self.model, self.step)
+        return {KEPT: report.saved_bytes, PEAK: above_weights(report)}
+
+
+@functools.cache
+def parameters_a_rank(model: str) -> int:
+    return Stepped(model, [lora(1)]).trained
+
+
+def equal_rank(model: str, trained: int) -> int:
+    """LoRA's r that comes nearest to so many trained parameters."""
+    return max(1, round(trained / parameters_a_rank(model)))
+
+
+def cost_of(name: str, model: str, rounds: int) -> list[Row]:
+    """The rows of one method on one model."""
+    gc.collect()
+    ours = Stepped(model, METHODS[name])
+    r = equal_rank(model, ours.trained)
+    limits = LIMITS.get(name, [])
+    equal = [limit for limit in limits if limit.beside is None]
+    rows = rows_of(f"{model}, {name} beside LoRA r={r}", ours, Stepped(model, [lora(r)]), equal, model, rounds)
+    others: dict[str, tuple[dict[str, Any], list[Limit]]] = {}
+    for limit in limits:
+        if limit.beside is not None:
+            others.setdefault(str(limit.beside(MODELS[model])), (limit.beside(MODELS[model]), []))[1].append(limit)
+    for entry, some in others.values():
+        settings = entry["lora"]
+        label = f"{model}, {name}, limit beside {'PiSSA' if entry is PISSA else 'LoRA'} r={settings['r']}"
+        label += " of queries and values" if "target_modules" in settings else ""
+        if entry == lora(r):  # the same LoRA: only what the limits say is new
+            rows = limited(rows, some, MODELS[model])
+        else:
+            rows += rows_of(label, ours, Stepped(model, [entry]), some, model, rounds, only_limits=True)
+    return rows
+
+
+def rows_of(
+    label: str, ours: Stepped, base: Stepped, limits: list[Limit], model: str, rounds: int, only_limits: bool = False
+) -> list[Row]:
+    rows = [Row(f"{label}: trained parameters", ours.trained, base.trained)]
+    rows += [
+        Row(f"{label}: {measure}", ours.bytes_of_step[measure], base.bytes_of_step[measure]) for measure in (KEPT, PEAK)
+    ]
+    wanted = {limit.measure for limit in limits}
+    if not only_limits or SECONDS in wanted:
+        rows.append(Row(f"{label}: {SECONDS}", *seconds(ours.step, base.step, rounds)))
+    if only_limits:
+        rows = [row for row in rows if row.name.rpartition(": ")[2] in wanted]
+    return limited(rows, limits, MODELS[model])
+
+
+def limited(rows: list[Row], limits: list[Limit], about: Model) -> list[Row]:
+    """The rows, with goals where there are limits on what they measure."""
+    made = []
+    for row in rows:
+        for limit in limits:
+            if row.name.rpartition(": ")[2] == limit.measure:
+                if limit.more_bytes is None:
+                    row = at_most(row.name, row.ours, row.baseline, limit.ratio)
+                else:
+                    most = limit.ratio * row.baseline + limit.more_bytes(about)
+                    row = Row(row.name, row.ours, row.baseline, f"<= {most:,.0f}", row.ours <= most)
+        made.append(row)
+    return made
+
+
+QUALITY = {
+    "classification": ("minilm", "test", "accuracy", 0.015),
+    "decoder": ("smollm2", "validation", "loss", 0.03),
+}
+"""Model, split and measure that rows show, and how far from LoRA's a method may be: points, or a share of the loss."""
+
+
+def settings_of(part: str, recipe: list[Any], learning_rate: float, seed: int) -> dict[str, Any]:
+    """The run file of one training."""
+    model = QUALITY[part][0]
+    if part == "classification":
+        data = {"train": "packaged:rotten-tomatoes", "max_length": 40}
+        train = {"max_steps": 100, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
+    else:
+        data = {**word_problems(), "chat": True, "max_length": 128, "max_eval_rows": 64}
+        train = {"max_steps": 40, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8}
+    return {
+        "model": f"packaged:{model}",
+        "task": {"classification": "text-classification", "decoder": "causal-lm"}[part],
+        "data": data,
+        "recipe": entries(recipe, model),
+        "train": {**train, "learning_rate": learning_rate, "eval_strategy": "no", "seed": seed},
+    }
+
+
+def measured(settings: dict[str, Any]) -> Outcome:
+    outcome = run(settings)
+    return {key: outcome[key] for key in ("quality", "trained_parameters", "step_seconds")}
+
+
+def held_out(outcome: Outcome) -> float:
+    return float(outcome["quality"]["validation"]["loss"])
+
+
+def best_rate(done: dict[str, Outcome], name: str, first_seed: int) -> float | None:
+    """The learning rate of the least validation loss at the first seed; None before all were tried."""
+    tried = {rate: done.get(f"{name}|{rate:g}|{first_seed}") for rate in LEARNING_RATES}
+    losses = {rate: held_out(outcome) for rate, outcome in tried.items() if outcome is not None}
+    return min(losses, key=lambda rate: losses[rate]) if len(losses) == len(LEARNING_RATES) else None
+
+
+@functools.cache
+def contestants(part: str, names: tuple[str, ...]) -> dict[str, tuple[list[Any], str]]:
+    """Recipes by name, each with the name of the LoRA beside it, LoRA first where it is first needed."""
+    model = QUALITY[part][0]
+    made: dict[str, tuple[list[Any], str]] = {}
+    for name in names:
+        if ONLY_ON.get(name, model) == model:
+            r = equal_rank(model, Stepped(model, METHODS[name]).trained)
+            made.setdefault(f"LoRA r={r}", ([lora(r)], ""))
+            made[name] = (METHODS[name], f"LoRA r={r}")
+    return made
+
+
+def planned(
+    part: str, names: tuple[str, ...], done: dict[str, Outcome], seed: int, first_seed: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The runs of one seed, by keys of name, learning rate and seed."""
+    for name, (recipe, _) in contestants(part, names).items():
+        best = best_rate(done, name, first_seed)
+        rates = LEARNING_RATES if seed == first_seed else () if best is None else (best,)
+        for rate in rates:
+            yield f"{name}|{rate:g}|{seed}", settings_of(part, recipe, rate, seed)
+
+
+def results(part: str, done: dict[str, Outcome], name: str, seeds: list[int]) -> dict[int, float]:
+    """What the finished seeds came to, each at the best learning rate."""
+    rate = best_rate(done, name, seeds[0])
+    _, split, measure, _ = QUALITY[part]
+    found = {} if rate is None else {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in seeds}
+    return {seed: float(outcome["quality"][split][measure]) for seed, outcome in found.items() if outcome is not None}
+
+
+def compared(part: str, done: dict[str, Outcome], names: tuple[str, ...], seeds: list[int]) -> list[Row]:
+    """Mean and spread of each method that has finished seeds in common with its LoRA; goals where all are finished."""
+    _, _, measure, apart = QUALITY[part]
+    rows = []
+    for name, (_, base) in contestants(part, names).items():
+        ours, theirs = (results(part, done, one, seeds) for one in (name, base))
+        if not (common := [seed for seed in seeds if seed in ours and seed in theirs]):
+            continue
+        values = [[some[seed] for seed in common] for some in (ours, theirs)]
+        mean, base_mean = (statistics.mean(some) for some in values)
+        label = f"{part}, {name} beside {base}, {len(common)} of {len(seeds)} seeds"
+        goal, holds = "", None
+        if len(common) == len(seeds):
+            goal = f"at most {apart} lower" if measure == "accuracy" else f"ratio <= {1 + apart:g}"
+            holds = mean >= base_mean - apart if measure == "accuracy" else mean <= (1 + apart) * base_mean
+        rows.append(Row(f"{label}: {measure}", mean, base_mean, goal, holds))
+        if len(common) > 1:
+            rows.append(Row(f"{label}: standard deviation of {measure}", *(statistics.stdev(some) for some in values)))
+        rates = [best_rate(done, one, seeds[0]) or 0.0 for one in (name, base)]
+        rows.append(Row(f"{label}: learning rate", *rates))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["cost", *QUALITY]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the part cost")
+    parser.add_argument("--again", action="store_true", help="measure costs that are in the file already, too")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each that are timed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the runs to do now")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", default="adapters.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    assets.install(["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"])
+    work(options)
+    print_table(read_rows(options.json), "Weight adapters beside LoRA")
+
+
+ALL_SEEDS = [0, 1, 2]
+
+
+def work(options: argparse.Namespace) -> None:
+    """All parts asked for; the file is written after each method, and after each run."""
+    runs, names = read_runs(options.json), tuple(METHODS)
+
+    def keep(rows: list[Row]) -> None:
+        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
+        quality = [row for part in runs for row in compared(part, runs[part], names, ALL_SEEDS)]
+        settings = {"rounds": options.rounds, "threads": options.threads, "learning_rates": LEARNING_RATES}
+        write([*kept, *rows, *quality], options.json, ALL_SEEDS, runs, **settings, methods=METHODS)
+
+    if "cost" in options.only:
+        for model in options.models:
+            for name in options.methods:
+                there = any(row.name.startswith(f"{model}, {name} beside") for row in read_rows(options.json))
+                if ONLY_ON.get(name, model) == model and (options.again or not there):
+                    keep(found := cost_of(name, model, options.rounds))
+                    print_table(found)
+    for seed in options.seeds:
+        for part in (part for part in QUALITY if part in options.only):
+            done = runs.setdefault(part, {})
+            chosen = planned(part, tuple(options.methods), done, seed, ALL_SEEDS[0])
+            finish(chosen, done, measured, lambda: keep([]))
+
+
+if __name__ == "__main__":
+    main()
