@@ -1,7 +1,7 @@
 """How true the planner's predictions are: beside steps that were run, beside figures others published, and its cost.
 
     python benchmarks/planner_accuracy.py --json docs/results/planner_accuracy.json
-    python benchmarks/planner_accuracy.py --only configurations --cases "BERT" --rounds 1
+    python benchmarks/planner_accuracy.py --only configurations --cases BERT LoRA
 
 Every configuration is predicted without values, and run with values in a process of its own. Two measurements of it:
 the ledger's peak of one step, and what the system says of another step of the same trainer, without a ledger: the
@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
-from result import Row, print_table, write
+from result import Row, print_table, rows_beside, write
 from shoestring.planning import predict_model
 from shoestring.planning.models import configuration
 from shoestring.planning.prediction import ONE_STEP, quiet, work_of, work_of_model
@@ -492,6 +493,7 @@ def main() -> None:
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     if options.measure:
@@ -506,7 +508,7 @@ def main() -> None:
         print_table(found, f"{part}: {PARTS[part].__doc__}")
         rows += found
     if options.json:
-        write(rows, options.json, rounds=options.rounds)
+        write([*rows_beside(rows, options.json), *rows], options.json, rounds=options.rounds)
 
 
 if __name__ == "__main__":
