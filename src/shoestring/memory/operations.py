@@ -156,7 +156,7 @@ class OperationCounter:
         phase = self._phase()
         result = func(*args, **kwargs)
         if not func.is_view:
-            formula = _FORMULAS.get(func._overloadpacket)
+            formula = _FORMULAS.get(func._overloadpacket) or _FORMULAS_BY_NAME.get(str(func._overloadpacket))
             if formula is not None:
                 dtype = _name(operands(args)[0].dtype)
                 _count(self._flops, phase, dtype, formula(*args, **kwargs, out_val=result))
@@ -248,6 +248,19 @@ _FORMULAS: dict[Any, Any] = {
     aten.mv: _two_for_each_multiplied,
     aten.dot: _two_for_each_multiplied,
     aten.addmv: _added_to_a_product,
+}
+
+
+def _product_with_packed(a: Tensor, packed: Tensor, shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Of a @ b.T, where b of this shape is packed."""
+    return 2 * a.numel() * int(shape[0])
+
+
+# Of libraries that may be missing
+_FORMULAS_BY_NAME: dict[str, Any] = {
+    "bitsandbytes.gemm_4bit": _product_with_packed,
+    "bitsandbytes.int8_scaled_mm": lambda a, b, *args, **kwargs: _product_with_packed(a, b, b.shape),
+    "bitsandbytes.int8_mixed_scaled_mm": lambda a, _, b, *args, **kwargs: _product_with_packed(a, b, b.shape),
 }
 
 

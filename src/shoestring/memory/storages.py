@@ -37,10 +37,16 @@ def tensors_in(root: Any) -> Iterator[Tensor]:
 
 
 def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what a quantized parameter keeps in `quant_state` (bitsandbytes' absmax and code)."""
+    """Parameters, buffers, and the constants of packed ones, wherever bitsandbytes keeps them.
+
+    4-bit parameters have them in `quant_state`, 8-bit ones in `SCB` until their layer first runs and takes them over.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         yield tensor
         yield from tensors_in(getattr(tensor, "quant_state", None))
+        yield from tensors_in(getattr(tensor, "SCB", None))
+    for module in model.modules():
+        yield from tensors_in(getattr(getattr(module, "state", None), "SCB", None))
 
 
 def vocabulary_of(model: nn.Module) -> int | None:

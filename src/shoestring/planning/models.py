@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..memory import configurations
 from ..training.models import KNOWN, source_of
+from ..training.quantised import Quantization, quantization_config
+from . import quantised
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,15 +92,30 @@ def model_class(config: PretrainedConfig, auto_class: Any = None) -> type[nn.Mod
 
 
 def make_model(
-    config: PretrainedConfig, cls: type[nn.Module], dtype: torch.dtype | None, attention: str | None = None
+    config: PretrainedConfig,
+    cls: type[nn.Module],
+    dtype: torch.dtype | None,
+    attention: str | None = None,
+    quantization: Quantization | None = None,
 ) -> nn.Module:
-    """A model with start values, or with none under a mode without values."""
+    """A model with start values, or with none under a mode without values.
+
+    quantization: as in a run file; without, as the configuration says that its files are.
+    """
     config = copy.deepcopy(config)
     options = {"attn_implementation": attention} if attention else {}
-    model = cls._from_config(config, dtype=dtype or config.dtype or torch.float32, **options)  # type: ignore[attr-defined]
+    packed = quantised.of_checkpoint(config)
+    dtype = dtype or config.dtype or torch.float32
+    model = cls._from_config(config, dtype=dtype, **options)  # type: ignore[attr-defined]
     if getattr(config, "scale_decoder_outputs", None) is False:  # its files hold a head of its own, as T5's do not
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight))
+    if quantization is not None:
+        if packed is not None:
+            raise SettingError(f"The files of this {config.model_type!r} are quantised already; set no quantization.")
+        packed = quantization_config(quantization, model, dtype)
+    if packed is not None:
+        model = quantised.quantise(model, packed)
     return model.train()
 
 

@@ -31,6 +31,7 @@ from ..memory.devices import TimeEstimate, seconds
 from ..memory.operations import Operations
 from ..recipe import Recipe
 from ..training.models import check_length
+from ..training.quantised import Quantization, check_adapters
 from ..training.tasks import TASKS, Task
 from ..training.trainer import RecipeTrainer
 from . import models, optimizers, sharding
@@ -139,6 +140,7 @@ def predict_model(
     batch: int = 1,
     length: int = 1024,
     dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
     auto_class: Any = None,
     train: Mapping[str, Any] | None = None,
     shards: sharding.Sharding | None = None,
@@ -146,8 +148,8 @@ def predict_model(
 ) -> Prediction:
     """What a step of transformers' Trainer will take, with the model's own loss.
 
-    model: a configuration, or what names one. recipe: as in a run file. auto_class: of transformers, where the
-    configuration's own architecture is not meant. train: fields of TrainingArguments. Others as for `predict`.
+    model: a configuration, or what names one. recipe, quantization: as in a run file. auto_class: of transformers,
+    where the configuration's own architecture is not meant. train: fields of TrainingArguments. Others as in `predict`.
 
     Raises SettingError as `predict` does.
     """
@@ -156,7 +158,16 @@ def predict_model(
     if rule is not None:
         train["optim"] = "sgd"
     config = models.configuration(model) if isinstance(model, str) else model
-    work = work_of_model(config, recipe, batch=batch, length=length, dtype=dtype, auto_class=auto_class, train=train)
+    work = work_of_model(
+        config,
+        recipe,
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        quantization=quantization,
+        auto_class=auto_class,
+        train=train,
+    )
     found = rehearse(work, count_operations=count_operations)
     sizes = (batch, length, int(train.get("gradient_accumulation_steps", 1)))
     name = model if isinstance(model, str) else str(config.name_or_path or config.model_type)
@@ -196,7 +207,7 @@ def work_of(
 
     work = Work(
         recipe,
-        lambda: models.make_model(config, cls, dtype, settings.model.attn_implementation),
+        lambda: models.make_model(config, cls, dtype, settings.model.attn_implementation, settings.model.quantization),
         make_trainer,
         lambda model: models.make_batch(model, batch, length),
     )
@@ -210,6 +221,7 @@ def work_of_model(
     batch: int,
     length: int,
     dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
     auto_class: Any = None,
     attention: str | None = None,
     train: Mapping[str, Any] | None = None,
@@ -217,14 +229,16 @@ def work_of_model(
     """One step of RecipeTrainer on any model, with the loss that the model computes."""
     _check_sizes(batch, length, models.longest(config))
     cls = models.model_class(config, auto_class)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_list(recipe)
+    check_adapters(quantization, recipe.techniques)
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
         arguments = TrainingArguments(**{**(train or {}), **ONE_STEP, "output_dir": folder})
         return quiet(RecipeTrainer(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks)))
 
     return Work(
-        recipe if isinstance(recipe, Recipe) else Recipe.from_list(recipe),
-        lambda: models.make_model(config, cls, dtype, attention),
+        recipe,
+        lambda: models.make_model(config, cls, dtype, attention, quantization),
         make_trainer,
         lambda model: models.make_batch(model, batch, length),
     )
@@ -313,7 +327,13 @@ def _arguments(settings: RunSettings, task: Task) -> dict[str, Any]:
         train["optim"] = "sgd"  # which has no state: that is added by rule
     sixteen = settings.train.get("bf16") or settings.train.get("fp16")  # of one size
     defaults: dict[str, Any] = {"gradient_checkpointing": False, "bf16": bool(sixteen), "label_names": ["labels"]}
-    arguments: dict[str, Any] = {**defaults, **task.argument_defaults(), **train, **ONE_STEP}
+    arguments: dict[str, Any] = {
+        **defaults,
+        **task.argument_defaults(),
+        **train,
+        **ONE_STEP,
+        **task.rehearsal_arguments(),
+    }
     blank = task.arguments_class()(output_dir=settings.output_dir, use_cpu=True)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         arguments.setdefault(name, getattr(blank, name))

@@ -9,6 +9,7 @@ Batch    Every sequence has the full length, so there is no padding and no mask 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..blocks.stacks import find_stacks
@@ -28,6 +30,7 @@ from ..memory.operations import OperationCounter, Operations
 from ..memory.storages import main_device, storage_sizes, storages_of, weight_tensors
 from ..recipe import Recipe, attached_to
 from ..training.observe import StepMemory
+from ..training.quantised import numbers_in
 from .sharding import Units
 
 NO_FAKES = (
@@ -81,10 +84,13 @@ def rehearse(work: Work, *, count_operations: bool = False) -> Rehearsed:
 
     Raises SettingError, naming the technique, if one needs values.
     """
+    gc.freeze()  # the ledger collects garbage first, which takes a second for all that is imported
     try:
         return run_one_step(work, count_operations=count_operations, mode=Valueless())
     except NO_FAKES as error:
         raise SettingError(_without_values(work, error)) from error
+    finally:
+        gc.unfreeze()
 
 
 def run_one_step(
@@ -95,17 +101,17 @@ def run_one_step(
     memory = _CountedStep(operations)
     with TemporaryDirectory() as folder, mode or nullcontext():
         base = work.make_model()
-        known = {id(storage) for tensor in weight_tensors(base) for storage in storages_of(tensor)}
+        known = _Known(base)
         model = work.recipe.apply(base)
         try:
             trainer = work.make_trainer(model, folder, [_PrimedOptimizer(), memory])
             batches = [work.make_batch(model) for _ in range(trainer.args.gradient_accumulation_steps)]
             trainer.get_train_dataloader = lambda: batches
             parameters = list(trainer.model.parameters())  # of the trainer, which may put new ones in their place
-            added = {id(s): s.nbytes() for p in parameters for s in storages_of(p) if id(s) not in known}
+            added = {id(s): s.nbytes() for p in parameters if p not in known for s in storages_of(p)}
             largest = max(p.nbytes for p in parameters)
             trained = tuple(p.numel() for p in parameters if p.requires_grad)
-            total, units = sum(p.numel() for p in parameters), _units(base)
+            total, units = sum(map(numbers_in, parameters)), _units(base)
             try:
                 trainer.train()
             finally:
@@ -115,6 +121,18 @@ def run_one_step(
     assert memory.report is not None
     counted = operations.operations() if operations else None
     return Rehearsed(memory.report, counted, sum(added.values()), largest, trained, total, units)
+
+
+class _Known:
+    """The weights of a model, whatever values or wrappers they get later; keeps none of them alive."""
+
+    def __init__(self, model: nn.Module):
+        tensors = list(weight_tensors(model))
+        self._tensors = WeakTensorKeyDictionary([(tensor, None) for tensor in tensors])
+        self._storages = {id(storage) for tensor in tensors for storage in storages_of(tensor)}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor in self._tensors or any(id(storage) in self._storages for storage in storages_of(tensor))
 
 
 def _units(model: nn.Module) -> Units:
@@ -177,7 +195,7 @@ def _without_values(work: Work, error: Exception) -> str:
             continue
         return (
             f"{culprit.name} computes with values that are not there before the model is loaded ({reason}), so it "
-            f"cannot be predicted; without it the peak is {rest.memory.peak_bytes / 2**30:.2f} GiB. Run "
+            f"cannot be predicted; without it the peak is {rest.memory.peak_bytes / 2**30:.3g} GiB. Run "
             "`shoestring measure` for the real step."
         )
     return f"This model cannot run without values ({reason}); run `shoestring measure` for the real step."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from .data import PACKAGED
+from .quantised import keep_training_layout, quantization_config
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
@@ -20,7 +21,7 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
 
     config: settings of the model's configuration, such as num_labels.
 
-    Raises SettingError if it is not there, or is of another kind than the task needs.
+    Raises SettingError if it is not there, is of another kind than the task needs, or cannot be quantised.
     """
     import torch
     from transformers import AutoTokenizer
@@ -32,11 +33,31 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
         options["dtype"] = getattr(torch, model.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        if model.quantization is not None:
+            options |= _quantised(model, auto_class, source, {**files, **config})
         loaded = auto_class.from_pretrained(source, **files, **options, **config)
+    except SettingError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(f"The model {model.name!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
+    keep_training_layout(loaded)
     return loaded, tokenizer
+
+
+def _quantised(model: ModelSettings, auto_class: Any, source: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` is given to pack the weights."""
+    import torch
+    from transformers import AutoConfig
+
+    assert model.quantization is not None
+    made = AutoConfig.from_pretrained(source, **config)
+    if getattr(made, "quantization_config", None) is not None:
+        raise SettingError(f"The files of {model.name} are quantised already; leave model.quantization out.")
+    dtype = getattr(torch, model.dtype) if model.dtype else made.dtype or torch.float32
+    with torch.device("meta"):
+        structure = auto_class.from_config(made)
+    return {"dtype": dtype, "quantization_config": quantization_config(model.quantization, structure, dtype)}
 
 
 def source_of(name: str) -> str:

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -25,6 +25,7 @@ from shoestring.errors import SettingError, did_you_mean
 
 from .marked_yaml import KeyPath, MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
 from .overrides import apply_override
+from .quantised import Quantization, check_adapters
 from .train_fields import field_types, read_train_field, shown
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class ModelSettings(_Section):
     )
     attn_implementation: str | None = Field(
         None, min_length=1, description="attention of transformers, such as sdpa or eager; empty: its choice"
+    )
+    quantization: Quantization | None = Field(
+        None,
+        description="pack the frozen weights of linear layers: nf4 in 4 bit, int8 in 8; empty: as saved",
     )
 
 
@@ -275,7 +280,9 @@ def _check_train(run: MarkedYaml) -> tuple[dict[str, Any], list[Problem]]:
 def _check_recipe(run: MarkedYaml) -> list[Problem]:
     """What the recipe itself finds wrong, at the line of the entry."""
     recipe = run.values.get("recipe")
-    if not recipe or not isinstance(recipe, list) or not all(_is_entry(entry) for entry in recipe):
+    if not recipe:
+        return _check_quantization(run)
+    if not isinstance(recipe, list) or not all(_is_entry(entry) for entry in recipe):
         return []  # of the wrong form: told already
     problems = []
     for index, entry in enumerate(recipe):
@@ -287,9 +294,20 @@ def _check_recipe(run: MarkedYaml) -> list[Problem]:
     from shoestring.recipe import Recipe
 
     try:
-        Recipe.from_list(recipe)
+        return _check_quantization(run, Recipe.from_list(recipe))
     except SettingError as error:
         return [(run.place(_blamed(str(error))), str(error))]
+
+
+def _check_quantization(run: MarkedYaml, recipe: "Recipe | None" = None) -> list[Problem]:
+    """Whether there is something that trains where the weights cannot."""
+    model = run.values.get("model")
+    kind = model.get("quantization") if isinstance(model, dict) else None
+    try:
+        if kind in get_args(Quantization):
+            check_adapters(kind, recipe.techniques if recipe else ())
+    except SettingError as error:
+        return [(run.place(("model", "quantization")), str(error))]
     return []
 
 

@@ -21,6 +21,7 @@ from ..errors import RunFailed
 from ..recipe import attached_to
 from . import checkpoints
 from .callback import RecipeCallback
+from .quantised import trained_dtypes_kept
 
 RUNNING_LOSS = "running_loss.json"
 
@@ -36,7 +37,8 @@ class RecipeTrainerMixin(Trainer):
     run_identity: dict[str, Any]
 
     def __init__(self, *args: Any, run_identity: dict[str, Any] | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        with trained_dtypes_kept(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         self.run_identity = run_identity or {}
         self.attached = attached_to(self.model)
         self.attached.add_losses_in_forward = False

@@ -1,0 +1,205 @@
+"""Quantised bases in run files: packed linear layers stay, adapters learn, save and load on them."""
+
+import json
+
+import pytest
+import torch
+
+from shoestring.errors import SettingError
+from shoestring.recipe import load
+from shoestring.testing.assets import need
+from shoestring.training import RunSettings, measure, train
+from shoestring.training.models import load_pretrained
+from shoestring.training.quantised import trained_dtypes_kept
+from shoestring.training.run import prepare
+from shoestring.training.settings import ModelSettings
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'shoestring[quant]'")
+
+PACKED = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory, tiny_decoder_folder):
+    """The tiny decoder with layers of sizes that are blocks of 32, as bitsandbytes wants them on a CPU."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("decoder") / "model"
+    shutil.copytree(tiny_decoder_folder, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(folder)
+    config.update({"hidden_size": 64, "intermediate_size": 96, "head_dim": 32})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def no_words(text):
+    pass
+
+
+def a_quantised_run(run_file, folder, kind, **rest):
+    recipe = [{"lora": {"r": 4, "target_modules": "all-linear"}}]
+    model = {"name": str(folder), "quantization": kind}
+    return RunSettings.load(run_file(task="causal-lm", **{"recipe": recipe, "model": model, **rest}))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_run_on_a_packed_base_learns_saves_and_loads(kind, run_file, decoder_folder):
+    settings = a_quantised_run(run_file, decoder_folder, kind, train={"max_steps": 12})
+    report = train(settings)
+    losses = [loss for _, loss in report.losses]
+    assert losses[-1] < losses[0] - 0.2
+    assert report.memory["at_peak"]["weights"] > 0
+
+    def outputs(model):
+        torch.manual_seed(0)
+        ids = torch.randint(4, 38, (2, 9))
+        with torch.no_grad():
+            return model.train()(input_ids=ids).logits  # in training, packed weights are multiplied as they are stored
+
+    from transformers import AutoModelForCausalLM
+
+    base, _ = load_pretrained(settings.model, AutoModelForCausalLM)
+    before = outputs(base)
+    learned = outputs(load(base, report.saved["weights"]))
+    assert not torch.allclose(learned, before, atol=1e-2)
+    again, _ = load_pretrained(settings.model, AutoModelForCausalLM)
+    torch.testing.assert_close(outputs(load(again, report.saved["weights"])), learned)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+def test_linear_layers_are_packed_and_the_rest_stays_as_it_was(task, run_file, decoder_folder):
+    ready = prepare(
+        RunSettings.load(
+            run_file(
+                task=task,
+                model={"name": str(decoder_folder), "quantization": "nf4", "dtype": "bfloat16"},
+                recipe=[{"lora": {"r": 2, "target_modules": ["q_proj"]}}],
+            )
+        ),
+        say=no_words,
+    )
+    base = ready.attached.base_model
+    packed = [name for name, module in base.named_modules() if isinstance(module, PACKED)]
+    assert len(packed) == 7 * 2
+    assert not any("head" in name or "score" in name for name in packed)
+    layer = base.get_submodule(packed[0])
+    assert layer.compute_dtype is torch.bfloat16
+    assert layer.weight.quant_state.nested
+    for name, parameter in ready.attached.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == (torch.bfloat16 if "score" in name else torch.float32), name
+        elif parameter.is_floating_point():
+            assert parameter.dtype == torch.bfloat16, name
+
+
+def test_a_trained_weight_that_is_cast_comes_back_with_its_value():
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    before = model.weight.detach().clone()
+    with trained_dtypes_kept(model):
+        model.to(torch.bfloat16)
+    assert torch.equal(model.weight, before)
+    assert model.bias.dtype is torch.bfloat16
+
+
+def test_products_are_in_the_dtype_of_the_files_where_none_is_set(decoder_folder):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = load_pretrained(ModelSettings(name=str(decoder_folder), quantization="nf4"), AutoModelForCausalLM)
+    assert model.dtype is torch.float32
+    assert {module.compute_dtype for module in model.modules() if isinstance(module, PACKED)} == {torch.float32}
+
+
+@pytest.mark.parametrize("recipe", [[], [{"recompute": {}}]])
+def test_packed_weights_without_an_adapter_are_refused_before_anything_is_loaded(recipe, run_file):
+    model = {"name": "packaged:no-such-model", "quantization": "nf4"}
+    with pytest.raises(SettingError, match=r"run.yaml, line 3: model.quantization: nf4 freezes .* no adapter that"):
+        RunSettings.load(run_file(task="causal-lm", model=model, recipe=recipe))
+
+
+def test_an_unknown_form_is_refused_once(run_file):
+    with pytest.raises(SettingError, match=r"model.quantization must be one of nf4, int8, got 'nf5'") as error:
+        RunSettings.load(run_file(model={"name": "m", "quantization": "nf5"}, recipe=[]))
+    assert "problems" not in str(error.value)
+
+
+def test_a_missing_package_is_named_with_its_extra(run_file, decoder_folder, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    with pytest.raises(SettingError, match=r"nf4 needs bitsandbytes, .*: pip install 'shoestring\[quant\]'"):
+        measure(a_quantised_run(run_file, decoder_folder, "nf4"), say=no_words)
+
+
+def test_files_that_are_packed_already_are_refused(run_file, decoder_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "packed"
+    shutil.copytree(decoder_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match=r"are quantised already; leave model.quantization out"):
+        measure(a_quantised_run(run_file, folder, "nf4"), say=no_words)
+
+
+def test_the_setting_comes_back_from_the_settings_that_are_written(run_file, decoder_folder, tmp_path):
+    settings = a_quantised_run(run_file, decoder_folder, "int8")
+    (tmp_path / "again.yaml").write_text(settings.to_yaml())
+    assert RunSettings.load(tmp_path / "again.yaml") == settings
+
+
+def test_layers_that_ran_without_gradients_still_give_them(decoder_folder):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = load_pretrained(ModelSettings(name=str(decoder_folder), quantization="nf4"), AutoModelForCausalLM)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, layer.in_features)
+
+    def gradient():
+        y = layer.train()(z := x.clone().requires_grad_())
+        return torch.autograd.grad(y.sum(), z)[0]
+
+    before = gradient()
+    with torch.no_grad():
+        layer.eval()(x)
+    assert torch.equal(gradient(), before)
+
+
+@pytest.mark.slow
+def test_a_packaged_decoder_in_four_bit_learns_grade_school_maths(tmp_path):
+    need("smollm2", "gsm8k-test")
+    report = train(
+        RunSettings.from_dict(
+            {
+                "model": {"name": "packaged:smollm2", "quantization": "nf4", "dtype": "float32"},
+                "task": "causal-lm",
+                "data": {
+                    "train": "packaged:gsm8k-test",
+                    "prompt": "question",
+                    "completion": "answer",
+                    "max_length": 48,
+                    "max_train_rows": 2,
+                },
+                "recipe": [{"lora": {"r": 8, "target_modules": "all-linear"}}],
+                "train": {
+                    "max_steps": 8,
+                    "per_device_train_batch_size": 2,
+                    "learning_rate": 2e-3,
+                    "logging_steps": 1,
+                    "save_strategy": "no",
+                    "seed": 0,
+                },
+                "output_dir": str(tmp_path / "run"),
+            }
+        )
+    )
+    losses = [loss for _, loss in report.losses]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert report.memory["frozen_bytes"] < 0.35 * 4 * 134.5e6  # of 32 bit; embeddings are not packed
