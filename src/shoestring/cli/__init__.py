@@ -21,6 +21,8 @@ from .measure import EXAMPLES as MEASURE_EXAMPLES
 from .measure import measure
 from .methods import EXAMPLES as METHODS_EXAMPLES
 from .methods import methods
+from .plan import EXAMPLES as PLAN_EXAMPLES
+from .plan import plan
 from .train import EXAMPLES as TRAIN_EXAMPLES
 from .train import train
 
@@ -36,6 +38,7 @@ app = typer.Typer(
 )
 app.command(epilog=TRAIN_EXAMPLES)(train)
 app.command(epilog=MEASURE_EXAMPLES)(measure)
+app.command(epilog=PLAN_EXAMPLES)(plan)
 app.command(epilog=METHODS_EXAMPLES)(methods)
 app.add_typer(assets, name="assets")
 

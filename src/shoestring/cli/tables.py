@@ -18,6 +18,16 @@ def size(number_of_bytes: float) -> str:
     return f"{number_of_bytes:.0f} {unit}" if unit == "B" else f"{number_of_bytes:.1f} {unit}"
 
 
+def share_bar(count: float, whole: float) -> str:
+    """A bar for a share of the whole, with the share behind it.
+
+    >>> share_bar(1, 5)
+    '███              20%'
+    """
+    share = count / max(whole, 1)
+    return f"{'█' * round(15 * share):<15} {share:4.0%}"
+
+
 def memory_table(memory: dict[str, Any], title: str) -> Table:
     """A memory report (`MemoryReport.to_dict()`) by part, largest first, with a bar for each share of the peak."""
     table = Table(title=f"{title}: peak {size(memory['peak_bytes'])} in {memory['peak_phase']}", title_justify="left")
@@ -26,8 +36,7 @@ def memory_table(memory: dict[str, Any], title: str) -> Table:
     table.add_column("share", min_width=20)
     table.add_column("at its most", justify="right")
     for part, count in sorted(memory["at_peak"].items(), key=lambda item: -item[1]):
-        share = count / max(memory["peak_bytes"], 1)
-        bar = f"{'█' * round(15 * share):<15} {share:4.0%}"
+        bar = share_bar(count, memory["peak_bytes"])
         table.add_row(part.replace("_", " "), size(count), bar, size(memory["largest"][part]))
     if memory["cuda_max_allocated_bytes"] is not None:
         table.caption = f"CUDA's own maximum of allocated memory: {size(memory['cuda_max_allocated_bytes'])}"

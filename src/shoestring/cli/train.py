@@ -1,5 +1,6 @@
 """`shoestring train`: the main job, with progress, checkpoints, resume and a final report."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +12,10 @@ from ..errors import SettingError
 from .tables import memory_table, size
 
 if TYPE_CHECKING:
+    from ..training.observe import StepShape
     from ..training.report import Report
     from ..training.run import Ready
+    from ..training.settings import RunSettings
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
@@ -21,6 +24,7 @@ EXAMPLES = (
     "[cyan]shoestring train run.yaml --resume[/]   go on after ctrl-C, a crash or a kill"
 )
 INTERRUPTED = 130
+FAR = 0.05  # between prediction and measurement
 
 
 def train(
@@ -54,6 +58,7 @@ def train(
         callbacks=[progress],
         say=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
         on_ready=lambda ready: _show_what_trains(console, ready),
+        predict=_predict,
     )
     if as_json:
         typer.echo(_json(report))
@@ -66,6 +71,38 @@ def train(
             soft_wrap=True,
         )
         raise SystemExit(INTERRUPTED)
+
+
+def _predict(settings: "RunSettings", shape: "StepShape") -> dict[str, Any]:
+    """What the planner says of the step that was measured; what there is to warn of, the run has said."""
+    from ..planning import predict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return predict(settings, batch=shape.rows, length=shape.tokens).to_dict()
+
+
+def _beside_the_prediction(report: "Report") -> tuple[str, str | None]:
+    """Predicted beside measured peak of a step, and a warning if they are far apart."""
+    predicted, measured, batch = report.predicted, report.memory, report.measured_batch
+    assert predicted is not None
+    assert measured is not None
+    assert batch is not None
+    # a step begins with the model loaded
+    peak = max(count for step, count in predicted["by_step"].items() if step != "load")
+    off = peak / measured["peak_bytes"] - 1
+    padding = batch["padding_fraction"] or 0
+    of_batch = f"batch {batch['rows']}" + (f", length {batch['tokens']}" if batch["tokens"] else "")
+    padded = f", {padding:.0%} of it padding" if padding else ""
+    line = f"{size(peak)}, measured {size(measured['peak_bytes'])} ({off:+.1%}; {of_batch}{padded})"
+    if abs(off) <= FAR:
+        return line, None
+    reason = (
+        "the prediction is for a batch without padding, which needs no mask"
+        if padding
+        else "please report the run file"
+    )
+    return line, f"Predicted and measured memory part by {abs(off):.0%}: {reason}."
 
 
 def _json(report: "Report") -> str:
@@ -117,9 +154,13 @@ def _show(console: Console, report: "Report") -> None:
         ("seconds a step (median)", f"{report.step_seconds:.3f}" if report.step_seconds else "-"),
         ("tokens a second", f"{report.tokens_a_second:,.0f}" if report.tokens_a_second else "-"),
         ("training time", f"{report.train_seconds:.0f} s"),
+        *((("predicted peak of a step", _beside_the_prediction(report)[0]),) if report.predicted else ()),
         ("peak of the process", size(report.process_peak_bytes)),
         *((f"saved {what}", where) for what, where in report.saved.items()),
     ]
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
+    warning = _beside_the_prediction(report)[1] if report.predicted else None
+    if warning is not None:
+        console.print(warning, style="yellow", soft_wrap=True)

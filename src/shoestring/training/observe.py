@@ -7,26 +7,64 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..fakes import has_values
 from ..memory import Kept, KeptReport, Ledger, MemoryReport
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """The largest micro-batch of one step.
+
+    tokens: of a row, padding included; None where the inputs are no sequences of tokens.
+    padding_fraction: share of its tokens that is padding; None where nothing says so.
+    """
+
+    rows: int
+    tokens: int | None
+    padding_fraction: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shape as plain JSON values."""
+        return asdict(self)
+
+
+def shape_of(model: nn.Module, inputs: dict[str, Any]) -> StepShape | None:
+    """Of what a model is called with; None where its main input is not among the named arguments."""
+    main = inputs.get(str(getattr(model, "main_input_name", "input_ids")))
+    if not isinstance(main, Tensor) or main.dim() == 0:
+        return None
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+    of_tokens = main if main.dim() == 2 else labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    padding = None
+    if isinstance(mask, Tensor) and mask.shape == main.shape and has_values(mask):
+        padding = 1 - float(mask.count_nonzero()) / mask.numel()
+    return StepShape(main.shape[0], None if of_tokens is None else of_tokens.shape[1], padding)
+
+
 class StepMemory(TrainerCallback):
-    """The ledger over one step: the second of this process, when the optimizer's state is there, or the only one."""
+    """The ledger over one step: the second of this process, when the optimizer's state is there, or the only one.
+
+    shape: of the largest micro-batch in that step.
+    """
 
     def __init__(self, module_depth: int | None = None, *, explain: bool = False) -> None:
         self.module_depth = module_depth
         self.explain = explain
         self.report: MemoryReport | None = None
+        self.shape: StepShape | None = None
         self.kept: KeptReport | None = None  # only if it is to explain what is kept
         self.watching = False
         self.steps = 0
         self._ledger: Ledger | None = None
         self._kept: Kept | None = None
+        self._looking: Any = None  # the hook that looks at the inputs
 
     def on_step_begin(
         self,
@@ -43,6 +81,7 @@ class StepMemory(TrainerCallback):
             self._ledger = Ledger(model, getattr(optimizer, "optimizer", optimizer), module_depth=self.module_depth)
             self._ledger.start()
             self.watching = True
+            self._looking = model.register_forward_pre_hook(self._look, with_kwargs=True)
             if self.explain:
                 self._kept = Kept(self._ledger)
                 self._kept.start()
@@ -61,7 +100,18 @@ class StepMemory(TrainerCallback):
             if self._kept is not None:
                 self._kept.stop()
             self._ledger.stop()
+            self._looking.remove()
             self.watching = False
+
+    def _look(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the shape with most tokens."""
+        found = shape_of(model, kwargs)
+        if found is not None and (self.shape is None or _tokens(found) > _tokens(self.shape)):
+            self.shape = found
+
+
+def _tokens(shape: StepShape) -> int:
+    return shape.rows * (shape.tokens or 1)
 
 
 class StepTimes(TrainerCallback):

@@ -20,6 +20,7 @@ class Report:
 
     status: "finished" or "interrupted". quality: measures by split, and by "SPLIT, before" if evaluated first.
     trained_parameters, total_parameters: numbers, not bytes. memory: a MemoryReport of one step, or None.
+    measured_batch: the largest micro-batch of that step, a StepShape. predicted: what was predicted for it, if asked.
     process_peak_bytes: the largest resident size of the process. step_seconds: the median step, evaluation left out.
     tokens_a_second: over the same steps. saved: folder by what it holds. settings: the run file, resolved.
     """
@@ -38,6 +39,8 @@ class Report:
     settings: str
     versions: dict[str, str]
     losses: list[tuple[int, float]] = field(default_factory=list)
+    measured_batch: dict[str, Any] | None = None
+    predicted: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -27,7 +27,7 @@ from ..technique import plain
 from . import checkpoints, output
 from .checks import GradientCheck
 from .data import load_splits
-from .observe import StepMemory, StepTimes, StopWhenAsked
+from .observe import StepMemory, StepShape, StepTimes, StopWhenAsked
 from .report import Report, median
 from .tasks import TASKS, Task
 
@@ -56,12 +56,14 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] = lambda text: None,
     on_ready: Callable[[Ready], None] = lambda ready: None,
+    predict: Callable[[RunSettings, StepShape], dict[str, Any]] | None = None,
 ) -> Report:
     """Train as the settings say; leaves checkpoints, the trained weights and report.json in their output_dir.
 
     resume: go on from the newest whole checkpoint. overwrite: throw away a run that is there.
     callbacks: of transformers' Trainer, for progress and the like. say: told of each stage and of damaged checkpoints.
-    on_ready: called once before the first step.
+    on_ready: called once before the first step. predict: what the measured step should have taken, given the settings
+    and its largest micro-batch; called after training, for the report.
 
     Raises SettingError for what the user must change, before anything is written, and RunFailed if training fails.
     """
@@ -112,6 +114,8 @@ def train(
                 settings=settings.to_yaml(),
                 versions=versions(),
                 losses=[(row["step"], row["loss"]) for row in ready.trainer.state.log_history if "loss" in row],
+                measured_batch=memory.shape.to_dict() if memory.shape else None,
+                predicted=_predicted(predict, settings, memory, say),
             )
             if report.status == "finished":
                 report.write(folder / output.REPORT)
@@ -122,6 +126,23 @@ def train(
             raise _failure(error, folder) from error
         finally:
             memory.abandon()
+
+
+def _predicted(
+    predict: Callable[[RunSettings, StepShape], dict[str, Any]] | None,
+    settings: RunSettings,
+    memory: StepMemory,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The prediction for the measured step; None where there is none, which is no reason for a run to fail."""
+    if predict is None or memory.report is None or memory.shape is None:
+        return None
+    try:
+        return predict(settings, memory.shape)
+    except Exception as error:  # a finished run is worth more than its comparison
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        say(f"No prediction beside the measured memory: {reason}")
+        return None
 
 
 def prepare(
