@@ -182,8 +182,7 @@ def test_a_packaged_decoder_in_four_bit_learns_grade_school_maths(tmp_path):
                 "task": "causal-lm",
                 "data": {
                     "train": "packaged:gsm8k-test",
-                    "prompt": "question",
-                    "completion": "answer",
+                    "text": "question",
                     "max_length": 48,
                     "max_train_rows": 2,
                 },
