@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..errors import SettingError
@@ -45,8 +46,9 @@ def configuration(name: str, revision: str | None = None) -> PretrainedConfig:
                 raise SettingError(f"{path} holds no config.json, which says what the model is.")
             return AutoConfig.from_pretrained(name, **({"revision": revision} if revision else {}))
         config = AutoConfig.from_pretrained(file)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[-1 if isinstance(error, StrictDataclassError) else 0].strip(" .")  # which names its check first
         raise SettingError(
             f"The configuration of {name!r} cannot be read: {reason}. Give a folder or file of a config.json, a hub "
             f"id, packaged:NAME, or one of {', '.join(KNOWN + n for n in configurations.names()[:3])}, ..."
