@@ -262,28 +262,18 @@ class TestWhatFits:
         assert "--sharding and --processes go together" in error(run_file(), "--sharding", "fsdp2")
         assert "Did you mean 'fsdp2'?" in error(run_file(), "--sharding", "fdsp", "--processes", "2")
 
-    def test_a_run_that_fits_a_device_is_told_with_the_largest_that_does(self, run_file, shown):
-        run = run_file(data={"train": "nowhere.jsonl", "max_length": 1024})
-        text = shown(run, "--device", "t4", "--write", "new.yaml")
-        assert "T4" in text
-        assert "H100" not in text
-        assert "It fits 14.5 GiB: peak" in text
-        assert re.search(r"At most batch \d+ fits at length 1,024, and length [\d,]+ at batch 3\.", text)
-        assert "The run fits as it is: new.yaml was not written." in text
-        assert not Path("new.yaml").exists()
-
     @pytest.fixture
     def advised(self, run_file, monkeypatch):
-        """A run with advice of one change, at a limit above its peak and below what a GPU may take."""
+        """A run with advice of one change, and what sets other advice; the advice itself has tests of its own."""
         settings = RunSettings.load(run_file())
         now = planning.predict(settings, count_operations=True)
         other = settings.model_copy(update={"recipe": [*settings.recipe, {"recompute": {}}]})
         changed = planning.predict(other)
         change = Change("recompute", "blocks run again", True, 20, changed.peak_bytes, 1.25, other)
 
-        def make(changes: list[Change]) -> None:
+        def make(changes: list[Change], fits: bool = False) -> None:
             def advise(settings, memory, **options):
-                return Advice(memory, False, now, 2, None, changes, changed, "recompute")
+                return Advice(memory, fits, now, 7, 4096 if fits else None, changes, changed, "recompute")
 
             monkeypatch.setattr(planning, "advise", advise)
 
@@ -301,6 +291,23 @@ class TestWhatFits:
         shown("run.yaml", "--memory", "500MiB", "--write", "new.yaml", "--overwrite", "--html", "page.html")
         assert "Each of these makes it fit" in Path("page.html").read_text()
         assert sorted(path.name for path in Path().iterdir()) == ["new.yaml", "page.html", "run.yaml"]
+
+    def test_a_run_that_fits_a_device_is_told_with_the_largest_that_does(self, advised, shown):
+        advised([], fits=True)
+        text = shown("run.yaml", "--device", "t4", "--write", "new.yaml")
+        assert "T4" in text
+        assert "H100" not in text
+        assert "It fits 14.5 GiB: peak" in text
+        assert "At most batch 7 fits at length 24, and length 4,096 at batch 3." in text
+        assert "The run fits as it is: new.yaml was not written." in text
+        assert not Path("new.yaml").exists()
+
+    def test_json_holds_the_advice_with_each_changed_run(self, advised, shown):
+        read = json.loads(shown("run.yaml", "--memory", "500MiB", "--json"))
+        assert read["memory_bytes"] == 500 * 2**20
+        change = read["advice"]["changes"][0]
+        assert (change["title"], change["exact"], change["slowdown"]) == ("recompute", True, 1.25)
+        assert "recompute" in change["run"]
 
     def test_where_nothing_helps_the_smallest_footprint_is_told(self, advised, shown, error):
         advised([])
