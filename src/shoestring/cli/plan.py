@@ -263,8 +263,11 @@ def _show_advice(console: Console, advice: Advice) -> None:
 
 def _show_all(console: Console, found: _Found) -> None:
     device = found.devices[0].name if found.devices else None
-    console.print(plan_tables.rows_table(found.rows, device, found.memory_bytes))
-    console.print(plan_tables.chart(found.rows, colored=console.color_system is not None))
+    console.print(plan_tables.rows_table(found.rows))
+    colored = console.color_system is not None
+    console.print(plan_tables.chart(found.rows, colored=colored, device=device, memory=found.memory_bytes))
+    if found.memory_bytes is not None:
+        console.print(f"Fits: {size(found.memory_bytes)}, with the range on a GPU.", highlight=False)
     if device is not None:
         estimate = next(row.prediction for row in found.rows if row.prediction).time_on(device)
         console.print(estimate.assumed, highlight=False, soft_wrap=True)

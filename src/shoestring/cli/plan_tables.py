@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +26,7 @@ COLORS = {
     "temporary": "bright_black",
     "inputs": "bright_blue",
 }
-BAR = 40
+BAR = 28
 SMALL = 0.01  # of the largest peak: parts that never reach it share a column
 
 
@@ -164,26 +165,19 @@ def time_range(estimate: TimeEstimate) -> str:
     return f"{low} to {high} {unit}"
 
 
-def rows_table(rows: Sequence[Row], device: str | None = None, memory: int | None = None) -> Table:
-    """Each case by part, in one unit; parts that are small everywhere in one column.
-
-    device: also the time on it. memory: also whether a case fits it.
-    """
+def rows_table(rows: Sequence[Row]) -> Table:
+    """Each case by part, in one unit; parts that are small everywhere in one column."""
     made = [row.prediction for row in rows if row.prediction is not None]
     most = max(p.peak_bytes for p in made)
     unit, divisor = next((u, d) for u, d in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)) if most >= d)
     shown = [part for part in made[0].parts if any(p.parts[part] >= SMALL * most for p in made)]
-    table = Table(title=f"Peak memory of one training step, in {unit}", title_justify="left")
+    table = Table(title=f"Peak memory of one training step, in {unit}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("run", overflow="fold")
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("in")
     for part in shown:
         table.add_column(words(part), justify="right")
     table.add_column("rest", justify="right")
-    if memory is not None:
-        table.add_column(f"fits {size(memory)}")
-    if device is not None:
-        table.add_column(f"time on {device} (estimate)", justify="right")
     for row in rows:
         found = row.prediction
         if found is None:
@@ -191,38 +185,49 @@ def rows_table(rows: Sequence[Row], device: str | None = None, memory: int | Non
             continue
         parts = [found.parts[part] for part in shown]
         numbers = [f"{count / divisor:.2f}" for count in (*parts, found.peak_bytes - sum(parts))]
-        times = [time_range(found.time_on(device))] if device is not None else []
-        fits = [fit_in(found, memory)] if memory is not None else []
-        table.add_row(row.label, f"{found.peak_bytes / divisor:.2f}", found.peak_step, *numbers, *fits, *times)
+        table.add_row(row.label, f"{found.peak_bytes / divisor:.2f}", found.peak_step, *numbers)
     return table
 
 
-def chart(rows: Sequence[Row], *, colored: bool) -> Table:
-    """A bar for each case, made of its parts; in letters where there are no colours."""
+def chart(rows: Sequence[Row], *, colored: bool, device: str | None = None, memory: int | None = None) -> Table:
+    """A bar for each case, made of its parts; in letters where there are no colours.
+
+    device: also the time on it. memory: also whether a case fits it.
+    """
     most = max(row.prediction.peak_bytes for row in rows if row.prediction is not None)
-    table = Table(box=None, show_header=False, padding=(0, 1), title="By part", title_justify="left")
-    table.add_column(overflow="fold")
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
+    table = Table(box=None, padding=(0, 1), title="By part", title_justify="left", caption_justify="left")
+    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("peak", justify="right", no_wrap=True)
+    if memory is not None:
+        table.add_column("fits")
+    if device is not None:
+        table.add_column("time", justify="right", no_wrap=True)
     used: set[str] = set()
     for row in rows:
-        if row.prediction is None:
-            table.add_row(row.label, Text("refused", style="dim"), "")
+        found = row.prediction
+        if found is None:
+            table.add_row(row.label, Text("refused", style="dim"))
             continue
         bar, done, filled = Text(), 0, 0
-        for part, count in row.prediction.parts.items():
+        for part, count in found.parts.items():
             done += count
             width = round(BAR * done / most) - filled
             filled += width
-            bar.append(("█" if colored else part[0].upper()) * width, style=COLORS[part])
+            bar.append(_mark(part, colored) * width, style=COLORS[part])
             used |= {part} if width else set()
-        table.add_row(row.label, bar, size(row.prediction.peak_bytes))
-    legend = Text()
+        fits = [fit_in(found, memory)] if memory is not None else []
+        times = [time_range(found.time_on(device))] if device is not None else []
+        table.add_row(row.label, bar, size(found.peak_bytes), *fits, *times)
+    table.caption = Text()
     for part in (part for part in COLORS if part in used):
-        legend.append("█" if colored else part[0].upper(), style=COLORS[part])
-        legend.append(f" {words(part)}  ")
-    table.add_row("", legend, "")
+        table.caption.append(_mark(part, colored), style=COLORS[part])
+        table.caption.append(f" {words(part)}  ")
     return table
+
+
+def _mark(part: str, colored: bool) -> str:
+    return "█" if colored else part[0].upper()
 
 
 def fit_line(prediction: Prediction, memory: int) -> Text:
