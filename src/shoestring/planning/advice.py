@@ -26,7 +26,7 @@ DEVICE = "A100-80GB"
 PAYS_TIME, PAYS_EXACTNESS = 20, 60  # orders from which on
 LENGTH_STEP = 64
 TOLD = 5
-MOST_ROWS = 1024
+MOST_TOKENS = 2**17  # of a micro-batch: no further is looked for a larger one
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,11 @@ def _largest(
 ) -> tuple[int | None, int | None]:
     """Rows of a micro-batch at the length, and tokens of a sequence at the batch, that fit."""
     room = int((memory - CUDA_CONTEXT[1]) / (1 + ALLOCATOR_SLACK[1]))
-    rows = largest(lambda n: rehearsals.guess(batch=n), lambda n: rehearsals.whole(batch=n), fits, room, MOST_ROWS)
+    most = max(now.batch, MOST_TOKENS // now.length)
+    rows = largest(lambda n: rehearsals.guess(batch=n), lambda n: rehearsals.whole(batch=n), fits, room, most)
     settings = rehearsals.settings
-    limit = models.longest(models.configuration(settings.model.name, settings.model.revision)) or now.length
+    longest = models.longest(models.configuration(settings.model.name, settings.model.revision)) or now.length
+    limit = min(longest, max(now.length, MOST_TOKENS // now.batch))
     tokens: Largest | None = None
     if limit >= LENGTH_STEP:
         tokens = largest(
