@@ -183,12 +183,12 @@ def test_a_packaged_decoder_in_four_bit_learns_grade_school_maths(tmp_path):
                 "data": {
                     "train": "packaged:gsm8k-test",
                     "text": "question",
-                    "max_length": 48,
-                    "max_train_rows": 2,
+                    "max_length": 96,
+                    "max_train_rows": 3,
                 },
                 "recipe": [{"lora": {"r": 8, "target_modules": "all-linear"}}],
                 "train": {
-                    "max_steps": 8,
+                    "max_steps": 5,
                     "per_device_train_batch_size": 2,
                     "learning_rate": 2e-3,
                     "logging_steps": 1,

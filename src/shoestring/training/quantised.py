@@ -6,7 +6,7 @@ nf4      4 bit a weight; 64 weights share a constant, itself in 8 bit: 0.516 byt
          Products are in the model's own dtype, so that no activation changes its dtype on the way through a layer.
 int8     8 bit a weight and a float32 constant a row. On GPUs inputs are rounded to 8 bit too, but for columns with
          values of 6 and above; in training on a CPU bitsandbytes unpacks the weight instead.
-         Its backward keeps the input of each layer where torch's checkpointing cannot drop it, unless that is reentrant.
+         Backward keeps the input of each layer where torch's checkpointing cannot drop it, unless that is reentrant.
 Keeps    Embeddings, norms, biases, what is outside of the model's body (heads, which may be new and train) and the
          output embeddings, tied or not, stay in the model's dtype.
 Differs  peft's `prepare_model_for_kbit_training` is not called. It makes all that is not packed float32: embeddings and
