@@ -112,12 +112,13 @@ def _json(report: "Report") -> str:
 
 
 def _show_what_trains(console: Console, ready: "Ready") -> None:
+    from ..training.quantised import numbers_in
     from ..training.report import trained_groups
 
     groups = trained_groups(ready.attached.model)
     if not groups:
         raise SettingError("Nothing is trainable with this recipe.")
-    total = sum(p.numel() for p in ready.attached.model.parameters())
+    total = sum(map(numbers_in, ready.attached.model.parameters()))
     trained = sum(group.parameters for group in groups)
     table = Table(
         title=f"What trains: {trained:,} of {total:,} parameters ({trained / total:.2%})", title_justify="left"

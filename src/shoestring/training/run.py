@@ -28,6 +28,7 @@ from . import checkpoints, output
 from .checks import GradientCheck
 from .data import load_splits
 from .observe import StepMemory, StepShape, StepTimes, StopWhenAsked
+from .quantised import numbers_in
 from .report import Report, median
 from .tasks import TASKS, Task
 
@@ -104,7 +105,7 @@ def train(
                 steps=ready.trainer.state.global_step,
                 quality=quality,
                 trained_parameters=sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad),
-                total_parameters=sum(p.numel() for p in ready.attached.model.parameters()),
+                total_parameters=sum(map(numbers_in, ready.attached.model.parameters())),
                 memory=memory.report.to_dict() if memory.report else None,
                 process_peak_bytes=process_peak_bytes(),
                 step_seconds=median(times.seconds),
