@@ -41,7 +41,8 @@ class Model:
     targets: Any
     batch: tuple[int, int]
     widest: tuple[int, int]  # sizes of the largest adapted layer
-    values: tuple[str, ...]  # of an encoder's or decoder's attention, for LoRA there alone
+    queries_and_values: tuple[str, ...]
+    rounds: int  # steps of each that are timed
     num_labels: int | None = None
 
     @property
@@ -56,9 +57,10 @@ MODELS = {
         (4, 256),
         (1536, 384),
         ("query", "value"),
+        3,
         num_labels=2,
     ),
-    "smollm2": Model(AutoModelForCausalLM, "all-linear", (1, 256), (1536, 576), ("q_proj", "v_proj")),
+    "smollm2": Model(AutoModelForCausalLM, "all-linear", (1, 256), (1536, 576), ("q_proj", "v_proj"), 2),
 }
 
 
@@ -82,7 +84,8 @@ METHODS: dict[str, list[Any]] = {
     "snell": [{"snell": {"r": 8}}],
     "snella": [{"snella": {"r": 8}}],
     "alore": [{"alore": {"r": 36}}],
-    "mola": [{"mola": {"r": 8, "k": 2, "experts": "2-4-6-8"}}],
+    # an allocation over blocks has no number for a layer in none
+    "mola": [{"mola": {"r": 8, "exclude_modules": {"minilm": ["bert.pooler.dense"], "smollm2": None}}}],
     "miss": [{"miss": {"r": 16}}],
     "bat": [{"miss": {"r": 16, "init_weights": "bat"}}],
     "bottleneck houlsby": [{"bottleneck": {"form": "houlsby", "r": 36}}],
@@ -145,7 +148,7 @@ LIMITS: dict[str, list[Limit]] = {
     ],
     "snell": [Limit(PEAK, 1.08, rank(8)), Limit(SECONDS, 1.3, rank(8))],
     "snella": [Limit(PEAK, 1.08, rank(8)), Limit(SECONDS, 1.3, rank(8))],
-    "alore": [Limit(PEAK, 1, lambda model: lora(36, target_modules=list(model.values)))],
+    "alore": [Limit(PEAK, 1, lambda model: lora(36, target_modules=list(model.queries_and_values)))],
     "mola": [Limit(PEAK, 1.3, rank(64)), Limit(SECONDS, 2, rank(64))],
     "miss": [Limit(PEAK, 1), Limit(SECONDS, 1)],
     "bat": [Limit(SECONDS, 1.6)],
@@ -187,14 +190,14 @@ def equal_rank(model: str, trained: int) -> int:
     return max(1, round(trained / parameters_a_rank(model)))
 
 
-def cost_of(name: str, model: str, rounds: int) -> list[Row]:
+def cost_of(name: str, model: str) -> list[Row]:
     """The rows of one method on one model."""
     gc.collect()
     ours = Stepped(model, METHODS[name])
     r = equal_rank(model, ours.trained)
     limits = LIMITS.get(name, [])
     equal = [limit for limit in limits if limit.beside is None]
-    rows = rows_of(f"{model}, {name} beside LoRA r={r}", ours, Stepped(model, [lora(r)]), equal, model, rounds)
+    rows = rows_of(f"{model}, {name} beside LoRA r={r}", ours, Stepped(model, [lora(r)]), equal, model)
     others: dict[str, tuple[dict[str, Any], list[Limit]]] = {}
     for limit in limits:
         if limit.beside is not None:
@@ -206,12 +209,12 @@ def cost_of(name: str, model: str, rounds: int) -> list[Row]:
         if entry == lora(r):  # the same LoRA: only what the limits say is new
             rows = limited(rows, some, MODELS[model])
         else:
-            rows += rows_of(label, ours, Stepped(model, [entry]), some, model, rounds, only_limits=True)
+            rows += rows_of(label, ours, Stepped(model, [entry]), some, model, only_limits=True)
     return rows
 
 
 def rows_of(
-    label: str, ours: Stepped, base: Stepped, limits: list[Limit], model: str, rounds: int, only_limits: bool = False
+    label: str, ours: Stepped, base: Stepped, limits: list[Limit], model: str, only_limits: bool = False
 ) -> list[Row]:
     rows = [Row(f"{label}: trained parameters", ours.trained, base.trained)]
     rows += [
@@ -219,7 +222,7 @@ def rows_of(
     ]
     wanted = {limit.measure for limit in limits}
     if not only_limits or SECONDS in wanted:
-        rows.append(Row(f"{label}: {SECONDS}", *seconds(ours.step, base.step, rounds)))
+        rows.append(Row(f"{label}: {SECONDS}", *seconds(ours.step, base.step, MODELS[model].rounds)))
     if only_limits:
         rows = [row for row in rows if row.name.rpartition(": ")[2] in wanted]
     return limited(rows, limits, MODELS[model])
@@ -343,7 +346,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the part cost")
     parser.add_argument("--again", action="store_true", help="measure costs that are in the file already, too")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each that are timed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the runs to do now")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", default="adapters.json")
@@ -364,7 +366,8 @@ def work(options: argparse.Namespace) -> None:
     def keep(rows: list[Row]) -> None:
         kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
         quality = [row for part in runs for row in compared(part, runs[part], names, ALL_SEEDS)]
-        settings = {"rounds": options.rounds, "threads": options.threads, "learning_rates": LEARNING_RATES}
+        rounds = {name: model.rounds for name, model in MODELS.items()}
+        settings = {"rounds": rounds, "threads": options.threads, "learning_rates": LEARNING_RATES}
         write([*kept, *rows, *quality], options.json, ALL_SEEDS, runs, **settings, methods=METHODS)
 
     if "cost" in options.only:
@@ -372,7 +375,7 @@ def work(options: argparse.Namespace) -> None:
             for name in options.methods:
                 there = any(row.name.startswith(f"{model}, {name} beside") for row in read_rows(options.json))
                 if ONLY_ON.get(name, model) == model and (options.again or not there):
-                    keep(found := cost_of(name, model, options.rounds))
+                    keep(found := cost_of(name, model))
                     print_table(found)
     for seed in options.seeds:
         for part in (part for part in QUALITY if part in options.only):
