@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .memory import Ledger
+    from .planning import plan
     from .recipe import Recipe, load
     from .technique import Technique
 
 __version__ = "0.1.0"
-__all__ = ["Ledger", "Recipe", "Technique", "load"]
+__all__ = ["Ledger", "Recipe", "Technique", "load", "plan"]
 
-_WHERE = {"Ledger": "memory", "Recipe": "recipe", "Technique": "technique", "load": "recipe"}
+_WHERE = {"Ledger": "memory", "Recipe": "recipe", "Technique": "technique", "load": "recipe", "plan": "planning"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,17 @@ from shoestring.adapters import AdapterConfig, BottleneckConfig, HUTConfig, S2Lo
 from shoestring.testing.adapters import adapted, batch, two_layers
 
 METHODS = [cls for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(cls, AdapterConfig)]
+SETTINGS = {"mola": {"experts": 2}}  # its default goes by blocks, of which these models have none
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.method.name)
+
+
+def needed_by(method: type[AdapterConfig]) -> dict[str, object]:
+    """What the method needs beyond its defaults."""
+    return dict(SETTINGS.get(method.method.name, {}))
+
+
+def config_of(method: type[AdapterConfig], **settings: object) -> AdapterConfig:
+    return method(**needed_by(method), **settings)
 
 
 def s2_lora(model: nn.Module | None = None, **more) -> PeftModel:
@@ -46,19 +56,19 @@ def test_a_refused_layer_leaves_the_model_as_it_was(method: type[AdapterConfig])
     model = layers_and_image()
     before = picture(model)
     with pytest.raises(TypeError, match="target module last is of type Conv2d"):
-        get_peft_model(model, method(target_modules=["first", "second", "last"]))
+        get_peft_model(model, config_of(method, target_modules=["first", "second", "last"]))
     assert picture(model) == before
 
 
 @every_method
 def test_a_refused_further_adapter_leaves_the_first_as_it_was(method: type[AdapterConfig]):
-    model = get_peft_model(layers_and_image(), method(target_modules=["second"], init_weights=False)).eval()
+    model = get_peft_model(layers_and_image(), config_of(method, target_modules=["second"], init_weights=False)).eval()
     before, y = picture(model), model(batch())
     with pytest.raises(TypeError, match="target module last is of type Conv2d"):
-        model.add_adapter("further", method(target_modules=["first", "second", "last"]))
+        model.add_adapter("further", config_of(method, target_modules=["first", "second", "last"]))
     assert picture(model) == before
     assert torch.equal(model(batch()), y)
-    model.add_adapter("further", method(target_modules=["first", "second"]))
+    model.add_adapter("further", config_of(method, target_modules=["first", "second"]))
 
 
 def test_a_refused_layer_takes_the_hooks_of_the_others_along():
@@ -71,13 +81,13 @@ def test_a_refused_layer_takes_the_hooks_of_the_others_along():
 
 @every_method
 def test_a_model_with_adapters_can_be_pickled(method: type[AdapterConfig]):
-    model = adapted(method, dict)
+    model = adapted(method, lambda: needed_by(method))
     assert torch.equal(pickle.loads(pickle.dumps(model))(batch()), model(batch()))
 
 
 @every_method
 def test_adding_up_adapters_is_refused_with_another_way(method: type[AdapterConfig]):
-    model = adapted(method, dict)
+    model = adapted(method, lambda: needed_by(method))
     with pytest.raises(ValueError, match=f"{method.method.name} cannot add up adapters.*set_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 

@@ -25,7 +25,7 @@ from transformers.utils import import_utils
 from shoestring import Recipe
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
-from shoestring.planning import Prediction, Sharding, predict, predict_model
+from shoestring.planning import Prediction, Sharding, plan, predict, predict_model
 from shoestring.planning.models import configuration, make_batch, make_model
 from shoestring.planning.optimizers import StateRule, by_rule
 from shoestring.planning.prediction import PARTS, work_of, work_of_model
@@ -425,3 +425,21 @@ def test_a_recipe_is_undone_after_a_rehearsal():
     recipe = Recipe.from_list(["lean_mlp"])
     work = work_of_model(llama(), recipe, batch=1, length=5)
     assert rehearse(work) == rehearse(work)
+
+
+def test_a_run_is_planned_from_a_file_a_mapping_or_settings_and_an_attention_for_gpus_by_rule(tmp_path: Path):
+    llama().save_pretrained(tmp_path)
+    run = {
+        "model": str(tmp_path),
+        "task": "causal-lm",
+        "data": {"train": "none.jsonl", "max_length": 8},
+        "recipe": [LORA],
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(run))
+    one, two, three = plan(run, batch=2), plan(file, batch=2), plan(RunSettings.from_dict(run), batch=2)
+    assert one.parts == two.parts == three.parts
+    assert one.operations is not None
+    fused = plan({**run, "model": {"name": str(tmp_path), "attn_implementation": "flash_attention_2"}}, batch=2)
+    assert fused.parts == one.parts
+    assert fused.by_rule == ("attention flash_attention_2: keeps as much as torch's fused attention",)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from ..technique import TECHNIQUES
-from . import models
+from . import models, optimizers
 from .prediction import ALLOCATOR_SLACK, CUDA_CONTEXT, Prediction
 from .search import Largest, Rehearsals, largest
 
@@ -125,15 +125,17 @@ def advise(
 
     batch, length: as for `predict`. say: told what is being rehearsed.
 
-    Raises SettingError if the weights alone are larger than the memory would be with nothing else, or as `predict`.
+    Raises SettingError if the memory is below the weights alone, or as `predict`.
     """
     settings = _with_sizes(settings, batch, length)
     as_it_is = Rehearsals(settings, say)
     now = as_it_is.whole()
     weights = now.parts["weights"] + now.parts["adapters"]
-    if memory <= weights and not any(step for step in _steps(settings, now) if step.title.startswith("model.")):
+    if memory <= weights:
+        smaller = "" if settings.model.quantization else "; model.quantization: nf4 makes those of most layers smaller"
         raise SettingError(
-            f"The memory, {memory:,} bytes, is below the weights of {settings.model.name} alone, {weights:,} bytes."
+            f"The memory, {memory:,} bytes, is below the weights of {settings.model.name} alone, {weights:,} bytes"
+            f"{smaller}."
         )
 
     def fits(prediction: Prediction) -> bool:
@@ -296,7 +298,7 @@ def _smaller_batches(settings: RunSettings, now: Prediction) -> _Step | None:
 
 
 def _eight_bit_optimizer(settings: RunSettings, now: Prediction) -> _Step | None:
-    if now.by_rule or now.parts["optimizer_state"] < now.peak_bytes // 50:
+    if optimizers.by_rule(settings.train.get("optim")) or now.parts["optimizer_state"] < now.peak_bytes // 50:
         return None
 
     def apply(changed: RunSettings) -> RunSettings:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
+NEED_NO_GPU = ("eager", "sdpa", "flex_attention")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -91,6 +92,13 @@ def model_class(config: PretrainedConfig, auto_class: Any = None) -> type[nn.Mod
             "task."
         )
     return getattr(transformers, named)
+
+
+def rehearsed_attention(attention: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The attention to rehearse in place of one that needs packages and a GPU, and the rule that is told of it."""
+    if attention is None or attention in NEED_NO_GPU:
+        return attention, ()
+    return "sdpa", (f"attention {attention}: keeps as much as torch's fused attention",)
 
 
 def make_model(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,32 @@ class Prediction:
         return {**values, "cuda_bytes": list(self.cuda_bytes), "by_rule": list(self.by_rule)}
 
 
+def plan(
+    run: str | Path | Mapping[str, Any] | RunSettings,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    shards: sharding.Sharding | None = None,
+) -> Prediction:
+    """What a training step of a run will take, operations counted.
+
+    run: a run file's path, what such a file holds, or settings that were read. Others as for `predict`.
+
+    Raises SettingError as `predict` does, and for a run file with mistakes.
+
+    >>> run = {"model": "known:smollm2-135m", "task": "causal-lm", "data": {"train": "any.jsonl", "max_length": 16}}
+    >>> plan(run | {"recipe": [{"lora": {"r": 8}}]}, batch=1).trained_parameters
+    460800
+    """
+    from ..training.settings import RunSettings
+
+    if isinstance(run, (str, Path)):
+        run = RunSettings.load(run)
+    elif not isinstance(run, RunSettings):
+        run = RunSettings.from_dict(dict(run))
+    return predict(run, batch=batch, length=length, shards=shards, count_operations=True)
+
+
 def predict(
     settings: RunSettings,
     *,
@@ -130,7 +157,8 @@ def predict(
     rule = optimizers.by_rule(settings.train.get("optim"))
     work, sizes = work_of(settings, batch, length, depth)
     found = rehearse(work, count_operations=count_operations)
-    return prediction_of(settings.model.name, work.recipe, sizes, found, rule, shards)
+    _, rules = models.rehearsed_attention(settings.model.attn_implementation)
+    return prediction_of(settings.model.name, work.recipe, sizes, found, rule, shards, rules)
 
 
 def predict_model(
@@ -193,6 +221,7 @@ def work_of(
     _check_sizes(batch, length, limit)
     cls = models.model_class(config, task.auto_class())
     dtype = getattr(torch, settings.model.dtype) if settings.model.dtype else None
+    attention, _ = models.rehearsed_attention(settings.model.attn_implementation)
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
         return quiet(
@@ -207,7 +236,7 @@ def work_of(
 
     work = Work(
         recipe,
-        lambda: models.make_model(config, cls, dtype, settings.model.attn_implementation, settings.model.quantization),
+        lambda: models.make_model(config, cls, dtype, attention, settings.model.quantization),
         make_trainer,
         lambda model: models.make_batch(model, batch, length),
     )
@@ -257,10 +286,11 @@ def prediction_of(
     found: Rehearsed,
     rule: optimizers.StateRule | None = None,
     shards: sharding.Sharding | None = None,
+    told: tuple[str, ...] = (),
 ) -> Prediction:
     """What was rehearsed, and what follows by rule, as one prediction.
 
-    sizes: rows of a micro-batch, tokens of a sequence, micro-batches of a step.
+    sizes: rows of a micro-batch, tokens of a sequence, micro-batches of a step. told: other rules that were used.
     """
     report = found.memory
     parts = {part: report.at_peak.get(part, 0) for part in PARTS}
@@ -268,7 +298,7 @@ def prediction_of(
     parts["weights"] -= found.adapter_bytes
     by_step: dict[str, int] = {"load": report.at_peak["weights"] + found.largest_weight_bytes}
     by_step |= {str(phase): size for phase, size in report.by_phase.items()}
-    rules, paged = [], 0
+    rules, paged = list(told), 0
     if rule is not None:
         state = sum(rule.bytes_of(size) for size in found.trained_sizes)
         paged = state if rule.paged else 0

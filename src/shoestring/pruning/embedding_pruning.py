@@ -324,7 +324,7 @@ def _input_embedding(model: nn.Module) -> nn.Embedding:
     except (AttributeError, NotImplementedError):
         embedding = None
     weight = getattr(embedding, "weight", None)
-    if isinstance(weight, Tensor) and not has_values(weight):
+    if isinstance(weight, Tensor) and not has_values(weight) and not weight.is_meta:
         raise NotImplementedError("which rows the data uses is not known then")
     if not isinstance(embedding, nn.Embedding) or type(weight) is not nn.Parameter or not weight.is_floating_point():
         kind = "none" if embedding is None else type(embedding).__name__
