@@ -470,7 +470,12 @@ def test_minilm_learns_reviews(settings: dict):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"form": "grid", "grid": [5, 5]}, {"r": 8}, {"form": "grid", "grid": [5, 5], "wavelet": "db2"}]
+    "settings",
+    [
+        {"form": "grid", "grid": [5, 5]},
+        pytest.param({"r": 8}, marks=pytest.mark.slow),
+        pytest.param({"form": "grid", "grid": [5, 5], "wavelet": "db2"}, marks=pytest.mark.slow),
+    ],
 )
 def test_dinov2_learns_images(settings: dict):
     filters(settings.get("wavelet", "haar"))

@@ -536,6 +536,7 @@ class TestRefusals:
             Recipe(ChunkedLoss(), Other())
 
 
+@pytest.mark.slow
 def test_a_packaged_decoder_trains_alike_on_real_text():
     """Problems and answers of GSM8K, the problems masked; a vocabulary of 49,152 words."""
     need("smollm2", "gsm8k-test")

@@ -134,6 +134,7 @@ def reviews(folder: Path, recipe: list[Any], **train_fields: Any) -> RunSettings
 PISSA = {"r": 8, "lora_alpha": 8, "target_modules": ["query", "value", "dense"], "init_lora_weights": "pissa"}
 
 
+@pytest.mark.slow
 def test_the_packaged_encoder_learns_with_it(tmp_path):
     report = train(reviews(tmp_path, [{"lora": PISSA}, "ba_lora"]))
     losses = [loss for _, loss in report.losses]

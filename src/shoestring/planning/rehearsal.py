@@ -10,6 +10,7 @@ Batch    Every sequence has the full length, so there is no padding and no mask 
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -129,10 +130,15 @@ class _Known:
     def __init__(self, model: nn.Module):
         tensors = list(weight_tensors(model))
         self._tensors = WeakTensorKeyDictionary([(tensor, None) for tensor in tensors])
-        self._storages = {id(storage) for tensor in tensors for storage in storages_of(tensor)}
+        # weakly, as an identity comes again once its storage is gone
+        self._storages = {id(storage): weakref.ref(storage) for tensor in tensors for storage in storages_of(tensor)}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor in self._tensors or any(id(storage) in self._storages for storage in storages_of(tensor))
+        return tensor in self._tensors or any(self._is_known(storage) for storage in storages_of(tensor))
+
+    def _is_known(self, storage: torch.UntypedStorage) -> bool:
+        known = self._storages.get(id(storage))
+        return known is not None and known() is storage
 
 
 def _units(model: nn.Module) -> Units:
