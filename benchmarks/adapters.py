@@ -9,13 +9,15 @@ processor on one thread, the least of several steps, the method's and LoRA's in 
 that they name. What a trainer does between steps, such as SNELLA's budget, is not in it, nor is the optimizer.
 
 classification, decoder: LoRA and each method are trained at equal numbers of steps, with every learning rate of
-`LEARNING_RATES` at the first seed and with the best of these on validation data at the others. Every run is written
-to the JSON file when it ends, and not run again when it is there. Rows say how many seeds are finished.
+`LEARNING_RATES` at the first seed and with the best of these on validation data at the others; in mixed precision
+(bfloat16), linear decay, everything else at its default. Every run is written to the JSON file when it ends, and not
+run again when it is there. Rows say how many seeds are finished.
 """
 
 import argparse
 import functools
 import gc
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from runs import Outcome, finish, run, word_problems
 from shoestring import assets
 from steps import Step, above_weights, memory, seconds, stepped
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
 FLOAT_BYTES = 4
 
 
@@ -264,7 +266,7 @@ def settings_of(part: str, recipe: list[Any], learning_rate: float, seed: int) -
         "task": {"classification": "text-classification", "decoder": "causal-lm"}[part],
         "data": data,
         "recipe": entries(recipe, model),
-        "train": {**train, "learning_rate": learning_rate, "eval_strategy": "no", "seed": seed},
+        "train": {**train, "learning_rate": learning_rate, "bf16": True, "eval_strategy": "no", "seed": seed},
     }
 
 
@@ -284,24 +286,28 @@ def best_rate(done: dict[str, Outcome], name: str, first_seed: int) -> float | N
     return min(losses, key=lambda rate: losses[rate]) if len(losses) == len(LEARNING_RATES) else None
 
 
-@functools.cache
-def contestants(part: str, names: tuple[str, ...]) -> dict[str, tuple[list[Any], str]]:
-    """Recipes by name, each with the name of the LoRA beside it, LoRA first where it is first needed."""
+def contestants(part: str, names: tuple[str, ...], file: str) -> dict[str, tuple[list[Any], str]]:
+    """Recipes by name, each with the name of the LoRA beside it, LoRA first where it is first needed.
+
+    file: where costs tell which LoRA is meant; those that were not measured are counted now.
+    """
     model = QUALITY[part][0]
+    beside = re.compile(rf"{model}, (.*) beside LoRA r=(\d+): trained parameters")
+    ranks = {match[1]: int(match[2]) for row in read_rows(file) if (match := beside.fullmatch(row.name))}
     made: dict[str, tuple[list[Any], str]] = {}
     for name in names:
         if ONLY_ON.get(name, model) == model:
-            r = equal_rank(model, Stepped(model, METHODS[name]).trained)
+            r = ranks.get(name) or equal_rank(model, Stepped(model, METHODS[name]).trained)
             made.setdefault(f"LoRA r={r}", ([lora(r)], ""))
             made[name] = (METHODS[name], f"LoRA r={r}")
     return made
 
 
 def planned(
-    part: str, names: tuple[str, ...], done: dict[str, Outcome], seed: int, first_seed: int
+    part: str, names: tuple[str, ...], file: str, done: dict[str, Outcome], seed: int, first_seed: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The runs of one seed, by keys of name, learning rate and seed."""
-    for name, (recipe, _) in contestants(part, names).items():
+    for name, (recipe, _) in contestants(part, names, file).items():
         best = best_rate(done, name, first_seed)
         rates = LEARNING_RATES if seed == first_seed else () if best is None else (best,)
         for rate in rates:
@@ -316,11 +322,11 @@ def results(part: str, done: dict[str, Outcome], name: str, seeds: list[int]) ->
     return {seed: float(outcome["quality"][split][measure]) for seed, outcome in found.items() if outcome is not None}
 
 
-def compared(part: str, done: dict[str, Outcome], names: tuple[str, ...], seeds: list[int]) -> list[Row]:
+def compared(part: str, done: dict[str, Outcome], file: str, seeds: list[int]) -> list[Row]:
     """Mean and spread of each method that has finished seeds in common with its LoRA; goals where all are finished."""
     _, _, measure, apart = QUALITY[part]
     rows = []
-    for name, (_, base) in contestants(part, names).items():
+    for name, (_, base) in contestants(part, tuple(METHODS), file).items():
         ours, theirs = (results(part, done, one, seeds) for one in (name, base))
         if not (common := [seed for seed in seeds if seed in ours and seed in theirs]):
             continue
@@ -361,11 +367,11 @@ ALL_SEEDS = [0, 1, 2]
 
 def work(options: argparse.Namespace) -> None:
     """All parts asked for; the file is written after each method, and after each run."""
-    runs, names = read_runs(options.json), tuple(METHODS)
+    runs = read_runs(options.json)
 
     def keep(rows: list[Row]) -> None:
         kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
-        quality = [row for part in runs for row in compared(part, runs[part], names, ALL_SEEDS)]
+        quality = [row for part in runs for row in compared(part, runs[part], options.json, ALL_SEEDS)]
         rounds = {name: model.rounds for name, model in MODELS.items()}
         settings = {"rounds": rounds, "threads": options.threads, "learning_rates": LEARNING_RATES}
         write([*kept, *rows, *quality], options.json, ALL_SEEDS, runs, **settings, methods=METHODS)
@@ -380,7 +386,7 @@ def work(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for part in (part for part in QUALITY if part in options.only):
             done = runs.setdefault(part, {})
-            chosen = planned(part, tuple(options.methods), done, seed, ALL_SEEDS[0])
+            chosen = planned(part, tuple(options.methods), options.json, done, seed, ALL_SEEDS[0])
             finish(chosen, done, measured, lambda: keep([]))
 
 

@@ -78,6 +78,7 @@ class StopAfterSaving(TrainerCallback):
         raise InterruptedError("stopped after a checkpoint")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_where_one_in_a_row_ends(tmp_path):
     need("minilm", "rotten-tomatoes")
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

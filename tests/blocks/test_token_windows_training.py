@@ -63,7 +63,7 @@ def test_kept_bytes_grow_with_the_tokens_and_not_with_the_window():
 
 
 @pytest.mark.parametrize("schedule", ["layer_major", pytest.param("window_major", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("adapters", [[], [LORA]], ids=["full tuning", "lora"])
+@pytest.mark.parametrize("adapters", [pytest.param([], marks=pytest.mark.slow), [LORA]], ids=["full tuning", "lora"])
 def test_a_budget_is_used_and_not_exceeded(adapters, schedule):
     num_tokens, chosen = 384, []
     _, most = measure(llama(2), num_tokens, *adapters, TokenWindows(window_tokens=num_tokens, schedule=schedule))

@@ -87,6 +87,7 @@ def test_a_new_method_is_run_without_a_row_and_caught_when_it_is_wrong(tmp_path:
     assert "failed" in wrong
 
 
+@pytest.mark.slow
 def test_what_does_not_pass_needs_its_own_reason(tmp_path: Path, monkeypatch):
     listed = "Reason(tests=('test_safe_merge',), outcome='fails', why='it is said to', message='never said')"
     (tmp_path / "wrong.py").write_text(f"import reasons\nfrom reasons import Reason\nreasons.REASONS[:] = [{listed}]\n")

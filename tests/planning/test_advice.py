@@ -154,18 +154,27 @@ def test_two_depths_in_whole_periods_tell_what_a_deep_model_takes(tmp_path: Path
     assert (guess.trained_parameters, guess.total_parameters) == (whole.trained_parameters, whole.total_parameters)
 
 
+@pytest.mark.parametrize("off", [0, 3, -3, 200])
+@pytest.mark.parametrize("flat", [0, 40])
 @pytest.mark.parametrize("power", [1, 1.5, 2])
 @pytest.mark.parametrize("limit", [9, 10, 57, 1000, 12345])
-def test_search_finds_the_largest_that_fits(power: float, limit: int):
-    calls: list[int] = []
+def test_search_finds_the_largest_that_fits(power: float, limit: int, flat: int, off: int):
+    guesses: list[int] = []
+    wholes: list[int] = []
 
-    def peak(value: int) -> Any:
-        calls.append(value)
-        size = 5 + 3 * value**power
-        return SimpleNamespace(by_step={"forward": size, "load": 4}, peak_bytes=size)
+    def size(value: int) -> float:
+        return max(5 + flat, 5 + 3 * value**power)
 
-    found = largest(peak, peak, lambda p: p.peak_bytes <= limit, limit, most=2000)
-    best = max((n for n in range(1, 2001) if 5 + 3 * n**power <= limit), default=None)
-    assert (found.value if found else None) == pytest.approx(best, rel=1 / 16)
-    assert found is None or found.prediction.peak_bytes <= limit
-    assert len(calls) < 20
+    def guess(value: int) -> Any:
+        guesses.append(value)
+        return SimpleNamespace(peak_bytes=size(value) + off)
+
+    def whole(value: int) -> Any:
+        wholes.append(value)
+        return SimpleNamespace(peak_bytes=size(value))
+
+    found = largest(guess, whole, lambda p: p.peak_bytes - limit, most=2000)
+    best = max((n for n in range(1, 2001) if size(n) <= limit), default=0)
+    assert (found.value if found else 0) == pytest.approx(best, rel=1 / 64)
+    assert found is None or found.prediction.peak_bytes == size(found.value) <= limit
+    assert len(set(guesses)) < 20 and len(wholes) <= 3

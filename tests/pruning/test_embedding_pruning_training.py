@@ -156,7 +156,7 @@ def test_a_run_gives_the_losses_quality_and_weights_of_one_without_pruning(run_f
 @pytest.mark.parametrize(
     "recipe",
     [
-        ["embedding_pruning"],
+        pytest.param(["embedding_pruning"], marks=pytest.mark.slow),
         ["embedding_pruning", {"lora": {"r": 2, "target_modules": ["query"], "lora_dropout": 0.2}}],
     ],
     ids=["full", "lora"],
@@ -191,8 +191,8 @@ def test_the_final_folder_loads_with_all_rows(run_file, models, tmp_path):
 @pytest.mark.parametrize(
     "rows",
     [
-        [{"text": f"w{i} w{i + 1}"} for i in range(8)],
-        [{"prompt": f"w{i}", "completion": f" w{i + 1}"} for i in range(8)],
+        pytest.param([{"text": f"w{i} w{i + 1}"} for i in range(8)], marks=pytest.mark.slow),
+        pytest.param([{"prompt": f"w{i}", "completion": f" w{i + 1}"} for i in range(8)], marks=pytest.mark.slow),
         pytest.param(
             [
                 {

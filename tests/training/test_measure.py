@@ -8,7 +8,7 @@ from shoestring.cli import main
 from shoestring.training import RunSettings, measure
 
 
-@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+@pytest.mark.parametrize("task", [pytest.param("text-classification", marks=pytest.mark.slow), "causal-lm"])
 def test_checkpointing_and_bf16_show_in_what_is_kept(task, run_file):
     def saved(**train_fields) -> int:
         settings = RunSettings.load(run_file("run", task=task, train={"max_steps": 9, **train_fields}))

@@ -54,7 +54,7 @@ def reviews(recipe: list, rate: float, folder: Path, **train_fields) -> RunSetti
     )
 
 
-SLOW = ("full", "pfeiffer", "parallel")  # beside their like
+SLOW = ("full", "pfeiffer", "parallel", "hut", "s2_lora", "two adapters")  # beside their like
 
 
 @pytest.mark.parametrize(

@@ -181,13 +181,13 @@ def uninterrupted(path: Path) -> None:
     ("recipe", "kill"),
     [
         ("lora", ("step", 5)),
-        ("lora", ("optimizer file", 4)),
+        pytest.param("lora", ("optimizer file", 4), marks=pytest.mark.slow),
         ("s2_lora", ("manifest", 4)),
         ("adalora", ("step", 5)),
-        ("own_optimizer", ("step", 5)),
-        ("own_state", ("substep", 6)),
+        pytest.param("own_optimizer", ("step", 5), marks=pytest.mark.slow),
+        pytest.param("own_state", ("substep", 6), marks=pytest.mark.slow),
         ("own_state", ("saved", 6)),
-        ("full", ("rename", 6)),
+        pytest.param("full", ("rename", 6), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value[0].replace(' ', '_')}-{value[1]}",
 )
@@ -200,6 +200,7 @@ def test_resume_after_kill_9_ends_as_without_it(run_file, child, tmp_path, recip
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_and_before_its_first_checkpoint_ends_as_without_it(run_file, child, tmp_path):
     uninterrupted(run_file("whole", recipe=RECIPES["own_state"], train=STEPS))
     path = run_file("killed", recipe=RECIPES["own_state"], train=STEPS)
@@ -247,7 +248,13 @@ def test_the_best_model_is_chosen_across_a_kill_during_evaluation(run_file, chil
 
 
 @pytest.mark.parametrize(
-    "kill", [("step", 5), ("evaluation", 6), ("saved", 6)], ids=lambda kill: f"{kill[0]}-{kill[1]}"
+    "kill",
+    [
+        ("step", 5),
+        pytest.param(("evaluation", 6), marks=pytest.mark.slow),
+        pytest.param(("saved", 6), marks=pytest.mark.slow),
+    ],
+    ids=lambda kill: f"{kill[0]}-{kill[1]}",
 )
 def test_early_stopping_counts_on_across_a_kill(run_file, child, tmp_path, review_csv, kill):
     # with steps this small the accuracy never changes: the first evaluation is the best, two more end the run
@@ -287,6 +294,7 @@ def wait_for(process: subprocess.Popen, there: Callable[[], bool], pause_seconds
         time.sleep(pause_seconds)
 
 
+@pytest.mark.slow
 def test_the_command_killed_while_it_writes_a_checkpoint_goes_on_by_resume(run_file, child, tmp_path):
     many = {"max_steps": 60, "save_steps": 1, "gradient_accumulation_steps": 2}
     uninterrupted(run_file("whole", recipe=RECIPES["lora"], train=many))

@@ -23,6 +23,7 @@ def labels_of(prepared) -> list[list[int]]:
     return [[int(label) for label in row if label != -100] for row in batch["labels"]]
 
 
+@pytest.mark.slow
 def test_the_same_rows_from_every_kind_of_file_train_alike(run_file, review_csv, tmp_path):
     rows = load_dataset("csv", data_files=str(review_csv), split="train")
     rows.to_parquet(tmp_path / "rows.parquet")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SettingError
 from ..technique import TECHNIQUES
 from . import models, optimizers
-from .prediction import ALLOCATOR_SLACK, CUDA_CONTEXT, Prediction
+from .prediction import Prediction
 from .search import Largest, Rehearsals, largest
 
 if TYPE_CHECKING:
@@ -141,10 +141,9 @@ def advise(
     def fits(prediction: Prediction) -> bool:
         return _needed(prediction) <= memory
 
+    rows, tokens = _largest(as_it_is, now, memory)
     if fits(now):
-        rows, tokens = _largest(as_it_is, now, fits, memory)
         return Advice(memory, True, now, rows, tokens, [], now, "the run as it is")
-    rows, tokens = _largest(as_it_is, now, fits, memory)
     base = as_it_is.guess()
     alone = sorted(_alone(settings, now, say), key=lambda tried: _cost(tried.steps))
     helping = [tried for tried in alone if tried.guess.peak_bytes < base.peak_bytes]
@@ -175,20 +174,21 @@ def _with_sizes(settings: RunSettings, batch: int | None, length: int | None) ->
     return settings.model_copy(update=update)
 
 
-def _largest(
-    rehearsals: Rehearsals, now: Prediction, fits: Callable[[Prediction], bool], memory: int
-) -> tuple[int | None, int | None]:
+def _largest(rehearsals: Rehearsals, now: Prediction, memory: int) -> tuple[int | None, int | None]:
     """Rows of a micro-batch at the length, and tokens of a sequence at the batch, that fit."""
-    room = int((memory - CUDA_CONTEXT[1]) / (1 + ALLOCATOR_SLACK[1]))
+
+    def excess(prediction: Prediction) -> int:
+        return _needed(prediction) - memory
+
     most = max(now.batch, MOST_TOKENS // now.length)
-    rows = largest(lambda n: rehearsals.guess(batch=n), lambda n: rehearsals.whole(batch=n), fits, room, most)
+    rows = largest(lambda n: rehearsals.guess(batch=n), lambda n: rehearsals.whole(batch=n), excess, most)
     settings = rehearsals.settings
     longest = models.longest(models.configuration(settings.model.name, settings.model.revision)) or now.length
     limit = min(longest, max(now.length, MOST_TOKENS // now.batch))
     tokens: Largest | None = None
     if limit >= LENGTH_STEP:
         tokens = largest(
-            lambda n: rehearsals.guess(length=n), lambda n: rehearsals.whole(length=n), fits, room, limit, LENGTH_STEP
+            lambda n: rehearsals.guess(length=n), lambda n: rehearsals.whole(length=n), excess, limit, LENGTH_STEP
         )
     return rows.value if rows else None, tokens.value if tokens else None
 

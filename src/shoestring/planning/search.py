@@ -1,8 +1,8 @@
 """Search: the largest batch and length that fit, from few rehearsals.
 
-Method   Bytes grow nearly in proportion to rows and to tokens, so two rehearsals say where the limit is; what is found
-         there is rehearsed too, and taken down until it fits. Deep models are guessed from two depths of their
-         configuration, since blocks are equal, which is quick; only what is told is rehearsed in full.
+Method   Bytes grow nearly in proportion to rows and to tokens, so a few rehearsals say where the limit is. Deep models
+         are guessed from two depths of their configuration, since blocks are equal, which is quick; only what is told
+         is rehearsed in full, and looked for again where the guess was off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..training.settings import RunSettings
 
 DEEP = 12  # blocks from which on two depths are quicker than one whole model
-EXACT = 16  # values are found to the last up to here, and to a share of as much beyond
+EXACT = 64  # values are found to the last up to here, and to a share of as much beyond
 
 
 @dataclass(frozen=True)
@@ -97,32 +97,61 @@ def _extrapolated(one: Prediction, two: Prediction, times: float) -> Prediction:
 def largest(
     guess: Callable[[int], Prediction],
     whole: Callable[[int], Prediction],
-    fits: Callable[[Prediction], bool],
-    limit_bytes: int,
+    excess: Callable[[Prediction], int],
     most: int,
     step: int = 1,
 ) -> Largest | None:
     """The largest multiple of `step` up to `most` that fits; None if not even the first does.
 
     guess, whole: predictions of a value, the quick one and the one that counts.
-    fits: whether a prediction does. limit_bytes: about where its peak may be, to know where to look.
+    excess: bytes that a prediction needs above those there are; it fits at 0 and below.
     """
-    found = whole(step)
-    if not fits(found):
+    tried: dict[int, Prediction] = {}
+    error = 0
+    while True:
+        value = max(1, _last_that_fits(lambda n: excess(guess(n * step)) + error, most // step))
+        if value in tried:
+            break
+        tried[value] = whole(value * step)
+        error = excess(tried[value]) - excess(guess(value * step))
+    fitting = [value for value, prediction in tried.items() if excess(prediction) <= 0]
+    if not fitting:
         return None
-    low, high = 1, most // step + 1  # in steps: what fits, and what does not or may not be
-    if high > 2:
-        one, two = guess(step), guess(2 * step)
-        slopes = {name: two.by_step[name] - one.by_step[name] for name in one.by_step}
-        rooms = [(limit_bytes - one.by_step[name]) / slope for name, slope in slopes.items() if slope > 0]
-        value = 1 + math.floor(min(rooms, default=float(high)))
-        while high - low > max(1, low // EXACT):
-            value = min(max(value, low + 1), high - 1)
-            tried = whole(value * step)
-            if fits(tried):
-                low, found, value = value, tried, value + 1  # the next one rarely does
-                near = not fits(whole(value * step)) if value < high else True
-                high, value = (value if near else high), (low + high) // 2
-            else:
-                high, value = value, (low + value) // 2
-    return Largest(low * step, found, at_limit=low == most // step)
+    value = max(fitting)
+    return Largest(value * step, tried[value], at_limit=value == most // step)
+
+
+def _last_that_fits(excess: Callable[[int], int], most: int) -> int:
+    """The last of 1 ... most where a rising excess is not above 0, to a share of `EXACT`; 0 if there is none.
+
+    By straight lines through what is known, at last those between two ends (regula falsi).
+    """
+    low, high = 1, most
+    below = excess(low)
+    if below > 0:
+        return 0
+    value = 2  # near, since far ones are slower
+    while low < most:
+        above = excess(value := min(value, most))
+        if above > 0:
+            high = value
+            break
+        rate = (above - below) / (value - low)
+        low, below = value, above
+        value = low + max(1, math.floor(-below / rate)) if rate > 0 else most
+    else:
+        return most
+    side = 0
+    while (width := high - low) > max(1, low // EXACT):
+        line = low + math.floor(-below / (above - below) * width)
+        value = min(max(line, low + 1), high - 1)
+        between = excess(value)
+        if between > 0:
+            high, above = value, between
+            below *= 0.5 if side == 1 else 1  # the Illinois rule: the end that stays counts for half
+            side = 1
+        else:
+            low, below = value, between
+            above *= 0.5 if side == -1 else 1
+            side = -1
+    return low
