@@ -177,4 +177,5 @@ def test_search_finds_the_largest_that_fits(power: float, limit: int, flat: int,
     best = max((n for n in range(1, 2001) if size(n) <= limit), default=0)
     assert (found.value if found else 0) == pytest.approx(best, rel=1 / 64)
     assert found is None or found.prediction.peak_bytes == size(found.value) <= limit
-    assert len(set(guesses)) < 20 and len(wholes) <= 3
+    assert len(set(guesses)) < 20
+    assert len(wholes) <= 3

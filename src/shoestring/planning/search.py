@@ -61,7 +61,8 @@ class Rehearsals:
         key = (batch, length, depth)
         if key not in self._made:
             self._say(f"Rehearsing {self._words(batch, length, depth)}")
-            self._made[key] = predict(self.settings, batch=batch, length=length, depth=depth, count_operations=True)
+            as_it_is = batch is None and length is None  # of others, only their bytes are asked for
+            self._made[key] = predict(self.settings, batch=batch, length=length, depth=depth, count_operations=as_it_is)
         return self._made[key]
 
     def _words(self, batch: int | None, length: int | None, depth: int | None) -> str:
@@ -124,23 +125,19 @@ def largest(
 def _last_that_fits(excess: Callable[[int], int], most: int) -> int:
     """The last of 1 ... most where a rising excess is not above 0, to a share of `EXACT`; 0 if there is none.
 
-    By straight lines through what is known, at last those between two ends (regula falsi).
+    By straight lines through what is known, at last those between two ends: the Illinois form of regula falsi, where an
+    end that stays counts for half. Far values are slow to rehearse, so it begins with nearer ones.
     """
-    low, high = 1, most
-    below = excess(low)
+    low, below = 1, excess(1)
     if below > 0:
         return 0
-    value = 2  # near, since far ones are slower
-    while low < most:
-        above = excess(value := min(value, most))
-        if above > 0:
-            high = value
-            break
-        rate = (above - below) / (value - low)
-        low, below = value, above
-        value = low + max(1, math.floor(-below / rate)) if rate > 0 else most
-    else:
-        return most
+    high = math.isqrt(most - 1) + 1
+    while (above := excess(high)) <= 0:
+        if high == most:
+            return most
+        rate = (above - below) / max(high - low, 1)
+        low, below = high, above
+        high = min(most, low + 1 + math.floor(-below / rate)) if rate > 0 else most
     side = 0
     while (width := high - low) > max(1, low // EXACT):
         line = low + math.floor(-below / (above - below) * width)
@@ -148,7 +145,7 @@ def _last_that_fits(excess: Callable[[int], int], most: int) -> int:
         between = excess(value)
         if between > 0:
             high, above = value, between
-            below *= 0.5 if side == 1 else 1  # the Illinois rule: the end that stays counts for half
+            below *= 0.5 if side == 1 else 1
             side = 1
         else:
             low, below = value, between
