@@ -128,10 +128,12 @@ def _last_that_fits(excess: Callable[[int], int], most: int) -> int:
     By straight lines through what is known, at last those between two ends: the Illinois form of regula falsi, where an
     end that stays counts for half. Far values are slow to rehearse, so it begins with nearer ones.
     """
-    low, below = 1, excess(1)
+    low = 1
+    below: float = excess(1)
     if below > 0:
         return 0
     high = math.isqrt(most - 1) + 1
+    above: float
     while (above := excess(high)) <= 0:
         if high == most:
             return most
