@@ -8,15 +8,17 @@ nearest to the method's trained parameters; both are rows of their own. Bytes ar
 processor on one thread, the least of several steps, the method's and LoRA's in turn. Limits are rows beside the LoRA
 that they name. What a trainer does between steps, such as SNELLA's budget, is not in it, nor is the optimizer.
 
-classification, decoder: LoRA and each method are trained at equal numbers of steps, with every learning rate of
-`LEARNING_RATES` at the first seed and with the best of these on validation data at the others; in mixed precision
-(bfloat16), linear decay, everything else at its default. Every run is written to the JSON file when it ends, and not
-run again when it is there. Rows say how many seeds are finished.
+classification, decoder: LoRA and each method are trained at equal numbers of steps, in mixed precision (bfloat16),
+with linear decay, everything else at its default. The learning rate is looked for at the first seed, for all in the
+same way: of 0.001 and 0.004 the one of less validation loss, then on in steps of 4 as long as that falls. The other
+seeds are trained with the best one. Every run is written to the JSON file when it ends, and not run again when it is
+there. Rows say how many seeds are finished.
 """
 
 import argparse
 import functools
 import gc
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ from runs import Outcome, finish, run, word_problems
 from shoestring import assets
 from steps import Step, above_weights, memory, seconds, stepped
 
-LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
+FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
 FLOAT_BYTES = 4
 
 
@@ -275,15 +277,28 @@ def measured(settings: dict[str, Any]) -> Outcome:
     return {key: outcome[key] for key in ("quality", "trained_parameters", "step_seconds")}
 
 
-def held_out(outcome: Outcome) -> float:
-    return float(outcome["quality"]["validation"]["loss"])
+def rate_to_use(done: dict[str, Outcome], name: str, first_seed: int) -> tuple[float, bool]:
+    """The learning rate to try next at the first seed; or the best one, and True, once its neighbours were tried."""
+    losses: dict[str, float] = {}
+    for key, outcome in done.items():
+        trained, rate, seed = key.split("|")
+        if trained == name and int(seed) == first_seed:
+            loss = float(outcome["quality"]["validation"]["loss"])
+            losses[rate] = math.inf if math.isnan(loss) else loss
+    for rate in FIRST_RATES:
+        if f"{rate:g}" not in losses:
+            return rate, False
+    best = float(min(losses, key=lambda rate: losses[rate]))
+    for rate in (best / FURTHER, best * FURTHER):
+        if f"{rate:g}" not in losses and LEAST_RATE < rate < MOST_RATE:
+            return rate, False
+    return best, True
 
 
 def best_rate(done: dict[str, Outcome], name: str, first_seed: int) -> float | None:
-    """The learning rate of the least validation loss at the first seed; None before all were tried."""
-    tried = {rate: done.get(f"{name}|{rate:g}|{first_seed}") for rate in LEARNING_RATES}
-    losses = {rate: held_out(outcome) for rate, outcome in tried.items() if outcome is not None}
-    return min(losses, key=lambda rate: losses[rate]) if len(losses) == len(LEARNING_RATES) else None
+    """The learning rate of the least validation loss; None before it is found."""
+    rate, found = rate_to_use(done, name, first_seed)
+    return rate if found else None
 
 
 def contestants(part: str, names: tuple[str, ...], file: str) -> dict[str, tuple[list[Any], str]]:
@@ -306,11 +321,13 @@ def contestants(part: str, names: tuple[str, ...], file: str) -> dict[str, tuple
 def planned(
     part: str, names: tuple[str, ...], file: str, done: dict[str, Outcome], seed: int, first_seed: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The runs of one seed, by keys of name, learning rate and seed."""
+    """The runs of one seed, by keys of name, learning rate and seed; further ones by what the last have come to."""
     for name, (recipe, _) in contestants(part, names, file).items():
-        best = best_rate(done, name, first_seed)
-        rates = LEARNING_RATES if seed == first_seed else () if best is None else (best,)
-        for rate in rates:
+        rate, found = rate_to_use(done, name, first_seed)
+        while seed == first_seed and not found:
+            yield f"{name}|{rate:g}|{seed}", settings_of(part, recipe, rate, seed)
+            rate, found = rate_to_use(done, name, first_seed)
+        if found and seed != first_seed:
             yield f"{name}|{rate:g}|{seed}", settings_of(part, recipe, rate, seed)
 
 
@@ -373,7 +390,7 @@ def work(options: argparse.Namespace) -> None:
         kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
         quality = [row for part in runs for row in compared(part, runs[part], options.json, ALL_SEEDS)]
         rounds = {name: model.rounds for name, model in MODELS.items()}
-        settings = {"rounds": rounds, "threads": options.threads, "learning_rates": LEARNING_RATES}
+        settings = {"rounds": rounds, "threads": options.threads, "first_learning_rates": FIRST_RATES}
         write([*kept, *rows, *quality], options.json, ALL_SEEDS, runs, **settings, methods=METHODS)
 
     if "cost" in options.only:
