@@ -11,7 +11,7 @@ import torch
 
 torch.set_num_threads(1)
 
-CHECKED = [f"shoestring.{kind}" for kind in ("adapters", "blocks", "objectives", "pruning")]
+CHECKED = [f"shoestring.{kind}" for kind in ("adapters", "blocks", "objectives", "pruning", "quantisation")]
 CHECKED += [f"shoestring.activations.{method}" for method in ("shared_norm", "step_activation")]
 if early := sorted(set(CHECKED) & set(sys.modules)):
     raise RuntimeError(f"{early[0]} was imported before its shape checks could be switched on; see tests/conftest.py.")
