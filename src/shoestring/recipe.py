@@ -327,6 +327,11 @@ class Attached:
         """Of the items that a trainer counts in a micro-batch, the share that the last forward scored."""
         return math.prod(technique.loss_share for technique in self.techniques)
 
+    @property
+    def loss_in_model(self) -> bool:
+        """Whether a technique acts where the model computes its loss, so that it should."""
+        return any(technique.loss_in_model for technique in self.techniques)
+
     def take_outputs(self) -> Any:
         """What the last forward in training returned, once, where `add_losses_in_forward` is off; else None."""
         outputs, self._outputs = self._outputs, None

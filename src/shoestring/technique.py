@@ -131,6 +131,7 @@ class Technique(Events):
     needs: phases of which at least one other technique must be in the recipe.
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
     graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
+    loss_in_model: it acts where the model computes its loss; trainers that compute it elsewhere leave it to the model.
     removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
     advised: how the planner may propose it to users whose run does not fit; () for never.
     """
@@ -142,6 +143,7 @@ class Technique(Events):
     needs: ClassVar[frozenset[Phase]] = frozenset()
     claims: ClassVar[frozenset[str]] = frozenset()
     graph_in_blocks: ClassVar[bool] = True
+    loss_in_model: ClassVar[bool] = False
     removes: ClassVar[frozenset[str]] = frozenset()
     advised: ClassVar[tuple[Advised, ...]] = ()
 

@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from shoestring.blocks import TokenTune
 from shoestring.objectives import ChunkedLoss
 from shoestring.recipe import Phase, Recipe, Technique, attached_to
 from shoestring.training import RecipeCallback, recipe_sft_trainer
+from shoestring.training.observe import StepMemory
 
 
 @dataclass
@@ -135,12 +138,34 @@ def test_a_loss_over_a_share_of_the_tokens_is_refused_in_plain_sft_trainer(sft):
         trainer.train()
 
 
-def test_chunked_loss_leaves_trl_to_its_own_head(sft):
-    def losses(*techniques: Technique) -> list[float]:
-        trainer = sft(*techniques, max_steps=2)
-        trainer.train()
-        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
+
+@pytest.mark.parametrize("beside", [(), (TokenTune(keep_fraction=0.5),)], ids=["all tokens", "token_tune"])
+def test_under_trl_too_chunked_loss_computes_the_loss(beside, sft, recwarn):
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "gradient_checkpointing": False}
+    assert losses(sft(ChunkedLoss(), *beside, **settings)) == pytest.approx(losses(sft(*beside, **settings)), rel=1e-5)
+    assert not [str(w.message) for w in recwarn if "no effect" in str(w.message)]
+    chunked, plain = (measured(sft(*some, *beside, gradient_checkpointing=False)) for some in ((ChunkedLoss(),), ()))
+    assert chunked < plain / 10  # without the buffers of TRL's head
+
+
+def measured(trainer: Any) -> int:
+    """The peak of a step above the weights, in bytes."""
+    memory = StepMemory()
+    trainer.add_callback(memory)
+    trainer.train()
+    return memory.report.peak_bytes - memory.report.at_peak["weights"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings"), [("SFTTrainer", {}), (None, {"label_smoothing_factor": 0.1})], ids=["plain", "smoothing"]
+)
+def test_chunked_loss_says_where_it_has_no_effect(trainer, settings, sft):
+    trainer = getattr(trl, trainer) if trainer else None
+    callbacks = [RecipeCallback()] if trainer else []
     with pytest.warns(UserWarning, match="chunked_loss has no effect"):
-        mine = losses(ChunkedLoss())
-    assert mine == losses()
+        mine = losses(sft(ChunkedLoss(), trainer=trainer, callbacks=callbacks, max_steps=2, **settings))
+    assert mine == losses(sft(trainer=trainer, callbacks=callbacks, max_steps=2, **settings))

@@ -39,6 +39,7 @@ class HeadLoss(Technique, ABC):
 
     phase: ClassVar[Phase] = Phase.OBJECTIVE
     claims: ClassVar[frozenset[str]] = frozenset({"the output head"})
+    loss_in_model: ClassVar[bool] = True
     removes: ClassVar[frozenset[str]] = frozenset({"logits"})
     _num_losses = 0
     _looked_at = False  # whether a first step has shown if there is an effect
@@ -111,8 +112,8 @@ class HeadLoss(Technique, ABC):
         looked_at, self._looked_at = self._looked_at, True
         if not looked_at and not self._num_losses:
             warnings.warn(
-                f"{self.name} has no effect: the loss was computed outside of the model. TRL's trainers make no logits "
-                "by themselves, so leave it out there; label smoothing and loss functions of a trainer need logits.",
+                f"{self.name} has no effect: the loss was computed outside of the model. Use recipe_sft_trainer() in "
+                "place of TRL's SFTTrainer; label smoothing and loss functions of a trainer need logits.",
                 stacklevel=2,
             )
 

@@ -110,7 +110,11 @@ def largest(
     tried: dict[int, Prediction] = {}
     error = 0
     while True:
-        value = max(1, _last_that_fits(lambda n: excess(guess(n * step)) + error, most // step))
+
+        def guessed(n: int, error: int = error) -> int:
+            return excess(guess(n * step)) + error
+
+        value = max(1, _last_that_fits(guessed, most // step))
         if value in tried:
             break
         tried[value] = whole(value * step)

@@ -46,6 +46,11 @@ class RecipeTrainerMixin(Trainer):
         self._saving_in: Path | None = None
         self.resumed_from: Path | None = None
 
+    @property
+    def leaves_loss_to_model(self) -> bool:
+        """Whether a trainer that has an output head of its own leaves the loss to the model in training."""
+        return False
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -221,6 +226,7 @@ class _RecipeTrainerCallback(RecipeCallback):
     ) -> None:
         """Find the recipe; losses not logged yet are taken over here, where Trainer has just set its sum to zero."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.attached.model_loss_is_used |= self.trainer.leaves_loss_to_model
         if self.trainer.resumed_from is not None:
             self.trainer.resume_running_loss(self.trainer.resumed_from)
 
@@ -234,4 +240,23 @@ def recipe_sft_trainer() -> type[Trainer]:
     """TRL's SFTTrainer, for a model that a recipe is attached to; imported when first asked for."""
     from trl import SFTTrainer
 
-    return type("RecipeSFTTrainer", (RecipeTrainerMixin, SFTTrainer), {"__doc__": recipe_sft_trainer.__doc__})
+    class LossOfModel(SFTTrainer):
+        """Leaves the loss to the model where it should be computed there, in place of TRL's own output head."""
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if not (model.training and self.leaves_loss_to_model):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            inputs = {**inputs, "use_cache": False}
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    class RecipeSFTTrainer(RecipeTrainerMixin, LossOfModel):
+        @property
+        def leaves_loss_to_model(self) -> bool:  # token accuracy and entropy are then those of evaluation only
+            wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
+            plain = self.args.loss_type == "nll" and not wants_logits and not self.aux_loss_enabled
+            return plain and self.attached.loss_in_model
+
+    RecipeSFTTrainer.__doc__ = recipe_sft_trainer.__doc__
+    return RecipeSFTTrainer
