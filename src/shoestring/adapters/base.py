@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from ..fakes import has_values
 from ..technique import Events
 
 
@@ -61,6 +62,8 @@ class AdapterConfig(PeftConfig, Events):
     """
 
     method: ClassVar[type["Adapter"]]
+    values_follow: ClassVar[bool] = False  # True on a config whose adapter is about to be filled from a file
+
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -95,6 +98,25 @@ class AdapterConfig(PeftConfig, Events):
     def default_targets(self, model: nn.Module) -> set[str] | str | None:
         """The layers to adapt when target_modules is None; None leaves the choice to peft's table."""
         return None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in peft, marked as that of an adapter whose values follow."""
+        config = super().from_pretrained(*args, **kwargs)
+        config.values_follow = True
+        return config
+
+    def prepare(self, model: nn.Module) -> None:
+        """Look at the whole model, before the first layer of a new adapter is adapted; see `layers_in`.
+
+        Not called when values are about to be loaded, without init_weights, and on tensors without values.
+        """
+
+    def layers_in(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers of `model` that the adapter is about to be put on, by name, adapted by others or not."""
+        adapted = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        keys = [key for key, _ in model.named_modules() if key and not key.startswith(adapted)]
+        return {key: model.get_submodule(key) for key in keys if check_target_module_exists(self, key)}
 
     def tap(self, model: nn.Module, key: str) -> str | None:
         """The name of the module whose input the adapter at `key` reads beside its own; None: it reads no other."""
@@ -575,6 +597,8 @@ class AdapterTuner(BaseTuner):
                 setattr(self, self._shared_name, nn.ModuleDict())
             self._shared_states()[adapter_name] = shared
         self._placed: set[str] = set()
+        follow = config.values_follow or not config.init_weights or kwargs.get("low_cpu_mem_usage", False)
+        self._prepared = follow or not all(map(has_values, model.parameters()))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -582,6 +606,16 @@ class AdapterTuner(BaseTuner):
             raise
         for parameter, requires_grad in trained:  # one more adapter freezes no other, as in peft
             parameter.requires_grad_(requires_grad)
+
+    def _prepare(self, config: AdapterConfig) -> None:
+        """Call `config.prepare` once an adapter, now that peft has filled in what the targets are."""
+        if self._prepared or type(config).prepare is AdapterConfig.prepare:
+            return
+        for key, layer in config.layers_in(self.model).items():
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            check_layer(config.adapter_class, base, self.model.get_submodule(key.rpartition(".")[0]), key)
+        config.prepare(self.model)
+        self._prepared = True
 
     def _take_out(self, adapter_name: str) -> None:
         """Undo an injection that stopped halfway."""
@@ -615,6 +649,7 @@ class AdapterTuner(BaseTuner):
         **_: Any,
     ) -> None:
         config = peft_config
+        self._prepare(config)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_layer(config.adapter_class, base, parent, current_key)
         shared = self._shared_states()

@@ -1,0 +1,297 @@
+r"""Calibration: second moments of what layers get as input, from rows of data, without gradients.
+
+Update   total = sum over real tokens of x^T x, so that ||D X^T||_F^2 = trace(D total D^T) for any D [out, in]
+Shapes   x [1, in], total [in, in] in double precision
+Costs    the model's forward once a row, and 2 in^2 operations a token and layer; 8 in^2 bytes a layer until it is used
+"""
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import SettingError
+from ..technique import Events
+
+LABELS = frozenset({"label", "labels", "label_ids", "start_positions", "end_positions", "next_sentence_label"})
+NO_LABEL = -100
+SECONDS_BEFORE_A_BAR = 5
+BYTES_AT_ONCE = 4 << 30  # of moments; for more layers the rows are run again
+
+
+@dataclass
+class Moments:
+    """total: sum of x^T x over all tokens. count: how many tokens that were."""
+
+    total: Float[Tensor, "in in"]
+    count: int
+
+
+def input_moments(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rows: Sequence[Mapping[str, Any]],
+    num_rows: int,
+    *,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Moments]:
+    """The moments of the inputs of `layers`, by name, over the first `num_rows` rows.
+
+    layers: modules in the model that get [*, in] as their first argument.
+    rows: model inputs of one row each, as lists, arrays or tensors. Columns that the model does not take and labels
+        are passed over. Each row is run by itself, without its padding (attention_mask 0, in labels -100).
+    max_tokens: longer rows are cut; rows are never longer than the positions that the model has.
+
+    Raises SettingError for too few rows, and naming a layer that no token reached or whose input is NaN or Inf.
+    """
+    if len(rows) < num_rows:
+        raise SettingError(
+            f"Calibration on {num_rows} rows needs as many, but the data has only {len(rows)}: give more rows or ask "
+            "for fewer."
+        )
+    sums = _Sums(dtype)
+    with ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(_in_eval_mode(model))
+        for name, layer in layers.items():
+            undo.callback(layer.register_forward_pre_hook(sums.hook(name), with_kwargs=True).remove)
+        for index in tqdm(range(num_rows), desc="Calibration", unit="row", delay=SECONDS_BEFORE_A_BAR, leave=False):
+            sums.start_row(index)
+            model(**_inputs_of(model, rows[index], index, max_tokens))
+    if missing := [name for name in layers if name not in sums.moments]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise SettingError(
+            f"No token of the {num_rows} calibration rows reached {missing[0]}{more}: leave it out of the layers, or "
+            "give rows that use it."
+        )
+    return sums.moments
+
+
+def moments_in_parts(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rows: Sequence[Mapping[str, Any]],
+    num_rows: int,
+    *,
+    max_tokens: int | None = None,
+    most_bytes: int = BYTES_AT_ONCE,
+) -> Iterator[tuple[str, Moments]]:
+    """As `input_moments`, layer by layer; the rows are run again for every so many layers as fill `most_bytes`."""
+    for part in _parts(layers, most_bytes):
+        moments = input_moments(model, part, rows, num_rows, max_tokens=max_tokens)
+        for name in part:
+            yield name, moments.pop(name)
+
+
+@dataclass(kw_only=True)
+class Calibrated(Events):
+    """What a config has whose start is calibrated on data; stands before `AdapterConfig` among its bases.
+
+    The data are rows of the split "train" of what a recipe is attached with; `shoestring train` gives its own. With
+    peft alone, call `config.see_data({"train": rows})` before the adapter is made.
+
+    calibration_rows: how many rows are drawn from the data, 1 <= calibration_rows.
+    calibration_max_tokens: rows longer than this are cut.
+    calibration_seed: which rows are drawn.
+
+    Raises SettingError for values below 1.
+    """
+
+    method: ClassVar[Any]
+    values_follow: ClassVar[bool]
+
+    calibration_rows: int = 128
+    calibration_max_tokens: int = 2048
+    calibration_seed: int = 0
+
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()
+        for name in ("calibration_rows", "calibration_max_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SettingError(f"{name} of {self.method.name} must be a whole number of at least 1, got {value!r}.")
+        self._rows: list[Mapping[str, Any]] | None = None
+
+    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
+        """Draw the rows. Empty splits mean that the adapter's values are about to be loaded.
+
+        Raises SettingError if there are splits, but none called "train" with as many rows as are wanted.
+        """
+        if not splits:
+            self.values_follow = True  # type: ignore[misc]
+            return
+        rows = splits.get("train")
+        if rows is None or not hasattr(rows, "__len__"):
+            got = f"a stream of type {type(rows).__name__}" if rows is not None else f"only {', '.join(splits)}"
+            raise SettingError(
+                f"{self.method.name} is calibrated on rows of the split 'train', a data set with a length; got {got}."
+            )
+        if len(rows) < self.calibration_rows:
+            raise SettingError(
+                f"calibration_rows of {self.method.name} is {self.calibration_rows}, but the training data has only "
+                f"{len(rows)} rows: lower calibration_rows or give more data."
+            )
+        drawn = random.Random(self.calibration_seed).sample(range(len(rows)), self.calibration_rows)
+        self._rows = [rows[index] for index in sorted(drawn)]
+
+    def on_attached(self, model: nn.Module) -> None:
+        """Let go of the rows."""
+        self._rows = None
+
+    def moments(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Moments]]:
+        """The moments of the inputs of `layers` over the rows that were drawn, layer by layer.
+
+        Raises SettingError if no data was seen.
+        """
+        if self._rows is None:
+            raise SettingError(
+                f"{self.method.name} is calibrated on data when it is attached, and has seen none: train with a run "
+                "file, attach with recipe.apply(model, data={'train': rows}), or call config.see_data({'train': rows}) "
+                "first."
+            )
+        count, length = self.calibration_rows, self.calibration_max_tokens
+        return moments_in_parts(model, layers, self._rows, count, max_tokens=length)
+
+
+class _Sums:
+    """The moments so far, and the hooks that add to them."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.moments: dict[str, Moments] = {}
+        self.start_row(0)
+
+    def start_row(self, index: int) -> None:
+        self._row = index
+        self._last: tuple[Any, int, Tensor | None] = (None, 0, None)
+
+    def hook(self, name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._add(name, args[0] if args else next(iter(kwargs.values())))
+
+        return add
+
+    def _add(self, name: str, x: Tensor) -> None:
+        product = self._product(name, x)
+        if name in self.moments:
+            self.moments[name].total += product
+            self.moments[name].count += x.shape[:-1].numel()
+        else:
+            self.moments[name] = Moments(product.clone(), x.shape[:-1].numel())
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        """x^T x, computed once where several layers in a row get the same x."""
+        last, version, product = self._last
+        if product is None or last is not x or version != x._version:
+            flat = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
+            product = flat.T @ flat
+            if not product.isfinite().all():
+                raise SettingError(
+                    f"The input of {name} holds NaN or Inf at calibration row {self._row}: check the model's weights "
+                    "and dtype and this row, or draw others."
+                )
+            self._last = x, x._version, product
+        return product
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and back to its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    # at inference, bitsandbytes would reorder 4-bit weights on some CPUs, after which they give no gradients
+    reordering: list[Any] = [
+        module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
+    try:
+        model.eval()
+        for module in reordering:
+            module.support_avx512bf16_for_cpu = False
+        yield
+    finally:
+        for module in reordering:
+            module.support_avx512bf16_for_cpu = True
+        for module, training in modes:
+            module.training = training
+
+
+def _inputs_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> dict[str, Any]:
+    """What to call the model with: one row as a batch of one, without padding, on the model's device."""
+    wrapped = getattr(model, "get_base_model", None)
+    inner = wrapped() if callable(wrapped) else model
+    accepted = inspect.signature(inner.forward).parameters
+    config = getattr(inner, "config", None)
+    labels = getattr(config, "is_encoder_decoder", False) and row.get("decoder_input_ids") is None
+    wanted = {name for name in accepted if name not in LABELS or (labels and name == "labels")}
+    columns = {name: _as_tensor(value) for name, value in row.items() if name in wanted and value is not None}
+    if not columns:
+        raise SettingError(
+            f"Calibration row {index} has none of the inputs of {type(inner).__name__}, only {', '.join(row)}; give "
+            f"tokenised rows, with {getattr(inner, 'main_input_name', next(iter(accepted)))}."
+        )
+    lengths = [max_tokens, getattr(config, "max_position_embeddings", None)]
+    columns = _cut(_without_padding(columns), min((n for n in lengths if isinstance(n, int) and n > 0), default=None))
+    if empty := [name for name, column in columns.items() if not column.numel()]:
+        raise SettingError(f"{empty[0]} of calibration row {index} is empty or all padding; give other rows.")
+    floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    inputs: dict[str, Any] = {
+        name: column[None].to(floating.device, floating.dtype if column.is_floating_point() else None)
+        for name, column in columns.items()
+    }
+    return {**inputs, "use_cache": False} if "use_cache" in accepted else inputs
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+
+
+def _without_padding(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = {}
+    for name, column in columns.items():
+        mask = columns.get("decoder_attention_mask" if name.startswith("decoder_") else "attention_mask")
+        if name == "labels":
+            column = column[column != NO_LABEL]
+        elif mask is not None and mask.dim() == 1 and column.shape[:1] == mask.shape and _is_tokens(name, column):
+            column = column[mask != 0]
+        kept[name] = column
+    return kept
+
+
+def _is_tokens(name: str, column: Tensor) -> bool:
+    return column.dim() == 1 or name.endswith("inputs_embeds")
+
+
+def _cut(columns: dict[str, Tensor], length: int | None) -> dict[str, Tensor]:
+    """Columns of one number a token, cut; raw sound is none of them."""
+    return {
+        name: column[:length] if column.dim() == 1 and not column.is_floating_point() else column
+        for name, column in columns.items()
+    }
+
+
+def _parts(layers: Mapping[str, nn.Module], most_bytes: int) -> Iterable[dict[str, nn.Module]]:
+    """Layers in order, as many at once as have moments of `most_bytes`, and one at least."""
+    part: dict[str, nn.Module] = {}
+    size = 0
+    for name, layer in layers.items():
+        own = 8 * _num_inputs(layer) ** 2
+        if part and size + own > most_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = layer
+        size += own
+    if part:
+        yield part
+
+
+def _num_inputs(layer: Any) -> int:
+    """Of a linear layer; transformers' Conv1D keeps them as the rows of its weight."""
+    return layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[0]
