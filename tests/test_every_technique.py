@@ -22,6 +22,16 @@ from shoestring.testing.tiny_models import CLASSIFIER, DECODER, decoder
 NO_FAKES = {"cannot": {"check_runs_without_values": "it counts the rows of an embedding that has values"}}
 ROUNDS_IN_FLOAT32 = {"float64": 2e-6}  # Llama's norms and the losses of language models compute in float32
 UNTIED = replace(DECODER, make=partial(decoder, tie_word_embeddings=False))
+SKETCHED: dict[str, Any] = {
+    "settings": {"groups": 2, "calibration_rows": 8},
+    "bound": 0.3,
+    "trained_alone": True,
+    "changes_evaluation": True,
+    "cannot": dict.fromkeys(
+        ("check_leaves_the_model_as_it_was", "check_a_recipe_undoes_it"),
+        "it gives weights up to save their memory, and leaves those that its sketch stands for",
+    ),
+}
 
 # one row a technique, form and model: its name, then what it is held to
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "recompute-segments": ("recompute", {"settings": {"segments": 2}, "model": CLASSIFIER}),
     "shared_norm": ("shared_norm", ROUNDS_IN_FLOAT32),
     "shared_norm-encoder": ("shared_norm", {"model": CLASSIFIER}),
+    "sketchtune": ("sketchtune", SKETCHED),
+    "sketchtune-encoder": ("sketchtune", {**SKETCHED, "model": CLASSIFIER}),
     "step_activation": ("step_activation", {"bound": 0.6}),
     "token_windows": ("token_windows", {"settings": {"window_tokens": 4}, "draws_alike": False}),
     "token_windows-window_major": (

@@ -12,8 +12,8 @@ import transformers as t
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from shoestring.adapters.placement import task_head
 from shoestring.blocks import Recompute, Reversible
-from shoestring.blocks.reversible import task_head
 from shoestring.blocks.stream_arithmetic import FixedPoint, pack_bits, unpack_bits
 from shoestring.errors import RunFailed, SettingError
 from shoestring.memory import Ledger, MemoryReport

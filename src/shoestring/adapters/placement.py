@@ -224,6 +224,15 @@ def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     ]
 
 
+def task_head(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters outside of the pretrained part of a transformers model, output embeddings aside."""
+    backbone = getattr(model, "base_model", model)
+    getter = getattr(model, "get_output_embeddings", None)
+    embeddings = getter() if getter is not None else None
+    known = {id(p) for part in (backbone, embeddings) if isinstance(part, nn.Module) for p in part.parameters()}
+    return [p for p in model.parameters() if id(p) not in known]
+
+
 def place_in_stack(model: nn.Module, key: str) -> tuple[str, int, int] | None:
     """Where the module `key` is in the outermost list of blocks around it, of whatever layout they are.
 

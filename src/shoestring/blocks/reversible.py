@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..adapters.placement import layout_of
+from ..adapters.placement import layout_of, task_head
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
 from ..technique import Advised, Phase, Technique, register_technique
@@ -265,12 +265,3 @@ class Reversible(BlockTechnique):
         small, one = (self.shift, 0) if self.mode == "exact" else (0.1, 1)
         first, second = {1: (small, one), 2: (one, small), 3: (small, small)}[self.variant]
         return (first if self.lam is None else self.lam), (second if self.beta is None else self.beta)
-
-
-def task_head(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside of the pretrained part of a transformers model, output embeddings aside."""
-    backbone = getattr(model, "base_model", model)
-    getter = getattr(model, "get_output_embeddings", None)
-    embeddings = getter() if getter is not None else None
-    known = {id(p) for part in (backbone, embeddings) if isinstance(part, nn.Module) for p in part.parameters()}
-    return [p for p in model.parameters() if id(p) not in known]

@@ -31,13 +31,13 @@ class KeptRows:
 
     def shrink(self) -> None:
         """Put the kept rows in place of the full values; ties, names and optimizers hold the same parameter still."""
-        _replace(self.parameter, self.parameter.detach()[self.kept.to(self.parameter.device)])
+        replace_data(self.parameter, self.parameter.detach()[self.kept.to(self.parameter.device)])
 
     def grow(self) -> None:
         """Put the full values back, with what the kept rows have become."""
         whole, now = self.whole(), self.parameter
         in_file = whole.untyped_storage().filename is not None
-        _replace(now, whole.clone() if in_file else whole.to(now.device, now.dtype))
+        replace_data(now, whole.clone() if in_file else whole.to(now.device, now.dtype))
 
     @torch.no_grad()
     def whole(self) -> Tensor:
@@ -78,7 +78,7 @@ def kept_at_home(values: Tensor, folder: str | None) -> Tensor:
     return mapped.view(values.shape).copy_(values)
 
 
-def _replace(parameter: nn.Parameter, data: Tensor) -> None:
+def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Give a parameter data of another shape."""
     parameter.grad = None
     other = torch.float64 if data.dtype != torch.float64 else torch.float32

@@ -37,6 +37,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "embedding_pruning": {"keep_ids": [50]},
     "low_bit_activations": {"min_bytes": 0},
     "offload": {"to": "disk", "min_bytes": 0},
+    "sketchtune": {"groups": 2, "calibration_rows": 8},
     "token_tune": {"keep_fraction": 0.5},
     "token_windows": {"window_tokens": 4},
 }
