@@ -7,6 +7,7 @@ from .hut import HUT, HUTConfig
 from .mola import MoLA, MoLAConfig
 from .nera import NeRA, NeRAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
+from .s2ft import S2FT, S2FTConfig
 from .snell import SNELL, SNELLConfig
 from .snella import SNELLA, SNELLAConfig
 from .tlora import TLoRA, TLoRAConfig
@@ -14,6 +15,7 @@ from .wara import WaRA, WaRAConfig
 
 __all__ = [
     "HUT",
+    "S2FT",
     "SNELL",
     "SNELLA",
     "ALoRE",
@@ -28,6 +30,7 @@ __all__ = [
     "NeRA",
     "NeRAConfig",
     "S2LoRA",
+    "S2FTConfig",
     "S2LoRAConfig",
     "SNELLAConfig",
     "SNELLConfig",

@@ -99,6 +99,14 @@ class AdapterConfig(PeftConfig, Events):
         """The layers to adapt when target_modules is None; None leaves the choice to peft's table."""
         return None
 
+    def before_injection(self, model: nn.Module) -> None:
+        """Settle what depends on the model, such as the targets, before an adapter is put on it, a loaded one too."""
+        if self.target_modules is None:
+            self.target_modules = self.default_targets(model)
+
+    def after_removal(self, model: nn.Module) -> None:
+        """Undo what `before_injection` did to the base; the adapter is gone."""
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in peft, marked as that of an adapter whose values follow."""
@@ -589,8 +597,7 @@ class AdapterTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft, with the state that all layers share made first. If it fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        if config.target_modules is None:
-            config.target_modules = config.default_targets(model)
+        config.before_injection(model)
         trained = [(p, p.requires_grad) for shared in self._shared_states().values() for p in shared.parameters()]
         if (shared := config.method.shared(model, config)) is not None:
             if not hasattr(self, self._shared_name):
@@ -630,6 +637,7 @@ class AdapterTuner(BaseTuner):
                 setattr(self.model.get_submodule(parent), name, layer.base_layer)
         if adapter_name in self._shared_states():
             del self._shared_states()[adapter_name]
+        self.peft_config[adapter_name].after_removal(self.model)
 
     @property
     def _shared_name(self) -> str:
@@ -735,7 +743,10 @@ class AdapterTuner(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft, with its taps and shared state."""
         adapters, active = self._adapters(adapter_name), adapter_name in self.active_adapters
+        config = self.peft_config.get(adapter_name)
         super().delete_adapter(adapter_name)
+        if isinstance(config, AdapterConfig):
+            config.after_removal(self.model)
         for adapter in adapters:
             remove_tap(adapter)
         if adapter_name in self._shared_states():
@@ -748,6 +759,9 @@ class AdapterTuner(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for adapter in adapters:
             remove_tap(adapter)
+        for config in self.peft_config.values():
+            if isinstance(config, AdapterConfig):
+                config.after_removal(model)
         return model
 
     def _check_merge_allowed(self) -> None:
