@@ -81,6 +81,11 @@ class Events:
         Not called where nobody said what the data is. Empty where any data may come, as for a model that is loaded.
         """
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether `see_data` does anything, so that data must be there before the recipe is attached."""
+        return type(self).see_data is not Events.see_data
+
     def on_attached(self, model: nn.Module) -> None:
         """All techniques of the recipe are attached; refuse what they made of the model, where it does not fit."""
 
@@ -155,11 +160,6 @@ class Technique(Events):
         items, divides the loss by this share. Where the model computes the loss, the technique sees to it by itself.
         """
         return 1.0
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether `see_data` does anything, so that data must be there before the recipe is attached."""
-        return type(self).see_data is not Events.see_data
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

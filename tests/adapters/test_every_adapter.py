@@ -25,6 +25,8 @@ CASES = {
     "bottleneck-parallel": ("bottleneck", {"activation": "gelu", "scale": "learned"}),
     "mola": ("mola", {"r": 3, "experts": 3}),
     "mola-all-of-two": ("mola", {"r": 2, "experts": 2, "alpha": 3, "use_rslora": True}),
+    "paca": ("paca", {"r": 5, "alpha": 3}),
+    "paca-weight": ("paca", {"r": 5, "selection": "weight"}),
     "nera": ("nera", {"r": 3, "alpha": 1.0}),
     "nera-knots": ("nera", {"r": 3, "num_knots": 4, "alpha": 2.0}),
     "wara": ("wara", {"r": 3, "alpha": 5}),

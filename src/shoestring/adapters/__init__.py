@@ -6,6 +6,7 @@ from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
 from .mola import MoLA, MoLAConfig
 from .nera import NeRA, NeRAConfig
+from .paca import PaCA, PaCAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
 from .s2ft import S2FT, S2FTConfig
 from .snell import SNELL, SNELLConfig
@@ -29,6 +30,8 @@ __all__ = [
     "MoLAConfig",
     "NeRA",
     "NeRAConfig",
+    "PaCA",
+    "PaCAConfig",
     "S2LoRA",
     "S2FTConfig",
     "S2LoRAConfig",

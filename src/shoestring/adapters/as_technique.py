@@ -119,7 +119,7 @@ class PeftTechnique(Technique):
     @property
     def reads_data(self) -> bool:
         """Whether the config does."""
-        return type(self._events).see_data is not Events.see_data
+        return self._events.reads_data
 
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Pass on to the config."""

@@ -61,12 +61,12 @@ def input_moments(
     sums = _Sums(dtype)
     with ExitStack() as undo:
         undo.enter_context(torch.no_grad())
-        undo.enter_context(_in_eval_mode(model))
+        undo.enter_context(in_eval_mode(model))
         for name, layer in layers.items():
             undo.callback(layer.register_forward_pre_hook(sums.hook(name), with_kwargs=True).remove)
         for index in tqdm(range(num_rows), desc="Calibration", unit="row", delay=SECONDS_BEFORE_A_BAR, leave=False):
             sums.start_row(index)
-            model(**_inputs_of(model, rows[index], index, max_tokens))
+            model(**inputs_of(model, rows[index], index, max_tokens))
     if missing := [name for name in layers if name not in sums.moments]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise SettingError(
@@ -152,14 +152,21 @@ class Calibrated(Events):
 
         Raises SettingError if no data was seen.
         """
+        count, length = self.calibration_rows, self.calibration_max_tokens
+        return moments_in_parts(model, layers, self.rows_drawn(), count, max_tokens=length)
+
+    def rows_drawn(self) -> list[Mapping[str, Any]]:
+        """The rows to calibrate on.
+
+        Raises SettingError if no data was seen.
+        """
         if self._rows is None:
             raise SettingError(
                 f"{self.method.name} is calibrated on data when it is attached, and has seen none: train with a run "
                 "file, attach with recipe.apply(model, data={'train': rows}), or call config.see_data({'train': rows}) "
                 "first."
             )
-        count, length = self.calibration_rows, self.calibration_max_tokens
-        return moments_in_parts(model, layers, self._rows, count, max_tokens=length)
+        return self._rows
 
 
 class _Sums:
@@ -204,7 +211,7 @@ class _Sums:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and back to its own mode after."""
     modes = [(module, module.training) for module in model.modules()]
     # at inference, bitsandbytes would reorder 4-bit weights on some CPUs, after which they give no gradients
@@ -223,13 +230,19 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _inputs_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> dict[str, Any]:
-    """What to call the model with: one row as a batch of one, without padding, on the model's device."""
+def inputs_of(
+    model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None, with_labels: bool = False
+) -> dict[str, Any]:
+    """What to call the model with: one row as a batch of one, without padding, on the model's device.
+
+    Raises SettingError with the row's `index` if nothing is left of it.
+    """
     wrapped = getattr(model, "get_base_model", None)
     inner = wrapped() if callable(wrapped) else model
     accepted = inspect.signature(inner.forward).parameters
     config = getattr(inner, "config", None)
-    labels = getattr(config, "is_encoder_decoder", False) and row.get("decoder_input_ids") is None
+    two_sides = getattr(config, "is_encoder_decoder", False)
+    labels = with_labels or (two_sides and row.get("decoder_input_ids") is None)
     wanted = {name for name in accepted if name not in LABELS or (labels and name == "labels")}
     columns = {name: _as_tensor(value) for name, value in row.items() if name in wanted and value is not None}
     if not columns:
@@ -238,7 +251,8 @@ def _inputs_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens:
             f"tokenised rows, with {getattr(inner, 'main_input_name', next(iter(accepted)))}."
         )
     lengths = [max_tokens, getattr(config, "max_position_embeddings", None)]
-    columns = _cut(_without_padding(columns), min((n for n in lengths if isinstance(n, int) and n > 0), default=None))
+    columns = _without_padding(columns, two_sides)
+    columns = _cut(columns, min((n for n in lengths if isinstance(n, int) and n > 0), default=None))
     if empty := [name for name, column in columns.items() if not column.numel()]:
         raise SettingError(f"{empty[0]} of calibration row {index} is empty or all padding; give other rows.")
     floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -253,11 +267,12 @@ def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 
 
-def _without_padding(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_padding(columns: dict[str, Tensor], two_sides: bool) -> dict[str, Tensor]:
     kept = {}
     for name, column in columns.items():
-        mask = columns.get("decoder_attention_mask" if name.startswith("decoder_") else "attention_mask")
-        if name == "labels":
+        of_decoder = name.startswith("decoder_") or (name == "labels" and two_sides)
+        mask = columns.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        if name == "labels" and two_sides and "decoder_input_ids" not in columns:
             column = column[column != NO_LABEL]
         elif mask is not None and mask.dim() == 1 and column.shape[:1] == mask.shape and _is_tokens(name, column):
             column = column[mask != 0]

@@ -1,0 +1,98 @@
+r"""Calibration by gradients: which columns of a weight the loss depends on, from rows of data, before anything trains.
+
+Update   score_i = sum over rows of || dL/dW[:, i] ||^2, with dL/dW = dY^T X
+Shapes   X [tokens, in], Y [tokens, out], W [out, in], score [in]
+Costs    a step of full training without its optimizer once a row; one dense [out, in] gradient at a time
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import SettingError
+from .calibration import SECONDS_BEFORE_A_BAR, in_eval_mode, inputs_of
+
+
+def column_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rows: Sequence[Mapping[str, Any]],
+    num_rows: int,
+    *,
+    max_tokens: int | None = None,
+) -> dict[str, Float[Tensor, " in"]]:
+    """The score of each input of `layers`, by name, over the first `num_rows` rows.
+
+    layers: linear modules in the model, quantised or not; a layer that runs twice in a forward counts each time.
+    rows: model inputs of one row each, with their labels; for a causal language model those are its own inputs where
+        there are no others.
+
+    Raises SettingError for a row without a loss, and naming a layer that no gradient reached or whose is NaN or Inf.
+    """
+    scores: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor, dy: Tensor) -> None:
+        gradient = dy.flatten(0, -2).T.float() @ x.flatten(0, -2).float()
+        scores[name] = scores.get(name, 0) + gradient.square_().sum(0)
+
+    with ExitStack() as undo:
+        undo.enter_context(torch.enable_grad())
+        undo.enter_context(in_eval_mode(model))
+        undo.enter_context(_all_frozen(model))
+        for name, layer in layers.items():
+            undo.callback(layer.register_forward_hook(_watching(name, add)).remove)
+        for index in tqdm(range(num_rows), desc="Gradients", unit="row", delay=SECONDS_BEFORE_A_BAR, leave=False):
+            _loss_of(model, rows[index], index, max_tokens).backward()  # type: ignore[no-untyped-call]
+    for name in layers:
+        if name not in scores:
+            raise SettingError(
+                f"No gradient of the {num_rows} calibration rows reached {name}: leave it out of the layers, or give "
+                "rows that use it."
+            )
+        if not scores[name].isfinite().all():
+            raise SettingError(f"The gradient of {name} holds NaN or Inf: check the model's weights and the rows.")
+    return scores
+
+
+def _watching(name: str, add: Callable[[str, Tensor, Tensor], None]) -> Any:
+    """A forward hook that has `add` called in backward, and lets the graph begin where there is none before."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        x = args[0].detach()
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        y.register_hook(lambda dy: add(name, x, dy))
+        return y
+
+    return hook
+
+
+@contextmanager
+def _all_frozen(model: nn.Module) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> Tensor:
+    if "labels" not in row and "label" in row:
+        row = {**row, "labels": row["label"]}
+    inputs = inputs_of(model, row, index, max_tokens, with_labels=True)
+    if "labels" not in inputs and getattr(model, "can_generate", lambda: False)():
+        inputs["labels"] = inputs["input_ids"]
+    loss = getattr(model(**inputs), "loss", None)
+    if loss is None:
+        raise SettingError(
+            f"{type(model).__name__} gives no loss for calibration row {index} ({', '.join(inputs)}): give rows "
+            "with labels, or choose by something else than gradients."
+        )
+    return loss
