@@ -29,7 +29,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -164,8 +164,9 @@ class Adapter(nn.Module):
     @classmethod
     def can_adapt(cls, layer: nn.Module) -> bool:
         """Whether the method has a place on this layer: by class, and quantised layers as linear ones."""
-        quantised = nn.Linear in cls.layer_types and resolve_quantization_backend(layer) is not None
-        return isinstance(layer, cls.layer_types) or quantised
+        if isinstance(layer, cls.layer_types):
+            return True
+        return nn.Linear in cls.layer_types and resolve_quantization_backend(layer) is not None
 
     @classmethod
     def shared(cls, model: nn.Module, config: Any) -> nn.Module | None:
@@ -195,6 +196,10 @@ class Adapter(nn.Module):
     def new_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The weight to use in place of the pretrained one. Must give the same result each time it is called."""
         return weight + self.delta_weight()
+
+    def packed(self, weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Module:
+        """A layer with integers of few bits that gives what the adapted one gives; see `quantisation.pack_model`."""
+        raise NotImplementedError(type(self).__name__)
 
     def new_bias(self, weight: Float[Tensor, "out in"], bias: Tensor | None) -> Tensor | None:
         """The bias to merge, for methods that add to it; `weight` is that before this adapter."""
@@ -328,13 +333,13 @@ def keeping_only_input(
 class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A layer with named adapters that change its output: `y = base(x)`, then each active adapter's update in turn."""
 
-    def __init__(self, base_layer: nn.Module, prefix: str):
+    def __init__(self, base_layer: nn.Module, prefix: str, **quantisation: Any):
         super().__init__()
         self.base_layer = base_layer
         self.adapter_layer_names = (prefix,)
         setattr(self, prefix, nn.ModuleDict())
         self.merged_adapters: list[str] = []
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantisation)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -435,8 +440,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 class AdaptedLinear(AdaptedLayer):
     """A linear layer with named adapters of any of the three forms."""
 
-    def __init__(self, base_layer: nn.Module, prefix: str):
-        super().__init__(base_layer, prefix)
+    def __init__(self, base_layer: nn.Module, prefix: str, **quantisation: Any):
+        super().__init__(base_layer, prefix, **quantisation)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_bias: Tensor | None = None
         self.out_features, self.in_features = linear_sizes(self.get_base_layer())
@@ -520,6 +525,22 @@ class AdaptedLinear(AdaptedLayer):
                 f"{type(self.get_base_layer()).__name__} of {self.in_features} -> {self.out_features} has none."
             )
         return bias
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether it has an adapter of a method that gives `packed`."""
+        return any(type(adapter).packed is not Adapter.packed for adapter in self.adapters.values())
+
+    def packed_layer(self) -> nn.Module:
+        """The layer with packed integers that stands for this one.
+
+        Raises ValueError if its adapter is out of effect or not the only one.
+        """
+        adapters = self.active()
+        if len(adapters) != 1 or self.get_base_layer() is not self.base_layer:
+            state = "merged" if self.merged else "disabled, not active or not alone"
+            raise ValueError(f"To be packed, a layer must have one adapter in effect; here it is {state}.")
+        return adapters[0].packed(self.weight_out_in(), self.base_layer.bias)  # type: ignore[arg-type]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' change into weight and bias; copies of both are kept so that unmerge is exact.
@@ -676,7 +697,7 @@ class AdapterTuner(BaseTuner):
             layer = target
         else:
             wrapper = AdaptedLinear if has_linear_weight(base) else AdaptedLayer
-            layer = wrapper(target, self.prefix)
+            layer = wrapper(target, self.prefix, **get_quantization_kwargs(self.model))
             layer._active_adapter = adapter_name
         if extra:
             self._place_shared(extra[0], layer)
@@ -809,6 +830,30 @@ def remove_tap(adapter: Adapter) -> None:
 def has_linear_weight(layer: nn.Module) -> bool:
     """Whether the layer is linear, quantised ones included."""
     return isinstance(layer, (nn.Linear, Conv1D)) or resolve_quantization_backend(layer) is not None
+
+
+def check_own_weight(model: nn.Module, key: str) -> None:
+    """Refuse a layer whose weight is quantised or another module's too; for `AdapterConfig.of_layer`.
+
+    Raises ValueError.
+    """
+    layer: Any = model.get_submodule(key)
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if resolve_quantization_backend(layer, **get_quantization_kwargs(model)) is not None:
+        raise ValueError(
+            f"its weight, of type {type(layer).__name__}, is quantised already, and is needed as it was before: load "
+            "the model without quantization."
+        )
+    if others := [n for n, m in model.named_modules() if m is not layer and holds(m, layer.weight)]:
+        raise ValueError(
+            f"its weight is that of {others[0]} too, which would not change with it: untie them, or list the layer in "
+            "exclude_modules."
+        )
+
+
+def holds(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether it is a parameter of the module itself."""
+    return any(p is parameter for p in module._parameters.values())
 
 
 def check_layer(method: type[Adapter], layer: nn.Module, parent: nn.Module, key: str) -> None:

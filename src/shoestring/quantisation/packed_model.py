@@ -1,0 +1,214 @@
+"""Models with layers stored in few bits: made of trained adapters, written to a folder, and read for inference.
+
+    model = pack_model(trained)                                  adapters become layers with packed codes
+    save_packed(model, "folder")
+    model = load_packed(AutoModelForCausalLM, "folder")          or read_packed(model, "folder") for any module
+
+Files    packed.safetensors: all tensors, tied ones once; packed.json: which layers are packed, and the names of tied
+         tensors; config.json and generation_config.json of models of transformers
+Costs    packing goes layer by layer, so that what a layer had is freed before the next; loading makes no weight of the
+         model as it was
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import SettingError
+
+TENSORS_FILE, LAYERS_FILE = "packed.safetensors", "packed.json"
+VERSION = 1
+
+
+class PackedLayer(Protocol):
+    """What a layer must have to be stored: its tensors are its state, and all else are its settings."""
+
+    in_features: int
+    out_features: int
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that `from_settings` builds the layer from."""
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "PackedLayer":
+        """A layer of these settings whose values are to be loaded."""
+
+
+LAYERS: dict[str, type[Any]] = {}
+Layer = TypeVar("Layer", bound=type[nn.Module])
+
+
+def packed_layer(kind: str) -> Callable[[Layer], Layer]:
+    """Make a class of layers known under the name by which files call it; a class decorator."""
+
+    def register(cls: Layer) -> Layer:
+        if LAYERS.setdefault(kind, cls) is not cls:
+            raise ValueError(f"Packed layers of the kind {kind!r} are already registered: {LAYERS[kind].__module__}.")
+        return cls
+
+    return register
+
+
+def pack_model(model: nn.Module) -> nn.Module:
+    """The base model, in place, with packed layers where adapters have such a form; all other adapters are merged.
+
+    model: one with adapters, as peft or a recipe made it. What is packed can not be trained on or taken back.
+
+    Raises ValueError if there is no such adapter, or one is not in effect.
+    """
+    packable = [name for name, module in model.named_modules() if getattr(module, "is_packable", False)]
+    if not packable:
+        raise ValueError(
+            f"{type(model).__name__} has no layer to pack: no adapter on it has a form in packed integers. Methods "
+            "that have one say so in their documentation."
+        )
+    for name in packable:
+        layer: Any = model.get_submodule(name)
+        try:
+            packed = layer.packed_layer()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        del layer
+        model.set_submodule(name, packed.train(model.training))
+    while hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    return model
+
+
+def save_packed(model: nn.Module, folder: str | Path) -> None:
+    """Write a model with packed layers.
+
+    Raises ValueError if it has none, or adapters are still on it.
+    """
+    layers: dict[str, Any] = dict(packed_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no packed layer; call pack_model first.")
+    if adapted := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        raise ValueError(f"{adapted[0]} still has an adapter, which would be lost; call pack_model first.")
+    tensors, tied = _once(model.state_dict(keep_vars=True))
+    description = {
+        "version": VERSION,
+        "layers": {name: {"kind": _kind(layer), **layer.settings()} for name, layer in layers.items()},
+        "tied": tied,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        model.config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+    (folder / LAYERS_FILE).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def load_packed(model_class: Any, folder: str | Path) -> nn.Module:
+    """The model that `save_packed` wrote, in eval mode on the CPU.
+
+    model_class: a model class of transformers, or one of its Auto classes.
+
+    Raises SettingError if the folder holds no such model, or one of another class.
+    """
+    folder = Path(folder)
+    _description(folder)
+    config = AutoConfig.from_pretrained(folder)
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    with init_empty_weights():  # buffers that are not saved get their values
+        model: nn.Module = make(config)
+    if isinstance(model, PreTrainedModel) and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return read_packed(model, folder).eval()
+
+
+def read_packed(model: nn.Module, folder: str | Path) -> nn.Module:
+    """`model`, of the architecture of the one that was saved, with the layers and values of the folder.
+
+    model: its weights may be on the meta device; they are not kept.
+
+    Raises SettingError if the folder does not fit the model.
+    """
+    folder = Path(folder)
+    description = _description(folder)
+    for name, settings in description["layers"].items():
+        _replace(model, name, dict(settings), folder)
+    try:
+        tensors = load_file(folder / TENSORS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise SettingError(f"{folder / TENSORS_FILE} cannot be read: {error}") from error
+    tied = description["tied"]
+    try:
+        model.load_state_dict(tensors | {alias: tensors[name] for alias, name in tied.items()}, assign=True)
+    except (RuntimeError, ValueError) as error:
+        raise SettingError(f"{folder} does not fit this {type(model).__name__}: {error}") from error
+    for alias, name in tied.items():
+        parent, _, last = alias.rpartition(".")
+        setattr(model.get_submodule(parent), last, _tensor(model, name))
+    return model
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every packed layer of the model with its name."""
+    kinds = tuple(LAYERS.values())
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def _kind(layer: nn.Module) -> str:
+    return next(kind for kind, cls in LAYERS.items() if type(layer) is cls)
+
+
+def _once(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors without those that are there under another name before, and what these others are called."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, tensor in state.items():
+        if (first := names.setdefault(id(tensor), name)) == name:
+            tensors[name] = tensor.detach().contiguous()
+        else:
+            tied[name] = first
+    return tensors, tied
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / LAYERS_FILE
+    try:
+        description: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SettingError(f"{folder} holds no {LAYERS_FILE}: it was not written by save_packed.") from None
+    except ValueError as error:
+        raise SettingError(f"{path} is damaged: {error}") from error
+    if description.get("version") != VERSION:
+        raise SettingError(f"{path} is of version {description.get('version')!r}, which this package cannot read.")
+    return description
+
+
+def _replace(model: nn.Module, name: str, settings: dict[str, Any], folder: Path) -> None:
+    """Put an empty packed layer where the model has a linear one of the same sizes."""
+    importlib.import_module("..recipe", __package__)  # all methods, which may bring layers of their own
+    if (kind := settings.pop("kind")) not in LAYERS:
+        raise SettingError(f"{folder}: {name} is a layer of the unknown kind {kind!r}. Known: {', '.join(LAYERS)}.")
+    try:
+        there = model.get_submodule(name)
+    except AttributeError:
+        raise SettingError(f"{folder} holds the layer {name}, which {type(model).__name__} does not have.") from None
+    layer = LAYERS[kind].from_settings(settings)
+    sizes = (layer.out_features, layer.in_features)
+    weight: Tensor | None = getattr(there, "weight", None)
+    found = None if weight is None else tuple(weight.T.shape if isinstance(there, Conv1D) else weight.shape)
+    if found != sizes:
+        raise SettingError(f"{folder}: {name} has sizes {sizes}, but in this {type(model).__name__} {found}.")
+    model.set_submodule(name, layer)
+
+
+def _tensor(model: nn.Module, name: str) -> Any:
+    parent, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(parent), last)
