@@ -8,14 +8,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake
 from transformers.utils import import_utils
 
 ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are numbers in `x` to look at."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
+    """Whether there are numbers in `x`, or in the parts that it is a wrapper of, to look at."""
+    return not (x.is_meta or is_fake(x))
 
 
 class Valueless(FakeTensorMode):
@@ -74,7 +75,7 @@ def _apply_to_fakes(apply: Callable[..., nn.Module]) -> Callable[..., nn.Module]
     """`nn.Module._apply` with new parameters in place of fake ones: torch would swap them, which it cannot always."""
 
     def applied(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if not any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
+        if not any(map(is_fake, module.parameters())):
             return apply(module, fn, recurse)
         for child in module.children() if recurse else ():
             child._apply(fn)

@@ -79,6 +79,8 @@ def weight_bytes(model):
         ("int8", "bfloat16", "lora"),
         ("int8", "float32", "gradient checkpointing"),
         ("int8", "bfloat16", "ba_lora"),
+        *(("torchao-int8", "bfloat16", run) for run in RUNS),
+        ("torchao-int8", "float32", "lora"),
     ],
 )
 def test_the_prediction_is_what_a_loaded_model_takes(kind, dtype, run, llama_folder):

@@ -219,11 +219,13 @@ def test_priming_changes_no_weight():
         ("paged_adamw_32bit", StateRule("paged_adamw_32bit", 2, 32, True)),
         ("paged_lion_8bit", StateRule("paged_lion_8bit", 1, 8, True)),
         ("ademamix_8bit", StateRule("ademamix_8bit", 3, 8, False)),
+        ("adamw_torch_8bit", StateRule("adamw_torch_8bit", 2, 8, False, block=256, own_tables=True)),
+        ("adamw_torch_4bit", StateRule("adamw_torch_4bit", 2, 4, False, block=128, own_tables=True)),
         ("adamw_torch", None),
         ("adafactor", None),
     ],
 )
-def test_optimizers_of_gpus_have_rules(name, rule):
+def test_optimizers_with_small_or_paged_states_have_rules(name, rule):
     assert by_rule(name) == rule
 
 
@@ -240,6 +242,13 @@ def test_state_by_rule(numbers, bits, expected):
     assert StateRule("adamw", 2, bits, False).bytes_of(numbers) == expected
 
 
+def test_large_states_are_paged_and_on_a_cpu_none():
+    rule = by_rule("paged_adamw_8bit")
+    assert rule.paged_bytes_of(99_999) == 0
+    assert rule.paged_bytes_of(100_000) == rule.bytes_of(100_000)
+    assert by_rule("paged_adamw_8bit", on_cpu=True).paged_bytes_of(100_000) == 0
+
+
 def test_state_by_rule_is_added_to_the_step(folder):
     plain = of_llama(train={"optim": "sgd"})
     state = FLOAT * 2 * (LAYERS * BLOCK + OUTSIDE)  # all tensors are too small for 8 bit
@@ -248,8 +257,8 @@ def test_state_by_rule_is_added_to_the_step(folder):
     assert eight.peak_bytes == plain.peak_bytes + state
     assert "adamw_8bit" in eight.by_rule[0]
     paged = predict(run(folder, [], optim="paged_adamw_8bit"))
-    assert paged.parts["optimizer_state"] == 0
-    assert paged.paged_bytes == state
+    assert paged.parts["optimizer_state"] == state  # too small for pages as well
+    assert paged.paged_bytes == 0
 
 
 # Several processes

@@ -10,7 +10,7 @@ from shoestring.recipe import load
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, measure, train
 from shoestring.training.models import load_pretrained
-from shoestring.training.quantised import trained_dtypes_kept
+from shoestring.training.quantised import keep_training_layout, quantization_config, trained_dtypes_kept
 from shoestring.training.run import prepare
 from shoestring.training.settings import ModelSettings
 
@@ -45,7 +45,7 @@ def a_quantised_run(run_file, folder, kind, **rest):
     return RunSettings.load(run_file(task="causal-lm", **{"recipe": recipe, "model": model, **rest}))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_a_run_on_a_packed_base_learns_saves_and_loads(kind, run_file, decoder_folder):
     settings = a_quantised_run(run_file, decoder_folder, kind, train={"max_steps": 12})
     report = train(settings)
@@ -121,20 +121,69 @@ def test_packed_weights_without_an_adapter_are_refused_before_anything_is_loaded
 
 
 def test_an_unknown_form_is_refused_once(run_file):
-    with pytest.raises(SettingError, match=r"model.quantization must be one of nf4, int8, got 'nf5'") as error:
+    with pytest.raises(
+        SettingError, match=r"model.quantization must be one of nf4, int8, torchao-int8, got 'nf5'"
+    ) as error:
         RunSettings.load(run_file(model={"name": "m", "quantization": "nf5"}, recipe=[]))
     assert "problems" not in str(error.value)
 
 
-def test_a_missing_package_is_named_with_its_extra(run_file, decoder_folder, monkeypatch):
+def test_four_bits_of_torchao_are_refused_with_the_reason(run_file):
+    with pytest.raises(SettingError, match=r"line 3: model.quantization: torchao's 4-bit weights .* take nf4") as error:
+        RunSettings.load(run_file(model={"name": "m", "quantization": "torchao-int4"}, recipe=[]))
+    assert "problems" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "extra"), [("nf4", "bitsandbytes", "quant"), ("torchao-int8", "torchao", "torchao")]
+)
+def test_a_missing_package_is_named_with_its_extra(kind, package, extra, run_file, decoder_folder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
-    )
-    with pytest.raises(SettingError, match=r"nf4 needs bitsandbytes, .*: pip install 'shoestring\[quant\]'"):
-        measure(a_quantised_run(run_file, decoder_folder, "nf4"), say=no_words)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    with pytest.raises(SettingError, match=rf"{kind} needs {package}, .*: pip install 'shoestring\[{extra}\]'"):
+        measure(a_quantised_run(run_file, decoder_folder, kind), say=no_words)
+
+
+def test_torchao_has_nothing_to_pack_where_no_layer_is_linear():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=67, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(SettingError, match=r"packs nn.Linear only, .* GPT2LMHeadModel has none; take nf4 or int8"):
+        quantization_config("torchao-int8", model, torch.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_torchao_packs_keeps_nothing_and_has_its_gradients(dtype, bias):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(33, 17, bias=bias).to(dtype).requires_grad_(False)
+    quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
+    if bias:
+        layer.bias.requires_grad_()
+    x = torch.randn(2, 5, 33, dtype=dtype, requires_grad=True)
+    expected = layer(x)
+    gradients = torch.autograd.grad(expected.square().sum(), [x, *([layer.bias] if bias else [])])
+    keep_training_layout(torch.nn.Sequential(layer))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer(x)
+    assert kept == []
+    assert torch.equal(y, expected)
+    found = torch.autograd.grad(y.square().sum(), [x, *([layer.bias] if bias else [])])
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_packing_by_torchao_leaves_settings_of_torch_alone(decoder_folder):
+    from transformers import AutoModelForCausalLM
+
+    before = torch.get_float32_matmul_precision()
+    load_pretrained(ModelSettings(name=str(decoder_folder), quantization="torchao-int8"), AutoModelForCausalLM)
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_files_that_are_packed_already_are_refused(run_file, decoder_folder, tmp_path):

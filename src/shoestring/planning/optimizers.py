@@ -1,31 +1,39 @@
-"""Optimizers that only run on their own device: the bytes of their state, by the rule of how it is laid out.
+"""Optimizers whose state no rehearsal can make: its bytes, by the rule of how bitsandbytes and torchao lay it out.
 
-Source   Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv:2110.02861; bitsandbytes
-Rule     Blocks of 256 numbers share one float32 scale; tensors below 4,096 numbers keep float32 states; paged states
-         may leave the GPU
+Source   Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv:2110.02861
+Rule     Blocks of 256 numbers share one float32 scale, of 128 in 4 bit; tensors below 4,096 numbers have float32
+         states. bitsandbytes has one table of levels for all tensors, which is left out; torchao one for each state.
+         Paged states of tensors with 100,000 numbers and more may leave the GPU; smaller ones stay on it.
 """
 
-import re
 from dataclasses import dataclass
 
-BLOCK = 256
-SMALLEST_QUANTISED = 4096
+from ..training.low_bit_optimizers import SMALLEST_QUANTISED, package_of
+
+SMALLEST_PAGED = 100_000
+BLOCKS_OF_TORCHAO = {4: 128, 8: 256}
 STATES = {"adam": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}  # tensors of a parameter's size
 
 
 @dataclass(frozen=True)
 class StateRule:
-    """State of one optimizer: `states` tensors a parameter, in 8 or 32 bit, paged or not."""
+    """State of one optimizer: `states` tensors a parameter, in 4, 8 or 32 bit, paged or not.
+
+    block: numbers that share a scale. own_tables: whether each state holds its own table of levels, and where blocks do
+    not divide a tensor, is in float32.
+    """
 
     name: str
     states: int
     bits: int
     paged: bool
+    block: int = 256
+    own_tables: bool = False
 
     @property
     def text(self) -> str:
         """What is told about it."""
-        where = "paged: it may leave the device" if self.paged else "on the device"
+        where = "paged: that of large parameters may leave the device" if self.paged else "on the device"
         return f"optimizer state of {self.name}: {self.states} of {self.bits} bit a trained parameter, {where}"
 
     def bytes_of(self, numbers: int) -> int:
@@ -34,18 +42,30 @@ class StateRule:
         >>> StateRule("adamw_8bit", 2, 8, False).bytes_of(4096)
         8320
         """
-        if self.bits == 32 or numbers < SMALLEST_QUANTISED:
+        whole = self.own_tables and numbers % self.block != 0
+        if self.bits == 32 or numbers < SMALLEST_QUANTISED or whole:
             return self.states * 4 * numbers
-        return self.states * (numbers + 4 * -(-numbers // BLOCK))
+        table = 4 * 2**self.bits if self.own_tables else 0
+        return self.states * (numbers * self.bits // 8 + 4 * -(-numbers // self.block) + table)
+
+    def paged_bytes_of(self, numbers: int) -> int:
+        """What of that state may leave the device."""
+        return self.bytes_of(numbers) if self.paged and numbers >= SMALLEST_PAGED else 0
 
 
-def by_rule(optim: object) -> StateRule | None:
-    """The rule for an optimizer of TrainingArguments, or None for those that can be rehearsed."""
+def by_rule(optim: object, *, on_cpu: bool = False) -> StateRule | None:
+    """The rule for an optimizer of TrainingArguments, or None for those that can be rehearsed.
+
+    on_cpu: whether the run is one on a CPU, where nothing is paged.
+    """
     name = str(getattr(optim, "value", optim))
-    if not re.search(r"bnb|8bit|32bit|paged", name):
+    package = package_of(optim)
+    if package is None:
         return None
+    if package == "torchao":
+        bits = 4 if "4bit" in name else 8
+        return StateRule(name, STATES["adam"], bits, False, block=BLOCKS_OF_TORCHAO[bits], own_tables=True)
     family = next((family for family in ("ademamix", "adam", "lion", "rmsprop") if family in name), None)
     if family is None:
         return None
-    eight = "8bit" in name
-    return StateRule(name, STATES[family], 8 if eight else 32, "paged" in name)
+    return StateRule(name, STATES[family], 8 if "8bit" in name else 32, "paged" in name and not on_cpu)

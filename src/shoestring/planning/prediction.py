@@ -154,7 +154,7 @@ def predict(
 
     Raises SettingError if the model is unknown, the run cannot be predicted, or its sizes are out of range.
     """
-    rule = optimizers.by_rule(settings.train.get("optim"))
+    rule = optimizers.by_rule(settings.train.get("optim"), on_cpu=bool(settings.train.get("use_cpu")))
     work, sizes = work_of(settings, batch, length, depth)
     found = rehearse(work, count_operations=count_operations)
     _, rules = models.rehearsed_attention(settings.model.attn_implementation)
@@ -182,7 +182,7 @@ def predict_model(
     Raises SettingError as `predict` does.
     """
     train = dict(train or {})
-    rule = optimizers.by_rule(train.get("optim"))
+    rule = optimizers.by_rule(train.get("optim"), on_cpu=bool(train.get("use_cpu")))
     if rule is not None:
         train["optim"] = "sgd"
     config = models.configuration(model) if isinstance(model, str) else model
@@ -301,7 +301,7 @@ def prediction_of(
     rules, paged = list(told), 0
     if rule is not None:
         state = sum(rule.bytes_of(size) for size in found.trained_sizes)
-        paged = state if rule.paged else 0
+        paged = sum(rule.paged_bytes_of(size) for size in found.trained_sizes)
         parts["optimizer_state"] += state - paged
         by_step = {step: size + (step != "load") * (state - paged) for step, size in by_step.items()}
         rules.append(rule.text)

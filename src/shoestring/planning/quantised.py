@@ -1,7 +1,8 @@
 """Models in packed form without values: what transformers makes in loading, on tensors that hold nothing.
 
 Method   transformers' quantizer puts bitsandbytes' layers in place of linear ones. bitsandbytes packs the weights by
-         its own operations, which know their shapes on fake tensors; so forward and backward are its own too.
+         its own operations, which know their shapes on fake tensors; so forward and backward are its own too. torchao
+         packs by torch's operations, into a tensor whose parts are then fake.
 Leaves   Workspaces inside of bitsandbytes' kernels, as the ledger does: in forward, a product of many tokens with 4-bit
          weights unpacks one layer's weight. Backward does so in the open, where it is counted.
 CPU      int8 is rehearsed as bitsandbytes trains on a CPU, with one layer's weight unpacked. On GPUs one layer's input
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import SettingError
 from ..fakes import has_values
-from ..training.quantised import keep_training_layout, need_bitsandbytes
+from ..training.quantised import keep_training_layout, need
 
 
 def of_checkpoint(config: Any) -> BitsAndBytesConfig | None:
@@ -43,16 +44,33 @@ def of_checkpoint(config: Any) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig.from_dict(values)
 
 
-def quantise(model: Any, config: BitsAndBytesConfig) -> nn.Module:
+def quantise(model: Any, config: BitsAndBytesConfig | TorchAoConfig) -> nn.Module:
     """The model with its linear layers packed as `from_pretrained` would, with or without values.
 
-    Raises SettingError if bitsandbytes is missing.
+    Raises SettingError if the package that packs is missing.
     """
-    need_bitsandbytes("A quantised model")
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    (_pack_by_torchao if isinstance(config, TorchAoConfig) else _pack_by_bitsandbytes)(model, quantizer)
+    keep_training_layout(model)
+    model.hf_quantizer = quantizer
+    model.hf_device_map = {"": "cpu"}
+    return quantizer.postprocess_model(model)
+
+
+def _pack_by_torchao(model: Any, quantizer: Any) -> None:
+    from torchao.quantization import quantize_
+
+    quantizer.preprocess_model(model=model)
+    for name, layer in model.named_modules():
+        if getattr(layer, "weight", None) is not None and quantizer.param_needs_quantization(model, f"{name}.weight"):
+            quantize_(layer, quantizer.quantization_config.get_apply_tensor_subclass())
+
+
+def _pack_by_bitsandbytes(model: Any, quantizer: Any) -> None:
+    need("bitsandbytes", "A quantised model")
     import bitsandbytes
 
     whole = dict(model.named_modules())
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     with unset_fake_temporarily():  # new layers are on the meta device, as in loading
         _make_tables()
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
@@ -62,10 +80,6 @@ def quantise(model: Any, config: BitsAndBytesConfig) -> nn.Module:
             weight = before.weight.detach()
             layer.bias = before.bias
             layer.weight = _packed(layer, weight.T if isinstance(before, Conv1D) else weight)
-    keep_training_layout(model)
-    model.hf_quantizer = quantizer
-    model.hf_device_map = {"": "cpu"}
-    return quantizer.postprocess_model(model)
 
 
 def _packed(layer: Any, weight: Tensor) -> nn.Parameter:

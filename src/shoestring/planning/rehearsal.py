@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -129,7 +130,9 @@ class _Known:
 
     def __init__(self, model: nn.Module):
         tensors = list(weight_tensors(model))
-        self._tensors = WeakTensorKeyDictionary([(tensor, None) for tensor in tensors])
+        # but for wrappers: torch moves a module by swapping them, which it does not where something refers to one
+        plain = [tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]
+        self._tensors = WeakTensorKeyDictionary([(tensor, None) for tensor in plain])
         # weakly, as an identity comes again once its storage is gone
         self._storages = {id(storage): weakref.ref(storage) for tensor in tensors for storage in storages_of(tensor)}
 

@@ -1,12 +1,16 @@
-"""Quantised bases: the frozen weights of linear layers in 4 or 8 bit, packed and multiplied by bitsandbytes.
+"""Quantised bases: the frozen weights of linear layers in 4 or 8 bit, packed and multiplied by bitsandbytes or torchao.
 
 Source   Dettmers et al., QLoRA, arXiv:2305.14314 (nf4); Dettmers et al., LLM.int8(), arXiv:2208.07339 (int8)
-Code     bitsandbytes, through transformers' BitsAndBytesConfig
+Code     bitsandbytes and torchao, through transformers' BitsAndBytesConfig and TorchAoConfig
 nf4      4 bit a weight; 64 weights share a constant, itself in 8 bit: 0.516 bytes a weight (double quantisation).
          Products are in the model's own dtype, so that no activation changes its dtype on the way through a layer.
 int8     8 bit a weight and a float32 constant a row. On GPUs inputs are rounded to 8 bit too, but for columns with
          values of 6 and above; in training on a CPU bitsandbytes unpacks the weight instead.
          Backward keeps the input of each layer where torch's checkpointing cannot drop it, unless that is reentrant.
+torchao-int8
+         8 bit a weight, a float32 constant and a zero point of 1 byte a row. Inputs are never rounded, and backward
+         keeps nothing (torchao_layers.py). Of torchao's 4-bit weights peft trains none, and they are packed by kernels
+         of GPUs alone: nf4 is the 4-bit form.
 Keeps    Embeddings, norms, biases, what is outside of the model's body (heads, which may be new and train) and the
          output embeddings, tied or not, stay in the model's dtype.
 Differs  peft's `prepare_model_for_kbit_training` is not called. It makes all that is not packed float32: embeddings and
@@ -30,11 +34,15 @@ from ..errors import SettingError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
     from ..technique import Technique
 
-Quantization = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8", "torchao-int8"]
+NO_TRAINING = {  # forms that exist, and why they are refused
+    "torchao-int4": "torchao's 4-bit weights give their input no gradient, and only GPUs can pack them; take nf4"
+}
+PACKAGES = {"bitsandbytes": "quant", "torchao": "torchao"}  # and the extras of this package that bring them
 
 
 def check_adapters(kind: Quantization | None, techniques: Sequence[Technique]) -> None:
@@ -51,16 +59,18 @@ def check_adapters(kind: Quantization | None, techniques: Sequence[Technique]) -
         )
 
 
-def quantization_config(kind: Quantization, model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(kind: Quantization, model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
     """What transformers takes to load or make a model in packed form.
 
     model: one of the same class, of which only the structure counts. dtype: of products and of all that stays whole.
 
-    Raises SettingError if bitsandbytes is missing.
+    Raises SettingError if the package that packs is missing, or has nothing to pack.
     """
     from transformers import BitsAndBytesConfig
 
-    need_bitsandbytes(f"model.quantization: {kind}")
+    need("torchao" if kind == "torchao-int8" else "bitsandbytes", f"model.quantization: {kind}")
+    if kind == "torchao-int8":
+        return _torchao_config(model)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept_whole(model))
     return BitsAndBytesConfig(
@@ -72,10 +82,27 @@ def quantization_config(kind: Quantization, model: nn.Module, dtype: torch.dtype
     )
 
 
-def need_bitsandbytes(wanted_by: str) -> None:
-    """Raises SettingError if bitsandbytes is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SettingError(f"{wanted_by} needs bitsandbytes, which is missing: pip install 'shoestring[quant]'")
+def _torchao_config(model: nn.Module) -> TorchAoConfig:
+    from torch import nn
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    whole = kept_whole(model)
+    if not any(isinstance(module, nn.Linear) and name not in whole for name, module in model.named_modules()):
+        raise SettingError(
+            f"model.quantization: torchao-int8 packs nn.Linear only, of which the body of {type(model).__name__} has "
+            "none; take nf4 or int8, which pack Conv1D too."
+        )
+    # torchao would change torch's settings for compiling and for float32 products, of all that runs in this process
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=whole)
+
+
+def need(package: str, wanted_by: str) -> None:
+    """Raises SettingError if a package that packs weights or optimizer states is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise SettingError(
+            f"{wanted_by} needs {package}, which is missing: pip install 'shoestring[{PACKAGES[package]}]'"
+        )
 
 
 def kept_whole(model: Any) -> list[str]:
@@ -93,15 +120,22 @@ def kept_whole(model: Any) -> list[str]:
 
 
 def keep_training_layout(model: nn.Module) -> None:
-    """Never let 4-bit layers take up the other order of weights that bitsandbytes has for inference on some CPUs.
+    """Make packed layers ready to train through: bitsandbytes' keep their order of weights, torchao's keep no copy.
 
-    They would take it at the first evaluation, or where a technique runs a block without gradients, and keep it, and
-    in that order a product gives its input no gradient, without a word.
+    4-bit layers have another order of weights for inference on some CPUs. They would take it at the first evaluation,
+    or where a technique runs a block without gradients, and keep it, and in that order a product gives its input no
+    gradient, without a word. For torchao's layers, see torchao_layers.py.
     """
+    from torch import nn
+
+    from .torchao_layers import PackedLinear, is_packed
+
     layers: Iterable[Any] = model.modules()
     for module in layers:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if type(module) is nn.Linear and is_packed(module.weight):
+            module.__class__ = PackedLinear
 
 
 def numbers_in(parameter: torch.Tensor) -> int:

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from .. import __version__
 from ..errors import RunFailed, SettingError
@@ -27,6 +35,7 @@ from ..technique import plain
 from . import checkpoints, output
 from .checks import GradientCheck
 from .data import load_splits
+from .low_bit_optimizers import check_optimizer, note_on
 from .observe import StepMemory, StepShape, StepTimes, StopWhenAsked
 from .quantised import numbers_in
 from .report import Report, median
@@ -156,6 +165,7 @@ def prepare(
     task = TASKS[settings.task](settings)
     recipe = settings.build_recipe()
     task.set_up_recipe(recipe)
+    _try_optimizer(settings, say)
     seed = int(settings.train.get("seed", 42))
     say(f"Loading data {settings.data.train}")
     data = load_splits(settings.data, seed)
@@ -193,6 +203,16 @@ def prepare(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     return Ready(settings, task, data, attached_to(model), trainer)
+
+
+def _try_optimizer(settings: RunSettings, say: Callable[[str], None]) -> None:
+    """Refuse an optimizer that does not run here, before anything is loaded."""
+    chosen = {name: settings.train[name] for name in ("optim", "optim_args") if name in settings.train}
+    use_cpu = settings.train.get("use_cpu", not torch.cuda.is_available())
+    arguments = TrainingArguments(output_dir=settings.output_dir, use_cpu=use_cpu, **chosen)
+    check_optimizer(arguments)
+    if note := note_on(arguments):
+        say(note)
 
 
 def measure(

@@ -25,7 +25,7 @@ from shoestring.errors import SettingError, did_you_mean
 
 from .marked_yaml import KeyPath, MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
 from .overrides import apply_override
-from .quantised import Quantization, check_adapters
+from .quantised import NO_TRAINING, Quantization, check_adapters
 from .train_fields import field_types, read_train_field, shown
 
 if TYPE_CHECKING:
@@ -54,8 +54,15 @@ class ModelSettings(_Section):
     )
     quantization: Quantization | None = Field(
         None,
-        description="pack the frozen weights of linear layers: nf4 in 4 bit, int8 in 8; empty: as saved",
+        description="pack the frozen weights of linear layers: nf4 (4 bit), int8 or torchao-int8; empty: as saved",
     )
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _can_train(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in NO_TRAINING:
+            raise ValueError(NO_TRAINING[value])
+        return value
 
 
 class DataSettings(_Section):
@@ -349,7 +356,7 @@ def _explain(found: Any, run: MarkedYaml) -> Problem:
         "string_too_short": "not empty",
     }
     if kind not in words:
-        return place, f"{key}: {found['msg']}, got {shown(found['input'])}."
+        return place, f"{key}: {found['msg'].removeprefix('Value error, ')}, got {shown(found['input'])}."
     if kind == "string_type" and place.text and found["input"] is not None:
         return (
             place,
