@@ -150,7 +150,14 @@ class Recipe:
 class Attached:
     """A recipe at work on one model: its own copies of the techniques, their events, what trains, saving and undo."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, data: Mapping[str, Any] | None = None, processor: Any = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        data: Mapping[str, Any] | None = None,
+        processor: Any = None,
+        saved: Path | None = None,
+    ):
         if find_attached(model) is not None:
             raise ValueError("This model has a recipe attached already; call Recipe.remove(model) first.")
         self.recipe = recipe
@@ -173,6 +180,9 @@ class Attached:
                     )
                 for technique in self.techniques:
                     technique.see_data(data, processor)
+            if saved is not None:
+                for index, technique in enumerate(self.techniques):
+                    technique.see_saved(self._folder(saved, index))
             for technique in self.techniques:
                 model = self._undo.enter_context(technique.attach(model))
                 if technique.phase == Phase.PRUNING:  # takes weights away for its time, and brings them back itself
@@ -388,7 +398,8 @@ def load(
 
     Raises SettingError if the folder holds no recipe, or one that this version cannot read.
     """
-    attached = Attached(read_recipe(Path(folder)), base_model, {} if data is None else data, processor)
+    folder = Path(folder)
+    attached = Attached(read_recipe(folder), base_model, {} if data is None else data, processor, saved=folder)
     try:
         attached.restore(folder)
     except BaseException:

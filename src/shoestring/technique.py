@@ -86,6 +86,9 @@ class Events:
         """Whether `see_data` does anything, so that data must be there before the recipe is attached."""
         return type(self).see_data is not Events.see_data
 
+    def see_saved(self, folder: Path) -> None:
+        """Before attaching, where `restore` will follow: look at what was saved into `folder`."""
+
     def on_attached(self, model: nn.Module) -> None:
         """All techniques of the recipe are attached; refuse what they made of the model, where it does not fit."""
 

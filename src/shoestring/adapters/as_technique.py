@@ -125,6 +125,10 @@ class PeftTechnique(Technique):
         """Pass on to the config."""
         self._events.see_data(splits, processor)
 
+    def see_saved(self, folder: Path) -> None:
+        """Pass on to the config."""
+        self._events.see_saved(folder)
+
     def on_attached(self, model: nn.Module) -> None:
         """Pass on to the config."""
         self._events.on_attached(model)

@@ -19,6 +19,7 @@ import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,10 +43,14 @@ PRECISION = 1e-9  # of ratio times count, so that a product that is whole but fo
 
 
 class S2FT(Adapter):
-    """The change D of some columns or rows of one layer; `indices`: which, in the layer as the model was loaded."""
+    """The change D of some columns or rows of one layer.
+
+    indices: which, in the layer as the model was loaded; saved with D. now: the same where the base is permuted.
+    """
 
     name = "s2ft"
     indices: Tensor
+    now: Tensor
 
     def __init__(
         self, base: nn.Module, config: "S2FTConfig", part: Part, units: Sequence[int], moved: dict[int, int] | None
@@ -66,25 +71,24 @@ class S2FT(Adapter):
         return (out_features, num_places) if self.dim else (num_places, in_features)
 
     def _look_at(self, places: list[int]) -> None:
-        """Note where `places` are under a permutation, as a slice if they are one."""
-        self.now: slice | list[int] | None = None
+        """Note where `places` are under a permutation."""
         if self.moved is not None:
             now = [self.moved[place] for place in places]
-            adjacent = now == list(range(now[0], now[0] + len(now)))
-            self.now = slice(now[0], now[0] + len(now)) if adjacent else now
+            self.adjacent = now == list(range(now[0], now[0] + len(now)))
+            self.register_buffer("now", torch.tensor(now, device=self.indices.device), persistent=False)
+            self.first = now[0]
 
     @property
     def part(self) -> Tensor | slice:
-        """Which columns or rows of the weight as it stands."""
-        if isinstance(self.now, list):
-            return torch.tensor(self.now, device=self.indices.device)
-        return self.indices if self.now is None else self.now
+        """Which columns or rows of the weight as it stands, as a slice if they are adjacent."""
+        if self.moved is None:
+            return self.indices
+        return slice(self.first, self.first + len(self.indices)) if self.adjacent else self.now
 
     @property
     def part_indices(self) -> Tensor:
         """`part` as numbers."""
-        part = self.part
-        return torch.arange(part.start, part.stop, device=self.delta.device) if isinstance(part, slice) else part
+        return self.indices if self.moved is None else self.now
 
     def linear(
         self, x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
@@ -177,7 +181,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
         for name, ratio in ratios.items():
             if not 0 <= ratio <= 1:
                 raise ValueError(f"{name} of s2ft must be in (0, 1], or 0 to train none, got {ratio}.")
-        if not any(ratios.values()):
+        if not any(ratios.values()) and self.selected is None:
             raise ValueError(f"s2ft has nothing to train: {', '.join(ratios)} are all 0; set one of them.")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection of s2ft must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
@@ -190,12 +194,22 @@ class S2FTConfig(Calibrated, AdapterConfig):
 
     def ratio(self, role: Role) -> float:
         """The share of units of one role that train."""
-        return getattr(self, f"{role}_ratio")
+        return float(getattr(self, f"{role}_ratio"))
 
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Draw calibration rows, where the selection needs them."""
         if self.needs_data:
             super().see_data(splits, processor)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether the selection needs any."""
+        return self.needs_data
+
+    def see_saved(self, folder: Path) -> None:
+        """Select what was selected when the adapter was saved."""
+        saved = type(self).from_pretrained(str(folder))
+        self.selected, self.target_modules = saved.selected, saved.target_modules
 
     @property
     def needs_data(self) -> bool:
@@ -289,7 +303,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
                 what = "heads" if parts[0].width > 1 else "channels"
                 raise SettingError(
                     f"{role}_ratio of s2ft is {self.ratio(role)}, which is less than one of the {len(units)} {what} of "
-                    f"{len(parts)} layers: set it to {1 / len(units):.2g} or more, or to 0 to train none."
+                    f"{len(parts)} layers: set it to 1/{len(units)} or more, or to 0 to train none."
                 )
             if self.selection == "random" or not has_all_values(model) or (self.needs_data and self.values_follow):
                 picked = random.Random(f"{self.seed} {role}").sample(units, count)
