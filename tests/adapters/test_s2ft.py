@@ -239,6 +239,24 @@ def test_activations_over_calibration_rows_choose_channels(selection: str, tmp_p
     assert torch.equal(logits(load(decoder(), tmp_path).eval()), expected), "loaded without the data"
 
 
+def test_gradients_over_calibration_rows_choose_heads():
+    model, rows = decoder().eval(), DECODER.data()["train"]
+    weights = {f"model.layers.{i}.self_attn.o_proj": model.model.layers[i].self_attn.o_proj.weight for i in range(2)}
+    squares = {name: torch.zeros(4) for name in weights}
+    for row in rows:
+        real = {name: value[row["attention_mask"] > 0][None] for name, value in row.items()}
+        for name, gradient in zip(
+            weights, torch.autograd.grad(model(**real).loss, list(weights.values())), strict=True
+        ):
+            squares[name] += gradient.square().sum(0).view(4, 6).sum(1)
+    scores = {(name, head): float(s[head].sqrt() / s.sqrt().mean()) for name, s in squares.items() for head in range(4)}
+    largest = sorted(scores, key=scores.get)[-2:]
+    config = S2FTConfig(o_ratio=0.25, down_ratio=0, selection="gradient", calibration_rows=len(rows))
+    config.see_data({"train": rows})
+    selected = get_peft_model(model, config).peft_config["default"].selected
+    assert sorted((name, head) for name, heads in selected.items() for head in heads) == sorted(largest)
+
+
 def test_without_calibration_data_it_says_how_to_give_some():
     with pytest.raises(SettingError, match=r"s2ft is calibrated on data.*see_data"):
         get_peft_model(decoder(), S2FTConfig(**ALL, selection="activation"))
@@ -522,7 +540,7 @@ def test_the_packaged_encoder_learns_and_is_saved_and_loaded(tmp_path: Path):
             {"o_ratio": 0, "down_ratio": 0},
             "s2ft has nothing to train: o_ratio, down_ratio, v_ratio, up_ratio are all 0",
         ),
-        ({"selection": "gradient"}, "selection of s2ft must be one of random, weight, activation, product, got 'grad"),
+        ({"selection": "loss"}, "selection of s2ft must be one of random, weight, activation, .* got 'loss'"),
         ({"end": "top"}, "end of s2ft must be 'large' or 'small', got 'top'"),
         ({"permute": True, "bias": "all"}, "bias of s2ft must be 'none' with permute, which moves biases too"),
     ],
@@ -535,6 +553,12 @@ def test_wrong_settings_are_refused_by_name(settings: dict[str, Any], message: s
 def no_head_size() -> nn.Module:
     model = decoder()
     del model.model.layers[1].self_attn.head_dim
+    return model
+
+
+def tied_gates() -> nn.Module:
+    model = decoder()
+    model.model.layers[1].mlp.gate_proj.weight = model.model.layers[0].mlp.gate_proj.weight
     return model
 
 
@@ -581,7 +605,12 @@ def tied_feedforwards() -> nn.Module:
             {"permute": True},
             r"self_attn cannot be permuted: q_norm has a weight of its own",
         ),
-        (tied_feedforwards, {"permute": True}, r"mlp.down_proj cannot be permuted: .* hold the same weight"),
+        (
+            tied_feedforwards,
+            {},
+            r"mlp.down_proj in place, and its weight is held by .*0.mlp.down_proj and .*1.mlp.down_proj",
+        ),
+        (tied_gates, {"permute": True}, r"mlp.gate_proj cannot be permuted: .* hold the same weight"),
         (
             two_layers,
             {"permute": True, "target_modules": ["first"]},

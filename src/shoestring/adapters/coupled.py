@@ -151,6 +151,14 @@ def layer_at(model: nn.Module, name: str) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
+def holders(model: nn.Module, layer: nn.Module) -> list[str]:
+    """The modules that hold the weight of `layer`, by name."""
+    weight = layer._parameters.get("weight")
+    return [
+        name for name, m in model.named_modules() if any(p is weight for p in m._parameters.values() if p is not None)
+    ]
+
+
 def _sizes(parent: nn.Module, name: str) -> tuple[int, int]:
     return linear_sizes(layer_at(parent, name))
 
@@ -274,9 +282,8 @@ def check_movable(model: nn.Module, structure: Structure) -> None:
     for name, layer in layers.items():
         if not isinstance(layer, (nn.Linear, Conv1D)) or not layer.weight.is_floating_point():
             raise SettingError(f"{name} is quantised and cannot be permuted: {type(layer).__name__}{hint}.")
-        holders = [n for n, m in model.named_modules() if any(p is layer.weight for p in m._parameters.values())]
-        if len(holders) > 1:
-            raise SettingError(f"{name} cannot be permuted: {' and '.join(holders)} hold the same weight{hint}.")
+        if len(held := holders(model, layer)) > 1:
+            raise SettingError(f"{name} cannot be permuted: {' and '.join(held)} hold the same weight{hint}.")
     width = structure.parts[0].width
     around = model.get_submodule(structure.name)
     own = {id(p) for layer in layers.values() for p in layer.parameters()}

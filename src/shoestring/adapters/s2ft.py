@@ -12,7 +12,7 @@ Costs    o, down: X[:, c] is kept, X is not. v, up: X is kept. The products of t
          gather columns takes a thousandth of that, so their order is left as it is. `permute` makes slices of them
 Differs  the paper permutes always; here the same weights train with the base untouched, and grouped heads can be
          selected one by one. Scores are divided by their mean over the layer before layers are compared, as raw norms
-         would give one depth all; the paper leaves this open. Selection by gradients is not offered
+         would give one depth all; the paper leaves this open
 """
 
 import copy
@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
+from ..quantisation.gradients import column_gradients
 from .base import AdaptedLinear, Adapter, AdapterConfig, has_linear_weight, linear_sizes, register
-from .coupled import Order, Part, Role, Structure, check_movable, find_structures, layer_at, order_of
+from .coupled import Order, Part, Role, Structure, check_movable, find_structures, holders, layer_at, order_of
 from .partial_linear import partial_linear
 from .placement import place_in_stack
 
-SELECTIONS = ("random", "weight", "activation", "product")
+SELECTIONS = ("random", "weight", "activation", "product", "gradient")
 TRAINED: tuple[Role, ...] = ("o", "down", "v", "up")
 PRECISION = 1e-9  # of ratio times count, so that a product that is whole but for rounding is taken as it is
 
@@ -154,12 +155,15 @@ class S2FTConfig(Calibrated, AdapterConfig):
     down_ratio, up_ratio: share of the feed-forward channels that train: columns of down, rows of up.
         0 <= ratio <= 1, and above 0 at least one of all heads or channels.
     selection: "random"; or by score: "weight", the norm of what would train; "activation", the root mean square of
-        what o or down reads from a unit, over calibration rows; "product" of both.
+        what o or down reads from a unit, over calibration rows; "product" of both; "gradient", the norm of the
+        gradients of a unit's columns of o or down, row by row.
     end: "large" or "small" scores.
     seed: of the random selection, apart from torch's.
     permute: move the selected units together in the base for the time of training, and back after. The outputs are the
         same but for rounding. It is seldom faster.
     selected: heads or channels by layer, in place of ratios and selection; filled in when the adapter is made.
+    calibration_rows, calibration_max_tokens, calibration_seed: of the selections that look at data: how many rows, cut
+        to how many tokens, which ones.
 
     Raises ValueError for values out of range and unknown words.
     """
@@ -169,7 +173,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
     down_ratio: float = 0.02
     v_ratio: float = 0.0
     up_ratio: float = 0.0
-    selection: Literal["random", "weight", "activation", "product"] = "random"
+    selection: Literal["random", "weight", "activation", "product", "gradient"] = "random"
     end: Literal["large", "small"] = "large"
     seed: int = 0
     permute: bool = False
@@ -213,8 +217,8 @@ class S2FTConfig(Calibrated, AdapterConfig):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the selection looks at activations."""
-        return self.selection in ("activation", "product")
+        """Whether the selection looks at data."""
+        return self.selection in ("activation", "product", "gradient")
 
     def default_targets(self, model: nn.Module) -> set[str]:
         """The layers of known structures whose ratio is above 0, in the blocks asked for.
@@ -247,21 +251,23 @@ class S2FTConfig(Calibrated, AdapterConfig):
         if self.selected is None:
             _maybe_include_all_linear_layers(self, model)
             layers = {name: layer_at(model, name) for name in self.layers_in(model)}
-            self._parts = self._parts_of(structures, layers)
+            self._parts = self._parts_of(model, structures, layers)
             if not self._parts:
                 return  # what targets there are, peft or the base refuses
             self.selected = self._select(model, structures)
             self.target_modules = {*self.selected, *(name for name in layers if name not in self._parts)}
             self._parts = {name: self._parts[name] for name in self.selected}
         else:
-            self._parts = self._parts_of(structures, {name: layer_at(model, name) for name in self.selected})
+            self._parts = self._parts_of(model, structures, {name: layer_at(model, name) for name in self.selected})
         if self.permute:
             self._move(model, structures)
 
-    def _parts_of(self, structures: Sequence[Structure], layers: Mapping[str, nn.Module]) -> dict[str, Part]:
+    def _parts_of(
+        self, model: nn.Module, structures: Sequence[Structure], layers: Mapping[str, nn.Module]
+    ) -> dict[str, Part]:
         """What can train in each of `layers`.
 
-        Raises SettingError for layers that train nothing by themselves, or by the ratios.
+        Raises SettingError for layers that train nothing by themselves or by the ratios, and for tied ones.
         """
         known = {part.layer: part for s in structures for part in s.parts if part.role not in TRAINED}
         known |= {part.layer: part for s in structures for part in s.parts if part.role in TRAINED}
@@ -286,6 +292,11 @@ class S2FTConfig(Calibrated, AdapterConfig):
                     f"{name} has no heads or channels that can be paired: {why}. Set {part.role}_ratio of s2ft to 0, "
                     "or list the layer in exclude_modules."
                 )
+            if len(held := holders(model, layer)) > 1:
+                raise SettingError(
+                    f"s2ft changes {name} in place, and its weight is held by {' and '.join(held)} together: untie "
+                    "them first, or list the layer in exclude_modules."
+                )
             parts[name] = part
         return parts
 
@@ -296,10 +307,11 @@ class S2FTConfig(Calibrated, AdapterConfig):
         """
         chosen: dict[str, list[int]] = {}
         for role in TRAINED:
-            parts = [part for part in self._parts.values() if part.role == role]
+            if not (parts := [part for part in self._parts.values() if part.role == role]):
+                continue
             units = [(part.layer, unit) for part in parts for unit in range(part.num_units)]
             count = int(self.ratio(role) * len(units) + PRECISION)
-            if units and not count:
+            if not count:
                 what = "heads" if parts[0].width > 1 else "channels"
                 raise SettingError(
                     f"{role}_ratio of s2ft is {self.ratio(role)}, which is less than one of the {len(units)} {what} of "
@@ -318,22 +330,27 @@ class S2FTConfig(Calibrated, AdapterConfig):
     def _scores(self, model: nn.Module, structures: Sequence[Structure], parts: Sequence[Part]) -> list[float]:
         """Of every unit of every part, in order, over the mean of its layer."""
         readers = {p.layer: _reader(structures, p) for p in parts}
-        activations: dict[str, Tensor] = {}
-        if self.needs_data:
-            layers = {reader.layer: model.get_submodule(reader.layer) for reader in readers.values()}
-            for name, moments in self.moments(model, layers):
-                activations[name] = moments.total.diagonal() / moments.count
+        squares = self._squares(model, [reader.layer for reader in readers.values()])
         scores: list[float] = []
         for part in parts:
             score = torch.ones(part.num_units, dtype=torch.float64)
-            if self.selection != "activation":
+            if self.selection in ("weight", "product"):
                 score = score * _norms(model, part)
             if self.needs_data:
-                reader = readers[part.layer]
-                squares = activations[reader.layer].cpu()
-                score = score * squares.view(part.num_units, -1).mean(1).sqrt()
+                read = squares[readers[part.layer].layer].double().cpu()
+                score = score * read.view(part.num_units, -1).mean(1).sqrt()
             scores += (score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)).tolist()
         return scores
+
+    def _squares(self, model: nn.Module, readers: Sequence[str]) -> dict[str, Float[Tensor, " in"]]:
+        """Of each input of o or down, over the calibration rows: its mean square, or that of its column's gradient."""
+        layers = {name: model.get_submodule(name) for name in readers}
+        if self.selection == "gradient":
+            rows = self.rows_drawn()
+            return column_gradients(model, layers, rows, len(rows), max_tokens=self.calibration_max_tokens)
+        if self.needs_data:
+            return {name: each.total.diagonal() / each.count for name, each in self.moments(model, layers)}
+        return {}
 
     def _move(self, model: nn.Module, structures: Sequence[Structure]) -> None:
         """Move the selected units of each structure together.
