@@ -15,6 +15,8 @@ CASES = {
     "hut-literal": ("hut", {"r": 3, "form": "literal"}),
     "s2_lora": ("s2_lora", {"r": 3, "alpha": 5}),
     "s2_lora-adalora": ("s2_lora", {"r": 3, "init": "adalora"}),
+    "l4q": ("l4q", {"r": 3, "group_size": 8}),
+    "l4q-3-bit": ("l4q", {"r": 2, "bits": 3, "group_size": 4, "alpha": 3.0, "learn_offset": False}),
     "s2ft": ("s2ft", {"down_ratio": 0.2, "v_ratio": 0.5}),
     "s2ft-weight": ("s2ft", {"down_ratio": 0.15, "v_ratio": 0.5, "selection": "weight", "end": "small"}),
     "snell": ("snell", {"r": 4, "sparsity": 0.5}),

@@ -4,6 +4,7 @@ from .alore import ALoRE, ALoREConfig
 from .base import Adapter, AdapterConfig, register
 from .bottleneck import Bottleneck, BottleneckConfig
 from .hut import HUT, HUTConfig
+from .l4q import L4Q, L4QConfig
 from .mola import MoLA, MoLAConfig
 from .nera import NeRA, NeRAConfig
 from .paca import PaCA, PaCAConfig
@@ -16,6 +17,7 @@ from .wara import WaRA, WaRAConfig
 
 __all__ = [
     "HUT",
+    "L4Q",
     "S2FT",
     "SNELL",
     "SNELLA",
@@ -26,6 +28,7 @@ __all__ = [
     "Bottleneck",
     "BottleneckConfig",
     "HUTConfig",
+    "L4QConfig",
     "MoLA",
     "MoLAConfig",
     "NeRA",

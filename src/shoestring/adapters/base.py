@@ -529,7 +529,7 @@ class AdaptedLinear(AdaptedLayer):
     @property
     def is_packable(self) -> bool:
         """Whether it has an adapter of a method that gives `packed`."""
-        return any(type(adapter).packed is not Adapter.packed for adapter in self.adapters.values())
+        return any(type(a).packed is not Adapter.packed for a in self.adapters.values())  # type: ignore[attr-defined]
 
     def packed_layer(self) -> nn.Module:
         """The layer with packed integers that stands for this one.

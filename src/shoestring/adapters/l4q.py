@@ -2,7 +2,7 @@ r"""L4Q: low-rank factors and a grid of few bits learned together, the weight me
 
 Source   Jeon, Kim, Kim 2024, arXiv:2402.04902 (ACL 2025)
 Update   W_c = W + s B A    w = (W_c - b) / t    n = round(clamp(w, Q_N, Q_P))    W' = t n + b
-         t = exp(u) the step and b = t z the offset of a group of g weights along in; Q_N = -2^(bits - 1), Q_P = -Q_N - 1
+         t = exp(u) the step, b = t z the offset of a group of g weights along in; Q_N = -2^(bits - 1), Q_P = -Q_N - 1
          straight through the rounding, with D = dL/dW' = dY^T X and I = 1 where Q_N <= w <= Q_P, else 0:
          dB = s (D I) A^T, dA = s B^T (D I), dt = sum over the group of D (n - w I), db = that of D (1 - I), dX = dY W'
 Shapes   W, w, n, D, I [out, in], A [r, in], B [out, r], u and z [out, in / g]

@@ -31,6 +31,7 @@ class PackedLinear(nn.Module):
     codes: Tensor
     step: Tensor
     offset: Tensor | None
+    _like: Tensor  # empty; its dtype follows the model's
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from accelerate import init_empty_weights
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,7 @@ def pack_model(model: nn.Module) -> nn.Module:
 
     model: one with adapters, as peft or a recipe made it. What is packed can not be trained on or taken back.
 
-    Raises ValueError if there is no such adapter, or one is not in effect.
+    Raises ValueError if there is no such adapter, one is not in effect, or others cannot be merged.
     """
     packable = [name for name, module in model.named_modules() if getattr(module, "is_packable", False)]
     if not packable:
@@ -72,6 +73,8 @@ def pack_model(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no layer to pack: no adapter on it has a form in packed integers. Methods "
             "that have one say so in their documentation."
         )
+    wrappers = [module for module in model.modules() if isinstance(module, PeftModel)]
+    _check_others_can_merge(model, wrappers)
     for name in packable:
         layer: Any = model.get_submodule(name)
         try:
@@ -80,9 +83,18 @@ def pack_model(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name}: {error}") from error
         del layer
         model.set_submodule(name, packed.train(model.training))
-    while hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    return model
+    if not wrappers:
+        return model
+    merged: Any = wrappers[-1].merge_and_unload()  # the innermost holds the layers of all
+    return merged
+
+
+def _check_others_can_merge(model: nn.Module, wrappers: list[PeftModel]) -> None:
+    if any(wrapper.active_peft_config.is_prompt_learning for wrapper in wrappers):
+        raise ValueError("Learned prompts are no part of a layer, and would be lost: train without them to pack.")
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), BaseTunerLayer):
+            raise ValueError(f"{name} has adapters of two kinds, one over the other, of which only one can be merged.")
 
 
 def save_packed(model: nn.Module, folder: str | Path) -> None:
