@@ -24,6 +24,8 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "tiny": {"form": "tiny", "r": 1},
     },
     "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
+    # 5 divides the 10, 20 and 5 inputs
+    "l4q": {"4 bits": {"r": 2, "group_size": 5}, "3 bits": {"r": 2, "bits": 3, "group_size": 5, "learn_offset": False}},
     # layers of peft's tests have sizes of one prime factor, and its large steps take a transform with noise to infinity
     "tlora": {
         "ring": {"r": 1, "strict": False, "init": "paper"},
@@ -34,6 +36,8 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "per expert": {"r": 5, "num_experts": 5, "aggregate": "per_expert", "has_bias": True},
     },
     "mola": {"two of three": {"r": 2, "experts": 3}, "all of two": {"r": 2, "experts": 2}},
+    # Conv1D has 5 inputs, of which some must be chosen
+    "s2ft": {"random": {"down_ratio": 0.5}, "by weight": {"down_ratio": 0.4, "selection": "weight"}},
     # of the 5 weights of Conv1D some must be left
     "snell": {"soft": {"r": 2, "sparsity": 0.3}, "hard": {"r": 4, "sparsity": 0.3, "gate": "hard"}},
     "bottleneck": {
