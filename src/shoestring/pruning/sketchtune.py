@@ -9,10 +9,12 @@ Trains   out groups 2^bits numbers a layer, in float32
 Costs    in memory and in files out in bits / 8 + 4 out groups 2^bits bytes a layer in place of its weight. Building:
          the calibration rows are run once for every 4 GiB of moments, 8 in^2 bytes a layer
 Kind     what of the model is there at all: the weights are given up, which an adapter's must not be, since peft goes
-         back to them to disable, switch, merge and unload. When the technique is removed, the layers are linear ones
-         again, with the weights that the trained sketch stands for
+         back to them to disable, switch, merge and unload. When the technique is removed, the layers are linear
+         ones again, with the weights that the trained sketch stands for. A model that was stored as sketches
+         (`quantisation.save_packed`) is taken as it is, without data and without its original weights
 Differs  codes of 3 bits take 3 bits, not 4; gradients are summed by blocks of rows, with nothing of [batch, out, in];
-         layers measured in a later run over the data see those before them as sketches; columns are swept in order
+         layers measured in a later run over the data see those before them as sketches; columns are swept in order,
+         and count in k-means as in the sweep (exponent 2, the authors 4)
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class SketchTune(Calibrated, Technique):
     exclude_modules: list[str] | str | None = None
     calibrate: bool = True
     damping: float = 0.01
-    exponent: float = 4.0
+    exponent: float = 2.0
     sweep: bool = True
     train_head: bool = True
     seed: int = 0
@@ -125,7 +127,7 @@ class SketchTune(Calibrated, Technique):
         """
         chosen = self._chosen(model)
         trained = [(p, p.requires_grad) for p in model.parameters()]
-        self._layers, self._replaced = {}, {}
+        self._replaced = {}
         with ExitStack() as undo:
             undo.callback(lambda: [p.requires_grad_(on) for p, on in trained])
             if self._decides_what_trains:
@@ -196,6 +198,9 @@ class SketchTune(Calibrated, Technique):
             )
         holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
         for name, layer in chosen.items():
+            if isinstance(layer, SketchedLinear):
+                self._check_sketch(name, layer)
+                continue
             _check_layer(name, layer, model.get_submodule(name.rpartition(".")[0]))
             if holders[id(layer.weight)] > 1:
                 raise SettingError(
@@ -208,6 +213,14 @@ class SketchTune(Calibrated, Technique):
                 raise SettingError(f"{name}: {error}") from error
         return chosen
 
+    def _check_sketch(self, name: str, layer: SketchedLinear) -> None:
+        """Take a sketch as it is, of a model that was stored so, where the settings are those it was made with."""
+        if (layer.bits, layer.groups) != (self.bits, self.groups):
+            raise SettingError(
+                f"{name} is a sketch of {layer.bits} bits and {layer.groups} groups already, and sketchtune is to make "
+                f"one of {self.bits} and {self.groups}: give the settings that it was made with, or the original model."
+            )
+
     def _build(self, undo: ExitStack, model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         """Replace the layers, one by one."""
         places = defaultdict(list)
@@ -216,13 +229,15 @@ class SketchTune(Calibrated, Technique):
                 places[id(child)].append((parent, key))
         valueless = not all(has_values(p) for p in model.parameters())
         builds = not (valueless or self.values_follow)
-        moments: Iterator[tuple[str, Moments | None]] = ((name, None) for name in chosen)
-        if builds and self.calibrate:
-            moments = self.moments(model, chosen)
-        for name, seen in tqdm(moments, "Sketches", len(chosen), unit="layer", delay=SECONDS_BEFORE_A_BAR, leave=False):
-            layer = chosen[name]
-            sketch = SketchedLinear(linear_sizes(layer), self.bits, self.groups, layer.weight, layer.bias)
-            self._layers[name], self._replaced[name] = sketch.train(layer.training), layer
+        self._layers = {name: layer for name, layer in chosen.items() if isinstance(layer, SketchedLinear)}
+        dense = {name: layer for name, layer in chosen.items() if name not in self._layers}
+        moments: Iterator[tuple[str, Moments | None]] = ((name, None) for name in dense)
+        if builds and self.calibrate and dense:
+            moments = self.moments(model, dense)
+        for name, seen in tqdm(moments, "Sketches", len(dense), unit="layer", delay=SECONDS_BEFORE_A_BAR, leave=False):
+            layer = dense[name]
+            sketch = self._empty_sketch(layer)
+            self._layers[name], self._replaced[name] = sketch, layer
             undo.callback(_put_weight_back, name, layer, sketch)
             if builds:
                 sketch.fill(*self._sketch_of(name, layer, seen))
@@ -231,6 +246,12 @@ class SketchTune(Calibrated, Technique):
             for parent, key in places[id(layer)]:
                 parent._modules[key] = sketch
                 undo.callback(parent._modules.__setitem__, key, layer)
+
+    def _empty_sketch(self, layer: Any) -> SketchedLinear:
+        rows, columns = linear_sizes(layer)
+        bias, weight = layer.bias is not None and layer.bias, layer.weight
+        sketch = SketchedLinear(columns, rows, self.bits, self.groups, bias, weight.dtype, weight.device)
+        return sketch.train(layer.training)
 
     @torch.no_grad()
     def _sketch_of(self, name: str, layer: nn.Module, seen: Moments | None) -> Sketch:
@@ -253,10 +274,10 @@ class SketchTune(Calibrated, Technique):
 
     def _fill_in_place_of_weight(self, name: str) -> None:
         """Mark the sketch as filled, and let go of the weight that it stands for."""
-        weight: Any = self._replaced[name].weight
         self._layers[name].filled = True
-        weight.requires_grad_(False)
-        if weight.numel():
+        weight: Any = getattr(self._replaced.get(name), "weight", None)
+        if weight is not None and weight.numel():
+            weight.requires_grad_(False)
             replace_data(weight, weight.detach().new_empty(0))
 
 
@@ -290,8 +311,6 @@ def _check_layer(name: str, layer: nn.Module, parent: nn.Module) -> None:
 
     Raises SettingError.
     """
-    if isinstance(layer, SketchedLinear):
-        raise SettingError(f"{name} is a sketch already: remove the recipe that made it first.")
     if resolve_quantization_backend(layer) is not None or (
         has_linear_weight(layer) and not layer.weight.is_floating_point()  # type: ignore[operator]
     ):

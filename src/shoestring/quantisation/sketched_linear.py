@@ -13,7 +13,7 @@ Differs  the authors' kernels add to the tables by atomics; here sums have one o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ..adapters.base import autocast_dtype, autocast_off
+from .packed_model import packed_layer
 from .packing import pack, packed_size, unpack
 
 BLOCK_NUMBERS = 1 << 20  # weights that are there at once
@@ -95,25 +96,56 @@ def sketched_linear(
         return y if bias is None else y + bias.to(y.dtype)
 
 
+@packed_layer("sketch")
 class SketchedLinear(nn.Linear):
-    """An `nn.Linear` with tables and codes in place of its weight, without values until they are set.
+    """An `nn.Linear` with tables and codes in place of its weight.
 
-    bias: of the layer that it stands for; the same parameter.
-    tables: in float32 or wider, for steps of training are smaller than what 16 bits can tell apart.
-    filled: whether tables and codes hold values.
+    bias: a new one, the parameter of the layer that it stands for, or none.
+    dtype: of the weight that it stands for. The tables are in float32 or wider, whatever the layer is cast to, for
+        steps of training are smaller than what 16 bits can tell apart.
+    filled: whether tables and codes hold values, or are about to get them from a state dict.
     """
 
-    def __init__(self, sizes: tuple[int, int], bits: int, groups: int, like: Tensor, bias: nn.Parameter | None):
+    codes: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        groups: int,
+        bias: nn.Parameter | bool,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ):
         nn.Module.__init__(self)  # that of nn.Linear makes a weight
-        self.out_features, self.in_features = sizes
-        self.bits, self.groups, self.dtype, self.filled = bits, groups, like.dtype, False
-        wide = torch.promote_types(like.dtype, torch.float32)
-        empty = torch.zeros(self.out_features, groups, 1 << bits, dtype=wide, device=like.device)
-        self.tables = nn.Parameter(empty)
-        size = packed_size(self.in_features, bits)
-        self.register_buffer("codes", torch.zeros(self.out_features, size, dtype=torch.uint8, device=like.device))
-        self.codes: Tensor
-        self.register_parameter("bias", bias)
+        self.in_features, self.out_features, self.bits, self.groups = in_features, out_features, bits, groups
+        self.dtype, self.filled = dtype, False
+        wide = torch.promote_types(dtype, torch.float32)
+        self.tables = nn.Parameter(torch.zeros(out_features, groups, 1 << bits, dtype=wide, device=device))
+        codes = torch.zeros(out_features, packed_size(in_features, bits), dtype=torch.uint8, device=device)
+        self.register_buffer("codes", codes)
+        if bias is True:
+            bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+        self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` builds an empty layer of its sizes from, as plain data."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "groups": self.groups,
+            "bias": self.bias is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> SketchedLinear:
+        """A layer whose values are to be loaded."""
+        layer = cls(**{**settings, "dtype": getattr(torch, settings["dtype"])})
+        layer.filled = True
+        return layer
 
     @torch.no_grad()
     def fill(self, tables: Float[Tensor, "out groups k"], codes: UInt8[Tensor, "out in"]) -> None:
@@ -136,6 +168,14 @@ class SketchedLinear(nn.Linear):
         if not self.filled:
             raise ValueError("This sketch holds no values: restore those that were saved, or build it from data.")
         return sketched_linear(input, self.tables, self.codes, self.bits, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SketchedLinear:
+        """As in torch; tables stay in float32 or wider."""
+        before = self.tables.detach()
+        super()._apply(fn, recurse)
+        if self.tables.dtype.itemsize < before.dtype.itemsize:
+            self.tables.data = before.to(self.tables.device)
+        return self
 
     def extra_repr(self) -> str:
         """Sizes, bits and groups."""
