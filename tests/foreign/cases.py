@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "sum": {"r": 5, "num_experts": 5},
         "per expert": {"r": 5, "num_experts": 5, "aggregate": "per_expert", "has_bias": True},
     },
+    "paca": {"random": {"r": 2}, "weight": {"r": 2, "selection": "weight"}},
     "mola": {"two of three": {"r": 2, "experts": 3}, "all of two": {"r": 2, "experts": 2}},
     # Conv1D has 5 inputs, of which some must be chosen
     "s2ft": {"random": {"down_ratio": 0.5}, "by weight": {"down_ratio": 0.4, "selection": "weight"}},

@@ -60,7 +60,8 @@ class PaCA(Adapter):
 
     def delta_output(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The same by a small product, beside layers in few bits and other adapters."""
-        return F.linear(x.index_select(-1, self.columns), self.delta * self.scale)
+        chosen = x.index_select(-1, self.columns)
+        return F.linear(chosen if self.scale == 1 else chosen * self.scale, self.delta)
 
     def linear(
         self, x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
@@ -99,13 +100,14 @@ def check_columns(columns: Tensor, size: tuple[int, int], layer: str) -> None:
         raise SettingError(f"{layer}: the saved columns of paca are not in ascending order, each once: damaged file.")
 
 
-def check_unshared(model: nn.Module, weight: Tensor) -> None:
-    """Refuse a weight that several modules hold.
+def check_unshared(model: nn.Module, layer: nn.Module) -> None:
+    """Refuse a layer whose weight other modules hold too.
 
     Raises ValueError with their names.
     """
+    weight = layer._parameters.get("weight")
     names = [name for name, m in model.named_modules() if any(p is weight for p in m._parameters.values())]
-    if len(names) > 1:
+    if weight is not None and len(names) > 1:
         raise ValueError(
             f"paca changes a weight in place, and this one is held by {' and '.join(names)} together: untie them "
             "first, or leave the layer out of target_modules."
@@ -180,7 +182,7 @@ class PaCAConfig(Calibrated, AdapterConfig):
                 f"r of paca is {self.r}, but this layer of {in_features} -> {out_features} has {in_features} columns; "
                 "lower r or leave the layer out of target_modules."
             )
-        check_unshared(model, base.weight)
+        check_unshared(model, base)
         if key in self._scores:
             return {"columns": largest(self._scores.pop(key), self.r).tolist()}
         return {"columns": sorted(Random(f"{self.seed} {key}").sample(range(in_features), self.r))}

@@ -47,7 +47,7 @@ def column_gradients(
         for name, layer in layers.items():
             undo.callback(layer.register_forward_hook(_watching(name, add)).remove)
         for index in tqdm(range(num_rows), desc="Gradients", unit="row", delay=SECONDS_BEFORE_A_BAR, leave=False):
-            _loss_of(model, rows[index], index, max_tokens).backward()  # type: ignore[no-untyped-call]
+            _loss_of(model, rows[index], index, max_tokens).backward()
     for name in layers:
         if name not in scores:
             raise SettingError(
