@@ -4,9 +4,9 @@ Update   W' = W but for W'[:, columns] = W[:, columns] + s D, or W'[rows] = W[ro
          dD = s dY^T x[..., columns], or s dY[..., rows]^T x     dx = dY W'
 Shapes   W [out, in], D [out, r] for r columns, [r, in] for r rows
 Costs    columns: x[..., columns] is kept, x is not; rows: x is kept. W' is formed in W itself and never kept: the part
-         is written in, the product taken, the part written back, once in forward and once in backward. A second small
-         product on top of x W^T costs up to 3 % more at r = 16, and rounds otherwise than a merged weight does; a
-         changed copy of W costs up to 6 % more, and memory
+         is written in, the product taken, the part written back, once in forward and once in backward. That gives the
+         bits of a merged weight and takes the same time for any number of tokens, so on a CPU a second small product
+         on top of x W^T is cheaper below some thousand tokens. A slice is written ten times faster than columns apart
 """
 
 from collections.abc import Callable, Iterator
