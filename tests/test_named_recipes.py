@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shoestring import Recipe, recipes
 from shoestring.errors import SettingError
+from shoestring.planning import predict
 from shoestring.recipe import attached_to
 from shoestring.training import RunSettings
 
@@ -51,8 +52,18 @@ def test_a_named_recipe_trains_a_decoder(name):
 
 
 def test_those_called_exact_are_exact():
-    for name in recipes.names():
-        assert Recipe.named(name).exact == name.startswith("exact")
+    assert all(Recipe.named(name).exact for name in recipes.names() if name.startswith("exact"))
+    assert {name for name in recipes.names() if not Recipe.named(name).exact} == {"few_tokens"}
+
+
+def test_qlora_trains_all_linear_layers_of_a_base_in_four_bit():
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'shoestring[quant]'")
+    run = RunSettings.load("examples/qlora.yaml", ["model.name=known:smollm2-135m"])
+    assert run.model.quantization == "nf4"
+    assert run.build_recipe() == Recipe.named("qlora")
+    found = predict(run, batch=1, length=32, depth=1)
+    assert found.trained_parameters == 16 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536))
+    assert found.parts["weights"] < 2 * 49152 * 576 + 0.55 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 2**16
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

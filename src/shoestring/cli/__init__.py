@@ -19,6 +19,8 @@ from shoestring.errors import RunFailed, SettingError
 from .assets import app as assets
 from .measure import EXAMPLES as MEASURE_EXAMPLES
 from .measure import measure
+from .merge import EXAMPLES as MERGE_EXAMPLES
+from .merge import merge
 from .methods import EXAMPLES as METHODS_EXAMPLES
 from .methods import methods
 from .plan import EXAMPLES as PLAN_EXAMPLES
@@ -40,6 +42,7 @@ app.command(epilog=TRAIN_EXAMPLES)(train)
 app.command(epilog=MEASURE_EXAMPLES)(measure)
 app.command(epilog=PLAN_EXAMPLES)(plan)
 app.command(epilog=METHODS_EXAMPLES)(methods)
+app.command(epilog=MERGE_EXAMPLES)(merge)
 app.add_typer(assets, name="assets")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -86,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not debug:
         # It warns of a kernel for 4-bit layers on CPU, on every import, whether or not the run has such layers.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        # It warns of kernels for GPUs that it cannot load, and torch of how it is written, each on every import too.
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(arguments, prog_name="shoestring", standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
