@@ -13,6 +13,7 @@ from shoestring.testing import ADAPTER_CHECKS, run_adapter_check
 CASES = {
     "hut": ("hut", {"r": 3, "alpha": 5}),
     "hut-literal": ("hut", {"r": 3, "form": "literal"}),
+    "qwha": ("qwha", {"r": 3, "init": "zero", "alpha": 30}),
     "s2_lora": ("s2_lora", {"r": 3, "alpha": 5}),
     "s2_lora-adalora": ("s2_lora", {"r": 3, "init": "adalora"}),
     "l4q": ("l4q", {"r": 3, "group_size": 8}),

@@ -8,6 +8,7 @@ from .l4q import L4Q, L4QConfig
 from .mola import MoLA, MoLAConfig
 from .nera import NeRA, NeRAConfig
 from .paca import PaCA, PaCAConfig
+from .qwha import QWHA, QWHAConfig
 from .s2_lora import S2LoRA, S2LoRAConfig
 from .s2ft import S2FT, S2FTConfig
 from .snell import SNELL, SNELLConfig
@@ -18,6 +19,7 @@ from .wara import WaRA, WaRAConfig
 __all__ = [
     "HUT",
     "L4Q",
+    "QWHA",
     "S2FT",
     "SNELL",
     "SNELLA",
@@ -35,8 +37,9 @@ __all__ = [
     "NeRAConfig",
     "PaCA",
     "PaCAConfig",
-    "S2LoRA",
+    "QWHAConfig",
     "S2FTConfig",
+    "S2LoRA",
     "S2LoRAConfig",
     "SNELLAConfig",
     "SNELLConfig",

@@ -144,6 +144,7 @@ class Adapter(nn.Module):
     layer_types: classes of layers the method can adapt.
     cannot: names of contract checks the method cannot pass, each with the reason.
     alone: no second adapter may be active on the same layer.
+    decides_when_packed: `prefers_tokens` is asked on a quantised base too, whose weight is unpacked either way.
     tapped: the input of the module that `AdapterConfig.tap` names, during one forward; else None.
     """
 
@@ -151,6 +152,7 @@ class Adapter(nn.Module):
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
     cannot: ClassVar[Mapping[str, str]] = MappingProxyType({})
     alone: bool = False
+    decides_when_packed: ClassVar[bool] = False
 
     tapped: Tensor | None = None
     tap_hook: tuple[RemovableHandle, ...] = ()
@@ -474,7 +476,9 @@ class AdaptedLinear(AdaptedLayer):
         """Whether tokens are to be changed and not the weight, where the adapters can do either."""
         if any(type(adapter).through is Adapter.through for adapter in adapters):
             return False
-        if not self._has_plain_weight():
+        if self.get_base_layer() is not self.base_layer:
+            return True
+        if self.quantization_backend is not None and not all(adapter.decides_when_packed for adapter in adapters):
             return True
         return all(adapter.prefers_tokens(x.shape[:-1].numel()) for adapter in adapters)
 
