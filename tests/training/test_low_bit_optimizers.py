@@ -1,4 +1,4 @@
-"""Optimizers with states in few bits or in pages: they run on this machine as the planner counts them, or are refused."""
+"""Optimizers with states in few bits or in pages: they run here as the planner counts them, or are refused."""
 
 import importlib.util
 

@@ -298,8 +298,8 @@ def _check_function(found: Tensor, expected: Tensor, recipe: Recipe) -> None:
     if _share(found - expected, expected) > OTHER_FUNCTION:
         others = [technique.name for technique in recipe.techniques if technique.phase != Phase.ADAPTER]
         raise SettingError(
-            f"This run cannot be merged: {' or '.join(others) or 'its recipe'} changes what the model computes beside its "
-            "weights. Load the run with shoestring.recipe.load() instead."
+            f"This run cannot be merged: {' or '.join(others) or 'its recipe'} changes what the model computes beside "
+            "its weights. Load the run with shoestring.recipe.load() instead."
         )
 
 
