@@ -409,7 +409,20 @@ def test_the_planner_counts_the_packed_bytes():
     assert weights[0] == weights[1] - saved + tables - ranks
 
 
-def test_the_sketch_of_a_real_model_takes_two_fifths_and_trains(tmp_path: Path):
+def test_blocks_of_llama_7b_take_under_a_third_and_step_in_less_than_lora_needs():
+    config = LlamaConfig(vocab_size=100, num_hidden_layers=1, architectures=["LlamaForCausalLM"])  # defaults: 7B
+
+    def step_with(*recipe: dict[str, Any]) -> Any:
+        work = work_of_model(config, list(recipe), batch=1, length=512, dtype=torch.bfloat16, train={})
+        return rehearse(work)
+
+    ours, lora = step_with({"sketchtune": {}}), step_with({"lora": {"r": 64, "target_modules": "all-linear"}})
+    assert 32 * ours.trained_parameters == 87_031_808
+    assert ours.memory.at_peak["weights"] <= 0.30 * sum(2 * rows * columns for rows, columns in LLAMA_7B)
+    assert ours.memory.peak_bytes < lora.memory.peak_bytes / 2
+
+
+def test_the_sketch_of_a_packaged_model_takes_two_fifths_of_its_layers():
     need("smollm2")
     config = AutoModelForCausalLM.from_pretrained(assets.model_folder("smollm2")).config
     rows, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
