@@ -193,14 +193,16 @@ def test_with_16_bits_it_is_lora():
 
 def test_steps_stay_positive_whatever_the_optimizer_does():
     model = adapted(L4QConfig, lambda: {"group_size": 4, "bits": 3}).train()
-    optimizer = torch.optim.Adam(trainable(model).values(), lr=2.0)
+    optimizer = torch.optim.Adam(trainable(model).values(), lr=100.0)
     for step in range(5):
         optimizer.zero_grad()
         model(batch(seed=step)).square().mean().backward()
         optimizer.step()
-    for adapter in adapters_in(model).values():
-        assert (adapter.log_step.exp() > 0).all()
-    assert torch.isfinite(model(batch())).all()
+    for name, adapter in adapters_in(model).items():
+        weight = two_layers().get_submodule(name.split(".")[2]).weight.detach()
+        for block in adapter._factors(weight).blocks():
+            assert (block.step > 0).all()
+            assert torch.isfinite(block.weight()).all()
 
 
 def test_parameters_stay_in_32_bits_when_the_model_is_cast():
@@ -437,7 +439,7 @@ def test_two_of_them_on_one_layer_cannot_be_active_together():
         model(batch())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1000.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_saved_steps_that_are_not_positive_numbers_are_refused_naming_the_layer(tmp_path, value: float):
     adapted(L4QConfig, lambda: {"group_size": 8}).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -33,6 +33,7 @@ from ..technique import Moment
 from .base import Adapter, AdapterConfig, autocast_dtype, autocast_off, check_own_weight, linear_sizes, register
 
 BITS = range(2, 9)
+LIMIT = 40.0  # of u either way: t stays between 4e-18 and 2e17, far from what 32 bits cannot hold
 MARGIN = 16 * torch.finfo(torch.float32).eps  # what log, exp and division may lose of the largest weight of a group
 
 
@@ -87,7 +88,7 @@ class Factors:
         for start in range(0, num_rows, at_once):
             rows = slice(start, start + at_once)
             merged = torch.addmm(self.weight[rows].to(self.wide), self.of(self.b, rows), self.a, alpha=self.grid.scale)
-            step = self.of(self.log_step, rows).exp()
+            step = self.of(self.log_step, rows).clamp(-LIMIT, LIMIT).exp()
             offset = None if self.offset is None else step * self.of(self.offset, rows)
             positions = to_groups(merged, self.grid.group_size)
             if offset is not None:
@@ -253,13 +254,11 @@ class L4Q(Adapter):
         Raises ValueError.
         """
         loaded = state_dict.get(f"{prefix}log_step")
-        if loaded is not None and has_values(loaded):
-            step = loaded.float().exp()
-            if not bool((torch.isfinite(step) & (step > 0)).all()):
-                raise ValueError(
-                    f"{prefix}log_step holds steps that are zero or no number: the saved adapter is damaged. Each must "
-                    "be the logarithm of a positive number."
-                )
+        if loaded is not None and has_values(loaded) and not bool(torch.isfinite(loaded).all()):
+            raise ValueError(
+                f"{prefix}log_step holds steps that are zero or no number: the saved adapter is damaged. Each must be "
+                "the logarithm of a positive number."
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
