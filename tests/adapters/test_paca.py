@@ -191,7 +191,13 @@ def test_by_gradient_it_takes_the_columns_of_the_largest_sum_of_squares():
 
 
 def test_by_gradient_it_needs_data_with_a_loss_and_restores_the_model():
-    settings = {"r": 3, "selection": "gradient", "calibration_rows": 2, "target_modules": ["q_proj"]}
+    settings = {
+        "r": 3,
+        "selection": "gradient",
+        "calibration_rows": 2,
+        "calibration_max_tokens": 32,
+        "target_modules": ["q_proj"],
+    }
     with pytest.raises(SettingError, match="calibrated on data when it is attached, and has seen none"):
         Recipe(PaCAConfig(**settings)).apply(tiny_llama())
     with pytest.raises(SettingError, match="has only 1 rows"):
@@ -377,22 +383,29 @@ def test_what_it_cannot_do_is_refused_by_name():
 
 
 @pytest.mark.slow
-def test_a_packaged_decoder_learns_word_problems_in_the_trainer(tmp_path):
+def test_a_packaged_decoder_chooses_by_gradients_of_its_data_and_learns_it(tmp_path):
     need("smollm2", "gsm8k-test")
+    settings = {
+        "r": 16,
+        "selection": "gradient",
+        "calibration_rows": 2,
+        "calibration_max_tokens": 32,
+        "target_modules": ["v_proj", "down_proj"],
+    }
     run = {
         "model": "packaged:smollm2",
         "task": "causal-lm",
-        "data": {
-            "train": "packaged:gsm8k-test",
-            "prompt": "Question: {question} Answer:",
-            "completion": "{answer}",
-            "max_length": 48,
-            "max_train_rows": 16,
-            "max_eval_rows": 4,
+        "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 96, "max_train_rows": 4},
+        "recipe": [{"paca": settings}],
+        "train": {
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "eval_strategy": "no",
         },
-        "recipe": [{"paca": {"r": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}}],
-        "train": {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1},
         "output_dir": str(tmp_path / "run"),
     }
     losses = [loss for _, loss in train(RunSettings.from_dict(run)).losses]
-    assert min(losses[-2:]) < losses[0], losses
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses

@@ -449,19 +449,19 @@ def test_a_packaged_decoder_in_four_bit_learns(tmp_path):
             {
                 "model": {"name": "packaged:smollm2", "quantization": "nf4", "dtype": "float32"},
                 "task": "causal-lm",
-                "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 96, "max_train_rows": 8},
+                "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 64, "max_train_rows": 8},
                 "recipe": [
                     {
                         "qwha": {
                             "r": 8,
                             "target_modules": ["q_proj", "v_proj"],
-                            "layers_to_transform": [0, 1, 2, 3],
-                            "calibration_rows": 8,
+                            "layers_to_transform": [0, 1],
+                            "calibration_rows": 4,
                         }
                     }
                 ],
                 "train": {
-                    "max_steps": 6,
+                    "max_steps": 5,
                     "per_device_train_batch_size": 2,
                     "learning_rate": 1e-3,
                     "logging_steps": 1,

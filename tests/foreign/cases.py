@@ -25,7 +25,12 @@ VARIANTS: dict[str, dict[str, Settings]] = {
     },
     "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
     # 5 divides the 10, 20 and 5 inputs
-    "l4q": {"4 bits": {"r": 2, "group_size": 5}, "3 bits": {"r": 2, "bits": 3, "group_size": 5, "learn_offset": False}},
+    "l4q": {
+        "8 bits": {"r": 2, "bits": 8, "group_size": 5, "learn_offset": False},
+        "3 bits": {"r": 2, "bits": 3, "group_size": 1, "learn_offset": False},  # these learn from clipped weights alone
+    },
+    # neither 10 nor 5 inputs have a Hadamard transform; with the default alpha the large steps of peft's tests diverge
+    "qwha": {"filled up": {"r": 1, "init": "zero", "strict": False, "alpha": 3.0}},
     # layers of peft's tests have sizes of one prime factor, and its large steps take a transform with noise to infinity
     "tlora": {
         "ring": {"r": 1, "strict": False, "init": "paper"},
@@ -48,6 +53,9 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "adaptformer": {"form": "adaptformer", "r": 2, "dropout": 0.0},
     },
 }
+
+# of a learning rate of 100, with which others learn in three steps, these do not come back
+SMALL_STEPS = {"l4q"}
 
 # what is adapted, and in which of the models in peft's tests: MLP has the linear layers lin0 (10 -> 20) and
 # lin1 (20 -> 2); EmbConv1D an embedding, transformers' Conv1D and lin0

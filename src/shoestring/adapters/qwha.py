@@ -10,9 +10,8 @@ Start    calibrated: places and values of `sparse_coefficients.py` for D = W_0 -
 Trains   p = r (in + out) numbers a layer, and holds their places, 4 bytes each
 Costs    x and c kept at a layer. Few tokens: U x and a sparse product, both again in backward. Many: s F U is formed
          and added to the unpacked weight, again in backward, with one dense gradient: two [out, in] tensors at a time
-Differs  U is orthonormal: s is the authors' alpha / sqrt(out) / in times sqrt(in). Inputs are those on the quantised
-         model, without padding. Moments are damped by 1e-4. Places at random are one in each of p equal stretches of F,
-         row after row, so that none is drawn twice
+Differs  s U is the authors' alpha / sqrt(out) H / in, with U orthonormal. Inputs are those of the quantised model,
+         without padding. Places at random are one in each of p equal stretches of F, so that none comes twice
 """
 
 import warnings
@@ -192,16 +191,16 @@ class QWHAConfig(Calibrated, AdapterConfig):
         return in_features
 
     def count(self, out_features: int, in_features: int) -> int:
-        """How many coefficients a layer has.
+        """How many coefficients a layer trains.
 
-        Raises ValueError if they are more than its weights.
+        Raises ValueError if they are more than there are places in F, or as `transform_size`.
         """
-        count = self.r * (in_features + out_features)
-        if count > in_features * out_features:
-            most = in_features * out_features // (in_features + out_features)
+        count, places = self.r * (in_features + out_features), out_features * self.transform_size(in_features)
+        if count > places:
+            most = places // (in_features + out_features)
             raise ValueError(
                 f"r of qwha must be at most {most} for a layer of {in_features} -> {out_features} features, which has "
-                f"fewer weights than r (in + out) coefficients, got {self.r}."
+                f"{places} places for its r (in + out) coefficients, got {self.r}."
             )
         return count
 
@@ -274,7 +273,6 @@ class QWHAConfig(Calibrated, AdapterConfig):
 
     def _check_sizes(self, name: str, out_features: int, in_features: int) -> None:
         try:
-            self.transform_size(in_features)
             self.count(out_features, in_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
