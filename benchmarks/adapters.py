@@ -8,32 +8,26 @@ nearest to the method's trained parameters; both are rows of their own. Bytes ar
 processor on one thread, the least of several steps, the method's and LoRA's in turn. Limits are rows beside the LoRA
 that they name. What a trainer does between steps, such as SNELLA's budget, is not in it, nor is the optimizer.
 
-classification, decoder: LoRA and each method are trained at equal numbers of steps, in mixed precision (bfloat16),
-with linear decay, everything else at its default. The learning rate is looked for at the first seed, for all in the
-same way: of 0.001 and 0.004 the one of less validation loss, then on in steps of 4 as long as that falls. The other
-seeds are trained with the best one. Every run is written to the JSON file when it ends, and not run again when it is
-there. Rows say how many seeds are finished.
+classification, decoder: LoRA and each method are trained at equal numbers of steps, with learning rates looked for as
+`quality.py` says. Every run is written to the JSON file when it ends, and not run again when it is there. Rows say how
+many seeds are finished.
 """
 
 import argparse
 import functools
 import gc
-import math
-import re
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
-from runs import Outcome, finish, run, word_problems
+from quality import FIRST_RATES, REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Runs, compared, train_all
+from result import Row, at_most, print_table, ranks_beside, read_rows, read_runs, rows_beside, write
 from shoestring import assets
 from steps import Step, above_weights, memory, seconds, stepped
 
-FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
 FLOAT_BYTES = 4
 
 
@@ -247,119 +241,23 @@ def limited(rows: list[Row], limits: list[Limit], about: Model) -> list[Row]:
     return made
 
 
-QUALITY = {
-    "classification": ("minilm", "test", "accuracy", 0.015),
-    "decoder": ("smollm2", "validation", "loss", 0.03),
-}
-"""Model, split and measure that rows show, and how far from LoRA's a method may be: points, or a share of the loss."""
+QUALITY = {"classification": REVIEWS, "decoder": WORD_PROBLEMS}
 
 
-def settings_of(part: str, recipe: list[Any], learning_rate: float, seed: int) -> dict[str, Any]:
-    """The run file of one training."""
-    model = QUALITY[part][0]
-    if part == "classification":
-        data = {"train": "packaged:rotten-tomatoes", "max_length": 40}
-        train = {"max_steps": 100, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
-    else:
-        data = {**word_problems(), "chat": True, "max_length": 128, "max_eval_rows": 64}
-        train = {"max_steps": 40, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8}
-    return {
-        "model": f"packaged:{model}",
-        "task": {"classification": "text-classification", "decoder": "causal-lm"}[part],
-        "data": data,
-        "recipe": entries(recipe, model),
-        "train": {**train, "learning_rate": learning_rate, "bf16": True, "eval_strategy": "no", "seed": seed},
-    }
-
-
-def measured(settings: dict[str, Any]) -> Outcome:
-    outcome = run(settings)
-    return {key: outcome[key] for key in ("quality", "trained_parameters", "step_seconds")}
-
-
-def rate_to_use(done: dict[str, Outcome], name: str, first_seed: int) -> tuple[float, bool]:
-    """The learning rate to try next at the first seed; or the best one, and True, once its neighbours were tried."""
-    losses: dict[str, float] = {}
-    for key, outcome in done.items():
-        trained, rate, seed = key.split("|")
-        if trained == name and int(seed) == first_seed:
-            loss = float(outcome["quality"]["validation"]["loss"])
-            losses[rate] = math.inf if math.isnan(loss) else loss
-    for rate in FIRST_RATES:
-        if f"{rate:g}" not in losses:
-            return rate, False
-    best = float(min(losses, key=lambda rate: losses[rate]))
-    for rate in (best / FURTHER, best * FURTHER):
-        if f"{rate:g}" not in losses and LEAST_RATE < rate < MOST_RATE:
-            return rate, False
-    return best, True
-
-
-def best_rate(done: dict[str, Outcome], name: str, first_seed: int) -> float | None:
-    """The learning rate of the least validation loss; None before it is found."""
-    rate, found = rate_to_use(done, name, first_seed)
-    return rate if found else None
-
-
-def contestants(part: str, names: tuple[str, ...], file: str) -> dict[str, tuple[list[Any], str]]:
-    """Recipes by name, each with the name of the LoRA beside it, LoRA first where it is first needed.
+def contestants(part: str, names: Iterable[str], file: str) -> dict[str, Contestant]:
+    """The methods, each after the LoRA of equal trained parameters.
 
     file: where costs tell which LoRA is meant; those that were not measured are counted now.
     """
-    model = QUALITY[part][0]
-    beside = re.compile(rf"{model}, (.*) beside LoRA r=(\d+): trained parameters")
-    ranks = {match[1]: int(match[2]) for row in read_rows(file) if (match := beside.fullmatch(row.name))}
-    made: dict[str, tuple[list[Any], str]] = {}
+    model = QUALITY[part].model
+    ranks = ranks_beside(model, file)
+    made: dict[str, Contestant] = {}
     for name in names:
         if ONLY_ON.get(name, model) == model:
             r = ranks.get(name) or equal_rank(model, Stepped(model, METHODS[name]).trained)
-            made.setdefault(f"LoRA r={r}", ([lora(r)], ""))
-            made[name] = (METHODS[name], f"LoRA r={r}")
+            made.setdefault(f"LoRA r={r}", Contestant(entries([lora(r)], model)))
+            made[name] = Contestant(entries(METHODS[name], model), f"LoRA r={r}")
     return made
-
-
-def planned(
-    part: str, names: tuple[str, ...], file: str, done: dict[str, Outcome], seed: int, first_seed: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The runs of one seed, by keys of name, learning rate and seed; further ones by what the last have come to."""
-    for name, (recipe, _) in contestants(part, names, file).items():
-        rate, found = rate_to_use(done, name, first_seed)
-        while seed == first_seed and not found:
-            yield f"{name}|{rate:g}|{seed}", settings_of(part, recipe, rate, seed)
-            rate, found = rate_to_use(done, name, first_seed)
-        if found and seed != first_seed:
-            yield f"{name}|{rate:g}|{seed}", settings_of(part, recipe, rate, seed)
-
-
-def results(part: str, done: dict[str, Outcome], name: str, seeds: list[int]) -> dict[int, float]:
-    """What the finished seeds came to, each at the best learning rate."""
-    rate = best_rate(done, name, seeds[0])
-    _, split, measure, _ = QUALITY[part]
-    found = {} if rate is None else {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in seeds}
-    return {seed: float(outcome["quality"][split][measure]) for seed, outcome in found.items() if outcome is not None}
-
-
-def compared(part: str, done: dict[str, Outcome], file: str, seeds: list[int]) -> list[Row]:
-    """Mean and spread of each method that has finished seeds in common with its LoRA; goals where all are finished."""
-    _, _, measure, apart = QUALITY[part]
-    rows = []
-    for name, (_, base) in contestants(part, tuple(METHODS), file).items():
-        ours, theirs = (results(part, done, one, seeds) for one in (name, base))
-        if not (common := [seed for seed in seeds if seed in ours and seed in theirs]):
-            continue
-        values = [[some[seed] for seed in common] for some in (ours, theirs)]
-        mean, base_mean = (statistics.mean(some) for some in values)
-        label = f"{part}, {name} beside {base}, {len(common)} of {len(seeds)} seeds"
-        goal, holds = "", None
-        if len(common) == len(seeds):
-            goal = f"at most {apart} lower" if measure == "accuracy" else f"ratio <= {1 + apart:g}"
-            holds = mean >= base_mean - apart if measure == "accuracy" else mean <= (1 + apart) * base_mean
-        rows.append(Row(f"{label}: {measure}", mean, base_mean, goal, holds))
-        if len(common) > 1:
-            rows.append(Row(f"{label}: standard deviation of {measure}", *(statistics.stdev(some) for some in values)))
-        rates = [best_rate(done, one, seeds[0]) or 0.0 for one in (name, base)]
-        rows.append(Row(f"{label}: learning rate", *rates))
-    return rows
 
 
 def main() -> None:
@@ -369,7 +267,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the part cost")
     parser.add_argument("--again", action="store_true", help="measure costs that are in the file already, too")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the runs to do now")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", default="adapters.json")
     options = parser.parse_args()
@@ -379,19 +277,20 @@ def main() -> None:
     print_table(read_rows(options.json), "Weight adapters beside LoRA")
 
 
-ALL_SEEDS = [0, 1, 2]
-
-
 def work(options: argparse.Namespace) -> None:
     """All parts asked for; the file is written after each method, and after each run."""
-    runs = read_runs(options.json)
+    runs: Runs = read_runs(options.json)
 
     def keep(rows: list[Row]) -> None:
         kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
-        quality = [row for part in runs for row in compared(part, runs[part], options.json, ALL_SEEDS)]
+        quality = [
+            row
+            for part, done in runs.items()
+            for row in compared(part, QUALITY[part], contestants(part, METHODS, options.json), done)
+        ]
         rounds = {name: model.rounds for name, model in MODELS.items()}
         settings = {"rounds": rounds, "threads": options.threads, "first_learning_rates": FIRST_RATES}
-        write([*kept, *rows, *quality], options.json, ALL_SEEDS, runs, **settings, methods=METHODS)
+        write([*kept, *rows, *quality], options.json, SEEDS, runs, **settings, methods=METHODS)
 
     if "cost" in options.only:
         for model in options.models:
@@ -402,9 +301,8 @@ def work(options: argparse.Namespace) -> None:
                     print_table(found)
     for seed in options.seeds:
         for part in (part for part in QUALITY if part in options.only):
-            done = runs.setdefault(part, {})
-            chosen = planned(part, tuple(options.methods), options.json, done, seed, ALL_SEEDS[0])
-            finish(chosen, done, measured, lambda: keep([]))
+            chosen = contestants(part, options.methods, options.json)
+            train_all(QUALITY[part], chosen, runs.setdefault(part, {}), seed, lambda: keep([]))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def divisors_near(size: int, wanted: int, count: int = 3) -> list[int]:
     """The divisors of `size` that are nearest to the wanted one, in ascending order.
 
     >>> divisors_near(576, 128)
-    [96, 144, 192]
+    [72, 96, 144]
     """
     divisors = (n for n in range(1, size + 1) if size % n == 0)
     return sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:count])

@@ -1,0 +1,160 @@
+"""How well methods train beside a baseline at equal steps: runs that can be stopped and resumed, and rows made of them.
+
+Everything is at its default but the learning rate, in mixed precision (bfloat16) with linear decay. The learning rate
+is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
+steps of 4 as long as that falls. The other seeds are trained with the best one. Keys of runs are name|rate|seed.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from result import Row
+from runs import Outcome, finish, run, word_problems
+
+FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
+SEEDS = [0, 1, 2]
+
+Runs = dict[str, dict[str, Outcome]]
+"""Finished runs by part and key."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A training that methods are compared on.
+
+    split, measure: what rows show. apart: how much worse than the baseline's a mean may be, in points of accuracy or as
+    a share of the loss.
+    """
+
+    model: str
+    task: str
+    data: Callable[[], dict[str, Any]]
+    train: dict[str, Any]
+    split: str
+    measure: str
+    apart: float
+
+
+REVIEWS = Part(
+    "minilm",
+    "text-classification",
+    lambda: {"train": "packaged:rotten-tomatoes", "max_length": 40},
+    {"max_steps": 100, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64},
+    "test",
+    "accuracy",
+    0.015,
+)
+WORD_PROBLEMS = Part(
+    "smollm2",
+    "causal-lm",
+    lambda: {**word_problems(), "chat": True, "max_length": 128, "max_eval_rows": 64},
+    {"max_steps": 40, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8},
+    "validation",
+    "loss",
+    0.03,
+)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A recipe, and the name of the contestant that it stands beside.
+
+    beside: empty for one that is a baseline only. model: as in a run file; None for that of the part. apart: as in the
+    part; None for the part's own.
+    """
+
+    recipe: list[Any]
+    beside: str = ""
+    model: Callable[[], Any] | None = None
+    apart: float | None = None
+
+
+def settings_of(part: Part, contestant: Contestant, learning_rate: float, seed: int) -> dict[str, Any]:
+    """The run file of one training."""
+    train = {**part.train, "learning_rate": learning_rate, "bf16": True, "eval_strategy": "no", "seed": seed}
+    model = f"packaged:{part.model}" if contestant.model is None else contestant.model()
+    return {"model": model, "task": part.task, "data": part.data(), "recipe": contestant.recipe, "train": train}
+
+
+def measured(settings: dict[str, Any]) -> Outcome:
+    outcome = run(settings)
+    return {key: outcome[key] for key in ("quality", "trained_parameters", "step_seconds")}
+
+
+def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
+    """The learning rate to try next at the first seed; or the best one, and True, once its neighbours were tried."""
+    losses: dict[str, float] = {}
+    for key, outcome in done.items():
+        trained, rate, seed = key.split("|")
+        if trained == name and int(seed) == SEEDS[0]:
+            loss = float(outcome["quality"]["validation"]["loss"])
+            losses[rate] = math.inf if math.isnan(loss) else loss
+    for rate in FIRST_RATES:
+        if f"{rate:g}" not in losses:
+            return rate, False
+    best = float(min(losses, key=lambda rate: losses[rate]))
+    for rate in (best / FURTHER, best * FURTHER):
+        if f"{rate:g}" not in losses and LEAST_RATE < rate < MOST_RATE:
+            return rate, False
+    return best, True
+
+
+def _planned(
+    part: Part, contestants: Mapping[str, Contestant], done: Mapping[str, Outcome], seed: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The runs of one seed; further ones by what the last have come to."""
+    for name, contestant in contestants.items():
+        rate, found = rate_to_use(done, name)
+        while seed == SEEDS[0] and not found:
+            yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
+            rate, found = rate_to_use(done, name)
+        if found and seed != SEEDS[0]:
+            yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
+
+
+def train_all(
+    part: Part, contestants: Mapping[str, Contestant], done: dict[str, Outcome], seed: int, keep: Callable[[], None]
+) -> None:
+    """Train what is not in `done` at this seed, and `keep` it after each run."""
+    finish(_planned(part, contestants, done, seed), done, measured, keep)
+
+
+def _results(part: Part, done: Mapping[str, Outcome], name: str) -> dict[int, float]:
+    """What the finished seeds came to, each at the best learning rate."""
+    rate, found = rate_to_use(done, name)
+    outcomes = {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in SEEDS} if found else {}
+    return {
+        seed: float(outcome["quality"][part.split][part.measure])
+        for seed, outcome in outcomes.items()
+        if outcome is not None
+    }
+
+
+def compared(title: str, part: Part, contestants: Mapping[str, Contestant], done: Mapping[str, Outcome]) -> list[Row]:
+    """Mean and spread of each that has finished seeds in common with its baseline; goals where all are finished."""
+    rows = []
+    for name, contestant in contestants.items():
+        base = contestant.beside
+        ours, theirs = (_results(part, done, one) for one in (name, base))
+        if not (common := [seed for seed in SEEDS if seed in ours and seed in theirs]):
+            continue
+        values = [[some[seed] for seed in common] for some in (ours, theirs)]
+        means = [statistics.mean(some) for some in values]
+        label = f"{title}, {name} beside {base}, {len(common)} of {len(SEEDS)} seeds"
+        goal, holds = _goal(part, contestant, *means) if len(common) == len(SEEDS) else ("", None)
+        rows.append(Row(f"{label}: {part.measure}", *means, goal, holds))
+        if len(common) > 1:
+            spread = (statistics.stdev(some) for some in values)
+            rows.append(Row(f"{label}: standard deviation of {part.measure}", *spread))
+        rows.append(Row(f"{label}: learning rate", *(rate_to_use(done, one)[0] for one in (name, base))))
+    return rows
+
+
+def _goal(part: Part, contestant: Contestant, mean: float, base: float) -> tuple[str, bool]:
+    apart = part.apart if contestant.apart is None else contestant.apart
+    if part.measure == "loss":
+        return f"ratio <= {1 + apart:g}", mean <= (1 + apart) * base
+    return f"at most {apart} lower", mean >= base - apart
