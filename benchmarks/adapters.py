@@ -16,6 +16,7 @@ many seeds are finished.
 import argparse
 import functools
 import gc
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from quality import FIRST_RATES, REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Runs, compared, train_all
-from result import Row, at_most, print_table, ranks_beside, read_rows, read_runs, rows_beside, write
+from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
 from shoestring import assets
 from steps import Step, above_weights, memory, seconds, stepped
 
@@ -250,7 +251,8 @@ def contestants(part: str, names: Iterable[str], file: str) -> dict[str, Contest
     file: where costs tell which LoRA is meant; those that were not measured are counted now.
     """
     model = QUALITY[part].model
-    ranks = ranks_beside(model, file)
+    beside = re.compile(rf"{model}, (.*) beside LoRA r=(\d+): trained parameters")
+    ranks = {match[1]: int(match[2]) for row in read_rows(file) if (match := beside.fullmatch(row.name))}
     made: dict[str, Contestant] = {}
     for name in names:
         if ONLY_ON.get(name, model) == model:

@@ -1,124 +1,258 @@
-"""Methods that train parts of the weights in place beside LoRA of as many trained parameters: what a step costs.
+"""Weights trained in place, and quantised bases: what a step costs, and how well it trains, beside LoRA.
 
     python benchmarks/in_place.py --json docs/results/in_place.json
-    python benchmarks/in_place.py --methods paca --rounds 2 --json in_place.json
+    python benchmarks/in_place.py --only cost --methods paca --rounds 2 --json in_place.json
 
-One step, forward and backward, of the packaged decoder. Each method stands beside a LoRA without dropout on the same
-layers, whose r is the whole number that comes nearest to the method's trained parameters; both are rows of their own.
-Bytes are the ledger's. Seconds are those of the processor on one thread, the least of several steps, the method's and
-LoRA's in turn. The optimizer is not in it.
+cost: one step, forward and backward, of the packaged decoder: in float32; with weights in bfloat16 under autocast, what
+trains in float32; and so with `chunked_loss`, without which logits of its many words are half of all bytes. Each method
+stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the method's
+trained parameters; both are rows of their own. Bytes are the ledger's. Seconds are those of the processor on one thread,
+the least of several steps, the method's and LoRA's in turn. No optimizer is in it. Those with limits beside full tuning
+stand there too, with AdamW's update in both, and bytes of all there is, weights and states included; full tuning has its
+weights in float32.
+
+stored: the decoder as `save_packed` writes it, beside its weights in 16 bit.
+
+classification, decoder, rounded: trainings at equal numbers of steps, with learning rates looked for as `quality.py`
+says, beside LoRA of equal trained parameters. rounded: the decoder's linear layers hold the nearest of 4 levels in
+groups of 64 weights; `qwha` stands beside a LoRA that starts at the singular vectors of what rounding took, and that
+beside LoRA. Every run is written to the JSON file when it ends, and not run again when it is there.
 """
 
 import argparse
 import functools
 import gc
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from result import Row, at_most, print_table, read_rows, rows_beside, write
-from shoestring import assets
-from steps import above_weights, memory, seconds, stepped
+from quality import FIRST_RATES, REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Runs, compared, train_all
+from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
+from rounded import folder
+from shoestring import Recipe, assets
+from shoestring.quantisation import pack_model, save_packed
+from steps import above_weights, memory, seconds, stepped, with_adamw
 
-KEPT, PEAK, SECONDS = "bytes kept", "peak above the weights", "seconds"
-MODEL, TARGETS = "smollm2", "all-linear"
-BATCH = (2, 512)
+KEPT, PEAK, SECONDS, WHOLE = "bytes kept", "peak above the weights", "seconds", "peak, weights and states included"
+MODEL, BATCH = "smollm2", (4, 512)
+VARIANTS: dict[str, tuple[str, list[Any]]] = {
+    "in float32": ("float32", []),
+    "in bfloat16": ("bfloat16", []),
+    "in bfloat16 with chunked_loss": ("bfloat16", ["chunked_loss"]),
+}
+"""What all weights are in, and techniques that stand beside each method and LoRA."""
+NF4, BITS_OF_ROUNDED = {"name": f"packaged:{MODEL}", "quantization": "nf4"}, 2
+EVERYWHERE = {"minilm": ["query", "key", "value", "dense"], MODEL: "all-linear"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, and what of a step may be at most so many times LoRA's. targets: what it and LoRA adapt."""
+    """A recipe, and what of a step may be at most so many times LoRA's.
+
+    targets: the layers of LoRA, and of the method where it does not say its own. full: limits beside full tuning.
+    without_data: settings that let its first technique attach without data, which costs are measured with. parts: the
+    trainings. nf4: LoRA stands on the base in nf4. stored: how many times the bytes of 16 bit its file may be. apart:
+    how much worse than LoRA's its quality may be; None for as much as the part says.
+    """
 
     recipe: list[Any]
-    limits: dict[str, float]
-    targets: Any = TARGETS
+    limits: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, Any] = field(default_factory=lambda: EVERYWHERE)
+    full: dict[str, float] = field(default_factory=dict)
+    without_data: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ("classification", "decoder")
+    nf4: bool = False
+    stored: float | None = None
+    apart: float | None = None
 
 
+QWHA = {"r": 16, "original": f"packaged:{MODEL}"}
 METHODS: dict[str, Method] = {
     "paca": Method([{"paca": {"r": 16}}], {KEPT: 0.84, SECONDS: 0.85}),
-    "paca r=64": Method([{"paca": {"r": 64}}], {KEPT: 0.84, SECONDS: 0.85}),
+    "s2ft": Method(
+        [{"s2ft": {"o_ratio": 0.052, "down_ratio": 0.02, "target_modules": None}}],
+        {KEPT: 0.80, SECONDS: 0.90},
+        targets={"minilm": ["output.dense"], MODEL: ["o_proj", "down_proj"]},
+        full={WHOLE: 1 / 2.5, SECONDS: 1 / 1.5},
+    ),
+    "qwha": Method([{"qwha": QWHA}], without_data={"init": "zero"}, parts=("rounded",), apart=0.0),
     "l4q": Method([{"l4q": {"group_size": 64}}], {PEAK: 1.05}),
-    "sketchtune": Method([{"sketchtune": {"groups": 1, "calibrate": False}}], {}, r".*_proj"),
-    "peft's SHiRA": Method([{"shira": {"r": 8}}], {}),
-    "LoRA-FA": Method([{"lora": {"r": 16, "lora_alpha": 32}}, "lora_fa"], {}),
+    "sketchtune": Method(
+        [{"sketchtune": {"groups": 1, "target_modules": None}}],
+        without_data={"calibrate": False},
+        parts=("decoder",),
+        nf4=True,
+        stored=0.40,
+        apart=0.0,
+    ),
+    "SHiRA": Method([{"shira": {"r": 8}}]),
+    "LoRA-FA": Method([{"lora": {"r": 16, "lora_alpha": 32}}, "lora_fa"]),
 }
+QUALITY = {"classification": REVIEWS, "decoder": WORD_PROBLEMS, "rounded": WORD_PROBLEMS}
 
 
-def lora(r: int) -> dict[str, Any]:
-    return {"lora": {"r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0}}
+def lora(r: int, **more: Any) -> dict[str, Any]:
+    return {"lora": {"r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0, **more}}
+
+
+def entries(recipe: list[Any], targets: Any, **more: Any) -> list[Any]:
+    """The recipe with its first technique, which has settings, on the layers that the comparison is about."""
+    ((name, settings),) = recipe[0].items()
+    settings = {"target_modules": targets, **settings, **more}
+    return [{name: {key: value for key, value in settings.items() if value is not None}}, *recipe[1:]]
 
 
 class Stepped:
-    """The packaged decoder with a recipe, and one step of it."""
+    """A packaged model with a recipe, and one step of it."""
 
-    def __init__(self, recipe: list[Any], targets: Any):
-        model = AutoModelForCausalLM.from_pretrained(assets.model_folder(MODEL), dtype=torch.float32)
-        ids = torch.randint(0, model.config.vocab_size, BATCH, generator=torch.Generator().manual_seed(0))
-        self.model, self.step = stepped(model, ids, placed(recipe, targets))
+    def __init__(self, model: str, recipe: list[Any], dtype: str = "float32", update: bool = False):
+        auto = AutoModelForCausalLM if model == MODEL else AutoModelForSequenceClassification
+        frozen = any(isinstance(entry, dict) for entry in recipe)
+        held = dtype if frozen else "float32"  # weights that train are not rounded
+        loaded = auto.from_pretrained(assets.model_folder(model), dtype=held)
+        ids = torch.randint(0, loaded.config.vocab_size, BATCH, generator=torch.Generator().manual_seed(0))
+        self.model, self.step = stepped(loaded, ids, recipe, autocast=dtype == "bfloat16")
+        self.optimizer: torch.optim.Optimizer | None = None
+        if update:
+            self.step, self.optimizer = with_adamw(self.model, self.step)
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @functools.cached_property
     def bytes_of_step(self) -> dict[str, int]:
-        """Kept for backward, and the peak above the weights."""
-        report = memory(self.model, self.step)
-        return {KEPT: report.saved_bytes, PEAK: above_weights(report)}
-
-
-def placed(recipe: list[Any], targets: Any) -> list[Any]:
-    """The recipe with its adapters on the layers that the comparison is about."""
-    made: list[Any] = []
-    for entry in recipe:
-        if isinstance(entry, dict):
-            ((name, settings),) = entry.items()
-            entry = {name: {"target_modules": targets, **settings}}
-        made.append(entry)
-    return made
+        report = memory(self.model, self.step, self.optimizer)
+        return {KEPT: report.saved_bytes, PEAK: above_weights(report), WHOLE: report.peak_bytes}
 
 
 @functools.cache
-def parameters_a_rank(targets: Any) -> int:
-    return Stepped([lora(1)], targets).trained
-
-
-def cost_of(name: str, rounds: int) -> list[Row]:
-    """The rows of one method."""
-    gc.collect()
+def equal_lora(name: str, model: str) -> tuple[int, list[Any]]:
+    """The r and the recipe of the LoRA that comes nearest to a method's trained parameters, on its layers."""
     method = METHODS[name]
-    ours = Stepped(method.recipe, method.targets)
-    r = max(1, round(ours.trained / parameters_a_rank(method.targets)))
-    base = Stepped([lora(r)], method.targets)
-    measured = {measure: (ours.bytes_of_step[measure], base.bytes_of_step[measure]) for measure in (KEPT, PEAK)}
-    rows = {
-        "trained parameters": (ours.trained, base.trained),
-        **measured,
-        SECONDS: seconds(ours.step, base.step, rounds),
-    }
-    label = f"{MODEL}, {name} beside LoRA r={r}"
-    return [
-        at_most(f"{label}: {measure}", *values, method.limits[measure])
-        if measure in method.limits
-        else Row(f"{label}: {measure}", *values)
-        for measure, values in rows.items()
+    ours = Stepped(model, without_data(method, model)).trained
+    a_rank = Stepped(model, [lora(1, target_modules=method.targets[model])]).trained
+    r = max(1, round(ours / a_rank))
+    return r, [lora(r, target_modules=method.targets[model])]
+
+
+def without_data(method: Method, model: str) -> list[Any]:
+    return entries(method.recipe, method.targets[model], **method.without_data)
+
+
+def cost_of(name: str, variant: str, rounds: int) -> list[Row]:
+    """The rows of one method."""
+    method = METHODS[name]
+    r, recipe = equal_lora(name, MODEL)
+    label = f"{MODEL} {variant}, {name} beside"
+    rows = rows_of(f"{label} LoRA r={r}", name, recipe, method.limits, variant, rounds, update=False)
+    if method.full:
+        rows += rows_of(f"{label} full tuning, with AdamW", name, [], method.full, variant, rounds, update=True)
+    return rows
+
+
+def rows_of(
+    label: str, name: str, baseline: list[Any], limits: dict[str, float], variant: str, rounds: int, update: bool
+) -> list[Row]:
+    gc.collect()
+    dtype, others = VARIANTS[variant]
+    ours = Stepped(MODEL, [*without_data(METHODS[name], MODEL), *others], dtype, update)
+    base = Stepped(MODEL, [*baseline, *others], dtype, update)
+    rows = [Row(f"{label}: trained parameters", ours.trained, base.trained)]
+    rows += [
+        Row(f"{label}: {measure}", ours.bytes_of_step[measure], base.bytes_of_step[measure])
+        for measure in ([WHOLE] if update else [KEPT, PEAK])
     ]
+    rows.append(Row(f"{label}: {SECONDS}", *seconds(ours.step, base.step, rounds)))
+    measures = [row.name.rpartition(": ")[2] for row in rows]
+    return [
+        at_most(row.name, row.ours, row.baseline, limits[measure]) if measure in limits else row
+        for row, measure in zip(rows, measures, strict=True)
+    ]
+
+
+def stored(name: str) -> list[Row]:
+    """What the file of a model takes that the method has packed, beside 16 bit."""
+    method = METHODS[name]
+    if method.stored is None:
+        return []
+    model = AutoModelForCausalLM.from_pretrained(assets.model_folder(MODEL), dtype=torch.bfloat16)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    with tempfile.TemporaryDirectory() as written:
+        save_packed(pack_model(Recipe.from_list(without_data(method, MODEL)).apply(model)), written)
+        packed = sum(file.stat().st_size for file in Path(written).rglob("*.safetensors"))
+    return [at_most(f"{MODEL}, {name} stored, beside 16 bit: bytes", packed, whole, method.stored)]
+
+
+def contestants(part: str, names: Iterable[str]) -> dict[str, Contestant]:
+    """The methods of a part, each after the LoRA of equal trained parameters."""
+    model = QUALITY[part].model
+    made: dict[str, Contestant] = {}
+    for name in (name for name in names if part in METHODS[name].parts):
+        method = METHODS[name]
+        r, recipe = equal_lora(name, model)
+        where = "" if method.targets is EVERYWHERE else f" on {' and '.join(method.targets[model])}"
+        ours = entries(method.recipe, method.targets[model])
+        base = f"LoRA r={r}{where}{' in nf4' if method.nf4 else ''}"
+        if part == "rounded":
+            made[base] = Contestant(recipe, model=rounded)
+            made["svd_start"] = Contestant([*recipe, "svd_start"], base, model=rounded)
+            made[name] = Contestant(ours, "svd_start", model=rounded, apart=method.apart)
+        else:
+            made[base] = Contestant(recipe, model=(lambda: NF4) if method.nf4 else None)
+            made[name] = Contestant(ours, base, apart=method.apart)
+    return made
+
+
+def rounded() -> str:
+    return folder(BITS_OF_ROUNDED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["cost", "stored", *QUALITY]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of the part cost")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each that are timed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", default="in_place.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    assets.install([MODEL])
-    settings = {"model": MODEL, "batch": BATCH, "rounds": options.rounds, "threads": options.threads}
-    recipes = {name: method.recipe for name, method in METHODS.items()}
-    for name in options.methods:
-        print_table(found := cost_of(name, options.rounds))
-        write([*rows_beside(found, options.json), *found], options.json, **settings, methods=recipes)
+    assets.install(["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"])
+    work(options)
     print_table(read_rows(options.json), "Trained in place, beside LoRA")
+
+
+def work(options: argparse.Namespace) -> None:
+    """All parts asked for; the file is written after each method, and after each run."""
+    runs: Runs = read_runs(options.json)
+
+    def keep(rows: list[Row]) -> None:
+        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
+        quality = [
+            row
+            for part, done in runs.items()
+            for row in compared(part, QUALITY[part], contestants(part, METHODS), done)
+        ]
+        settings = {"batch": BATCH, "rounds": options.rounds, "threads": options.threads}
+        recipes = {name: method.recipe for name, method in METHODS.items()}
+        settings |= {"first_learning_rates": FIRST_RATES, "methods": recipes}
+        write([*kept, *rows, *quality], options.json, SEEDS, runs, **settings)
+
+    for name in options.methods:
+        if "stored" in options.only:
+            keep(stored(name))
+        for variant in options.variants if "cost" in options.only else ():
+            keep(found := cost_of(name, variant, options.rounds))
+            print_table(found)
+    for seed in options.seeds:
+        for part in (part for part in QUALITY if part in options.only):
+            chosen = contestants(part, options.methods)
+            train_all(QUALITY[part], chosen, runs.setdefault(part, {}), seed, lambda: keep([]))
 
 
 if __name__ == "__main__":

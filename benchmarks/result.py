@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -110,12 +109,6 @@ def rows_beside(rows: Sequence[Row], path: str | Path) -> list[Row]:
     """The rows of a file that are not among `rows`, measured anew."""
     measured = {row.name for row in rows}
     return [row for row in read_rows(path) if row.name not in measured]
-
-
-def ranks_beside(model: str, path: str | Path) -> dict[str, int]:
-    """By method, the r of LoRA that has as many trained parameters, as the rows of costs of a file tell."""
-    about = re.compile(rf"{model}, (.*) beside LoRA r=(\d+): trained parameters")
-    return {match[1]: int(match[2]) for row in read_rows(path) if (match := about.fullmatch(row.name))}
 
 
 def print_table(rows: Sequence[Row], title: str = "") -> None:

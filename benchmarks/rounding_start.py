@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from result import at_most, print_table, read_rows, rows_beside, write
+from rounded import GROUP_SIZE, MODEL, low_rank, original, round_layers
 from shoestring import assets
 from shoestring.adapters import QWHAConfig
 from shoestring.adapters.hadamard import transform
 from shoestring.adapters.qwha import DAMPING
-from shoestring.quantisation import dequantise, round_to_nearest
 from shoestring.quantisation.calibration import Moments, moments_in_parts
 from shoestring.training.data import load_splits
 from shoestring.training.settings import DataSettings
 
-MODEL, DATA, GROUP_SIZE = "smollm2", "gsm8k-test", 64
+DATA = "gsm8k-test"
 
 
 def rows_of_tokens(count: int) -> list[dict[str, Any]]:
@@ -43,13 +43,12 @@ def starts(delta: Tensor, moments: Moments, r: int) -> dict[str, Tensor]:
     rows = torch.zeros(delta.numel(), dtype=delta.dtype).index_copy(0, found.places, found.values)
     total = moments.total + DAMPING * moments.total.diagonal().mean() * torch.eye(len(moments.total))
     root = torch.linalg.cholesky(total)
-    u, s, v = torch.linalg.svd(delta @ root, full_matrices=False)
-    weighted = torch.linalg.solve_triangular(root, (u[:, :r] * s[:r]) @ v[:r], upper=False, left=False)
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    b, a = low_rank(delta, r)
+    weighted_b, weighted_a = low_rank(delta @ root, r)
     return {
         "qwha": transform(rows.view(delta.shape), transposed=True),
-        "svd": (u[:, :r] * s[:r]) @ v[:r],
-        "weighted svd": weighted,
+        "svd": b @ a,
+        "weighted svd": torch.linalg.solve_triangular(root, weighted_b @ weighted_a, upper=False, left=False),
     }
 
 
@@ -59,14 +58,9 @@ def error(delta: Tensor, moments: Moments) -> float:
 
 def errors_at(bits: int, r: int, blocks: list[int], num_rows: int) -> dict[str, float]:
     """The mean relative error of each start."""
-    model = AutoModelForCausalLM.from_pretrained(assets.model_folder(MODEL), dtype=torch.float32)
-    deltas: dict[str, Tensor] = {}
-    for name, layer in model.model.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            rounded = dequantise(*round_to_nearest(layer.weight.detach(), bits, GROUP_SIZE, symmetric=False))
-            if int(name.split(".")[1]) in blocks:
-                deltas[f"model.{name}"] = (layer.weight.detach() - rounded).double()
-            layer.weight.data = rounded
+    model = original()
+    lost = round_layers(model, bits)
+    deltas = {name: delta.double() for name, delta in lost.items() if int(name.split(".")[2]) in blocks}
     rows = rows_of_tokens(2 * num_rows)
     layers = {name: model.get_submodule(name) for name in deltas}
     seen, held_out = (moments_in_parts(model, layers, part, num_rows) for part in (rows[:num_rows], rows[num_rows:]))

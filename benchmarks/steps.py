@@ -12,22 +12,41 @@ from shoestring.memory import MemoryReport
 Step = Callable[[], None]
 
 
-def stepped(model: Any, ids: torch.Tensor, entries: list[Any], labels: torch.Tensor | None = None) -> tuple[Any, Step]:
-    """The model with a recipe, and one step of it: forward and backward. labels: None for those of a language model."""
+def stepped(
+    model: Any, ids: torch.Tensor, entries: list[Any], labels: torch.Tensor | None = None, autocast: bool = False
+) -> tuple[Any, Step]:
+    """The model with a recipe, and one step of it: forward and backward.
+
+    labels: None for those of a language model. autocast: to bfloat16.
+    """
     torch.manual_seed(2)  # of adapters
     model = Recipe.from_list(entries).apply(model).train()
 
     def step() -> None:
         torch.manual_seed(1)
         model.zero_grad()
-        model(input_ids=ids, labels=ids.clone() if labels is None else labels).loss.backward()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids.clone() if labels is None else labels).loss
+        loss.backward()
 
     return model, step
 
 
-def memory(model: Any, step: Step) -> MemoryReport:
+def with_adamw(model: Any, step: Step) -> tuple[Step, torch.optim.Optimizer]:
+    """The step with AdamW's update after it, and the optimizer, whose states are there."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6)
+
+    def updated() -> None:
+        step()
+        optimizer.step()
+
+    updated()
+    return updated, optimizer
+
+
+def memory(model: Any, step: Step, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
     model.zero_grad()
-    with Ledger(model) as ledger:
+    with Ledger(model, optimizer) as ledger:
         step()
     return ledger.report()
 
