@@ -3,13 +3,13 @@
     python benchmarks/in_place.py --json docs/results/in_place.json
     python benchmarks/in_place.py --only cost --methods paca --rounds 2 --json in_place.json
 
-cost: one step, forward and backward, of the packaged decoder: in float32; with weights in bfloat16 under autocast, what
-trains in float32; and so with `chunked_loss`, without which logits of its many words are half of all bytes. Each method
-stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the method's
-trained parameters; both are rows of their own. Bytes are the ledger's. Seconds are those of the processor on one thread,
-the least of several steps, the method's and LoRA's in turn. No optimizer is in it. Those with limits beside full tuning
-stand there too, with AdamW's update in both, and bytes of all there is, weights and states included; full tuning has its
-weights in float32.
+cost: one step, forward and backward, of the packaged decoder: in float32; with weights in bfloat16 under autocast,
+what trains in float32; and so with `chunked_loss`, without which logits of its many words are half of all bytes. Each
+method stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the
+method's trained parameters; both are rows of their own. Bytes are the ledger's. Seconds are those of the processor on
+one thread, the least of several steps, the method's and LoRA's in turn. No optimizer is in it. Those with limits
+beside full tuning stand there too, with AdamW's update in both, and bytes of all there is, weights and states
+included; full tuning has its weights in float32.
 
 stored: the decoder as `save_packed` writes it, beside its weights in 16 bit.
 
