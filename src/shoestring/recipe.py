@@ -26,6 +26,7 @@ from . import objectives as _objectives  # noqa: F401  registers its techniques
 from . import optimizers as _optimizers  # noqa: F401  registers its techniques
 from . import pruning as _pruning  # noqa: F401  registers its methods
 from . import recipes
+from . import selection as _selection  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
 from .fakes import has_values

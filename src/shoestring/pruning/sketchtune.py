@@ -20,7 +20,6 @@ Differs  codes of 3 bits take 3 bits, not 4; gradients are summed by blocks of r
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,11 +38,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import has_linear_weight, linear_sizes
 from ..adapters.placement import stacks, task_head
-from ..errors import SettingError, did_you_mean
+from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated, Moments
 from ..quantisation.sketch import Sketch, build_sketch, check_groups_per_row, curvature_of
 from ..quantisation.sketched_linear import SketchedLinear
+from ..targets import targeted
 from ..technique import Phase, Technique, register_technique
 from .rows import replace_data
 
@@ -183,14 +183,9 @@ class SketchTune(Calibrated, Technique):
         """
         modules = {name: module for name, module in model.named_modules() if name}
         blocks = tuple(f"{name}." for name, _ in stacks(model))
+        chosen = targeted(modules, self.target_modules, self.exclude_modules, self.name)
         if self.target_modules is None:
-            chosen = {n: m for n, m in modules.items() if n.startswith(blocks) and has_linear_weight(m)}
-        else:
-            _check_names("target_modules", self.target_modules, modules, model)
-            chosen = {n: m for n, m in modules.items() if _matches(n, self.target_modules)}
-        if self.exclude_modules is not None:
-            _check_names("exclude_modules", self.exclude_modules, modules, model)
-            chosen = {n: m for n, m in chosen.items() if not _matches(n, self.exclude_modules)}
+            chosen = {n: m for n, m in chosen.items() if n.startswith(blocks) and has_linear_weight(m)}
         if not chosen:
             raise SettingError(
                 f"sketchtune finds no linear layers in the blocks of {type(model).__name__}: name them in "
@@ -330,22 +325,6 @@ def _check_layer(name: str, layer: nn.Module, parent: nn.Module) -> None:
             f"sketchtune replaces nn.Linear and Conv1D only, but {name} is of type {type(layer).__name__}; list it in "
             "exclude_modules."
         )
-
-
-def _matches(name: str, wanted: list[str] | str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == each or name.endswith(f".{each}") for each in wanted)
-
-
-def _check_names(setting: str, wanted: list[str] | str, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Refuse names that no module has."""
-    for each in [wanted] if isinstance(wanted, str) else wanted:
-        if not any(_matches(name, each if isinstance(wanted, str) else [each]) for name in modules):
-            raise SettingError(
-                f"{setting} of sketchtune: {type(model).__name__} has no module {each!r}. "
-                f"{did_you_mean(each, {name.rpartition('.')[2] for name in modules if not name[-1].isdigit()})}"
-            )
 
 
 def _mark_of(codes: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,296 @@
+r"""Sparse selection: single numbers of existing weights train, and nothing of a weight's size is kept for them.
+
+Update   values = W[places]; a step of the optimizer changes values, which are then written into W
+         dvalues = (dL/dW)[places], gathered in backward as soon as dL/dW is there, which is then let go
+Shapes   W of any shape, places [n] in the flat W, values [n] in float32 or wider
+Costs    8 n bytes for places and values in float32, 8 n for AdamW's moments; a weight's input is kept for backward, as
+         in any layer that trains; one dense gradient at a time. Forward is that of the plain model
+Limits   weights that are read by other modules than those that hold them are not seen (nn.MultiheadAttention)
+
+The weight itself stays frozen, so that trainers, optimizers and checks meet `values` alone. Where a module's forward
+reads its weight it gets a view of it whose backward ends in `values`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..adapters.placement import stacks
+from ..errors import SettingError
+from ..targets import Names, targeted
+from ..technique import Moment
+from .base import Selection, _check_chosen, named_parameters
+
+FILE = "selected.safetensors"
+HOLDER = "selected"  # the module that holds the entries, on the model
+SEEN = "_selected_entries"  # in the __dict__ of modules that hold weights: their entries by the weight's key
+
+
+class Entries(nn.Module):
+    """The chosen numbers of one weight.
+
+    name: of the weight, in the model. places: int32, or int64 where the weight is larger. values: what trains.
+    """
+
+    places: Int[Tensor, " n"]
+
+    def __init__(self, name: str, weight: nn.Parameter, places: Int[Tensor, " n"]):
+        super().__init__()
+        self.name = name
+        self.weight = [weight]  # in a list, so that it is no parameter of this module
+        narrow = weight.numel() <= torch.iinfo(torch.int32).max
+        self.register_buffer("places", places.to(weight.device, torch.int32 if narrow else torch.int64))
+        self.originals = self.taken()
+        self.values = nn.Parameter(self.originals.to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+        self._written = self.values._version
+        self._off = False
+
+    def taken(self, tensor: Tensor | None = None) -> Float[Tensor, " n"]:
+        """A copy of the numbers of `tensor`, which has the weight's shape, at the places; of the weight by default."""
+        tensor = self.weight[0].detach() if tensor is None else tensor
+        return tensor[torch.unravel_index(self.places.long(), tensor.shape)]
+
+    @torch.no_grad()
+    def put(self, values: Tensor) -> None:
+        """Write numbers into the weight at the places."""
+        weight = self.weight[0].data
+        weight[torch.unravel_index(self.places.long(), weight.shape)] = values.to(weight.dtype)
+
+    def write(self, always: bool = False) -> None:
+        """Write the values into the weight, where an optimizer has changed them since."""
+        if not self._off and (always or self.values._version != self._written):
+            self.put(self.values.detach())
+            self._written = self.values._version
+
+    def switch(self, on: bool) -> None:
+        """Have the values in the weight, or what was there before training."""
+        self._off = not on
+        self.put(self.values.detach() if on else self.originals)
+
+    def replace(self, places: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> None:
+        """Take other places with these values; the numbers at the old ones become what they were before training."""
+        self.put(self.originals)
+        self.places = places.to(self.places)
+        self.originals = self.taken()
+        self.values.data = values.to(self.values)
+        self.write(always=True)
+
+    def leave(self) -> None:
+        """Put what was there before training into the weight, for good."""
+        self.put(self.originals)
+
+    def on_gradient(self, dense: Tensor) -> None:
+        """Called in backward with dL/dW, before the gradient of the values is taken from it."""
+
+
+class _Seen(torch.autograd.Function):
+    """The weight, as a tensor whose gradient goes to the values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, entries: Entries) -> Tensor:
+        ctx.entries = entries
+        return entries.weight[0].data
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dense: Tensor) -> tuple[Tensor, None]:
+        ctx.entries.on_gradient(dense)
+        return ctx.entries.taken(dense).to(ctx.entries.values.dtype), None
+
+
+def _show(module: nn.Module, args: Any) -> None:
+    """Before a forward: let the module read its weights so that gradients go to their values."""
+    for key, entries in module.__dict__[SEEN].items():
+        entries.write()
+        if torch.is_grad_enabled():
+            module.__dict__[key] = _Seen.apply(entries.values, entries)
+
+
+def _hide(module: nn.Module, args: Any, output: Any) -> None:
+    """After a forward."""
+    for key in module.__dict__[SEEN]:
+        module.__dict__.pop(key, None)
+
+
+@dataclass
+class SparseSelection(Selection):
+    """A technique that trains single numbers of weights. A method writes `places`.
+
+    target_modules: names, or a regular expression for whole names, of modules whose weights may be chosen from; None:
+        the linear layers in the model's blocks.
+    exclude_modules: names or a regular expression of modules to leave out.
+    """
+
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.entries: dict[str, Entries] = {}
+        self._values_follow = False
+
+    @abstractmethod
+    def places(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Int[Tensor, " n"]]:
+        """The numbers of each weight that train, as sorted places in the flat weight; weights may go without any.
+
+        weights: those to choose from, by name, frozen.
+        """
+
+    def make_entries(self, name: str, weight: nn.Parameter, places: Int[Tensor, " n"]) -> Entries:
+        """What holds the chosen numbers; for methods that look at dense gradients."""
+        return Entries(name, weight, places)
+
+    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
+        """Empty splits mean that what was chosen is about to be loaded."""
+        self._values_follow = not splits
+
+    def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """No whole parameter."""
+        return {}
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Freeze all else, choose, and let the chosen numbers train; on exit weights are what they were, bit by bit."""
+        with super().attach(model), ExitStack() as undo:
+            found = self.candidates(model)
+            weights = {name: parameter for name, (_, parameter) in found.items()}
+            _check_chosen(self.name, weights)
+            for parameter in weights.values():
+                parameter.requires_grad_(False)
+            none = {name: torch.empty(0, dtype=torch.int64) for name in weights}
+            chosen = none | ({} if self._values_follow else self.places(model, weights))
+            self.entries = {name: self.make_entries(name, weights[name], places) for name, places in chosen.items()}
+            undo.callback(self.entries.clear)
+            self._show_to_modules(undo, model)
+            model.add_module(HOLDER, nn.ModuleList(self.entries.values()))
+            undo.callback(model._modules.pop, HOLDER)
+            yield model
+
+    def candidates(self, model: nn.Module) -> dict[str, tuple[list[tuple[nn.Module, str]], nn.Parameter]]:
+        """The weights to choose from, by name, each with all modules that hold it.
+
+        Raises SettingError if there are none, or a name fits no module.
+        """
+        modules = {name: module for name, module in model.named_modules() if name}
+        wanted = targeted(modules, self.target_modules, self.exclude_modules, self.name)
+        if self.target_modules is None:
+            blocks = tuple(f"{name}." for name, _ in stacks(model))
+            wanted = {name: module for name, module in wanted.items() if name.startswith(blocks)}
+        meant = {id(module) for module in wanted.values()}
+        holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    holders.setdefault(id(parameter), []).append((module, key))
+        found = {
+            name: (holders[id(parameter)], parameter)
+            for name, module, key, parameter in named_parameters(model)
+            if id(module) in meant and self.may_choose(module, key, parameter)
+        }
+        if not found:
+            raise SettingError(
+                f"{self.name} finds no weights to choose from in {type(model).__name__}: name modules that have some "
+                "in target_modules."
+            )
+        return found
+
+    def may_choose(self, module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+        """Whether numbers of a parameter of a targeted module may train."""
+        return parameter.dim() >= 2
+
+    def _show_to_modules(self, undo: ExitStack, model: nn.Module) -> None:
+        found = self.candidates(model)
+        for name, entries in self.entries.items():
+            undo.callback(entries.leave)
+            for module, key in found[name][0]:
+                if SEEN not in module.__dict__:
+                    module.__dict__[SEEN] = {}
+                    undo.callback(module.__dict__.pop, SEEN)
+                    undo.callback(module.register_forward_pre_hook(_show).remove)
+                    undo.callback(module.register_forward_hook(_hide, always_call=True).remove)
+                module.__dict__[SEEN][key] = entries
+
+    def on_step_end(self, moment: Moment) -> None:
+        """Write what the optimizer has made of the values, also where it hides that it changed them."""
+        for entries in self.entries.values():
+            entries.write(always=True)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Run the model as it was before training."""
+        for entries in self.entries.values():
+            entries.switch(on=False)
+        try:
+            yield
+        finally:
+            for entries in self.entries.values():
+                entries.switch(on=True)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write places and values."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, entries in self.entries.items():
+            order = entries.places.argsort()
+            tensors[f"{name}.places"] = entries.places[order].contiguous()
+            tensors[f"{name}.values"] = entries.values.detach()[order].contiguous()
+        partial_file = folder / f"{FILE}.partial"
+        save_file(tensors, partial_file, metadata={"format": "pt"})
+        partial_file.replace(folder / FILE)
+
+    def restore(self, model: nn.Module, folder: Path) -> None:
+        """Take over places and values.
+
+        Raises SettingError if the file is missing or damaged, or was made of another model.
+        """
+        try:
+            tensors = load_file(folder / FILE)
+        except (OSError, SafetensorError) as error:
+            raise SettingError(f"{folder / FILE}, which {self.name} has saved, cannot be read: {error}") from error
+        names = {key.rpartition(".")[0] for key in tensors}
+        if names != self.entries.keys():
+            odd = sorted(names ^ self.entries.keys())[0]
+            raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd} is in one only.")
+        for name, entries in self.entries.items():
+            places = tensors[f"{name}.places"]
+            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < entries.weight[0].numel():
+                raise SettingError(
+                    f"{folder / FILE} has places beyond the {entries.weight[0].numel()} numbers of {name}: it was made "
+                    "of another model."
+                )
+        for name, entries in self.entries.items():
+            entries.replace(tensors[f"{name}.places"], tensors[f"{name}.values"])
+
+
+def top_places(scores: Mapping[str, Tensor], count: int) -> dict[str, Int[Tensor, " n"]]:
+    """The places of the `count` largest scores over all weights, sorted; of equal ones those that come first.
+
+    Raises ValueError if there are fewer scores, or one is NaN.
+    """
+    total = sum(score.numel() for score in scores.values())
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} numbers were to be chosen of {total}.")
+    best = torch.empty(0)
+    for name, score in scores.items():
+        if score.isnan().any():
+            raise ValueError(f"The scores of {name} hold NaN.")
+        own = score.detach().flatten().topk(min(count, score.numel())).values
+        best = torch.cat([best, own.float().cpu()])
+        best = best.topk(min(count, len(best))).values
+    least, room = best[-1], count - int((best > best[-1]).sum())
+    places = {}
+    for name, score in scores.items():
+        flat = score.detach().flatten().float().cpu()
+        equal = (flat == least).nonzero()[:room, 0]
+        room -= len(equal)
+        places[name] = torch.cat([(flat > least).nonzero()[:, 0], equal]).sort().values
+    return places
