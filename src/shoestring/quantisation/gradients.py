@@ -43,11 +43,11 @@ def column_gradients(
     with ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
         undo.enter_context(in_eval_mode(model))
-        undo.enter_context(_all_frozen(model))
+        undo.enter_context(all_frozen(model))
         for name, layer in layers.items():
             undo.callback(layer.register_forward_hook(_watching(name, add)).remove)
         for index in tqdm(range(num_rows), desc="Gradients", unit="row", delay=SECONDS_BEFORE_A_BAR, leave=False):
-            _loss_of(model, rows[index], index, max_tokens).backward()
+            loss_of(model, rows[index], index, max_tokens).backward()
     for name in layers:
         if name not in scores:
             raise SettingError(
@@ -72,7 +72,8 @@ def _watching(name: str, add: Callable[[str, Tensor, Tensor], None]) -> Any:
 
 
 @contextmanager
-def _all_frozen(model: nn.Module) -> Iterator[None]:
+def all_frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter trains, and those that did train again after."""
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trained:
@@ -83,7 +84,11 @@ def _all_frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> Tensor:
+def loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> Tensor:
+    """The model's loss of one row of inputs with labels, or of a causal language model's inputs alone.
+
+    Raises SettingError with the row's `index` if there is none.
+    """
     if "labels" not in row and "label" in row:
         row = {**row, "labels": row["label"]}
     inputs = inputs_of(model, row, index, max_tokens, with_labels=True)
