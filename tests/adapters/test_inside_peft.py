@@ -17,7 +17,9 @@ from shoestring.testing.adapters import adapted, batch, two_layers
 
 METHODS = [cls for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(cls, AdapterConfig)]
 SETTINGS: dict[str, dict[str, object]] = {
+    "l4q": {"group_size": 4},  # its default does not divide their inputs
     "mola": {"experts": 2},  # its default goes by blocks, of which these models have none
+    "qwha": {"init": "zero"},  # its default reads what the model was loaded from
     "s2ft": {"down_ratio": 0.2},  # its default is less than one channel of so few
 }
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.method.name)

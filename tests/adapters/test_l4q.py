@@ -194,9 +194,9 @@ def test_with_16_bits_it_is_lora():
 def test_steps_stay_positive_whatever_the_optimizer_does():
     model = adapted(L4QConfig, lambda: {"group_size": 4, "bits": 3}).train()
     optimizer = torch.optim.Adam(trainable(model).values(), lr=100.0)
-    for step in range(5):
-        optimizer.zero_grad()
-        model(batch(seed=step)).square().mean().backward()
+    for _ in range(5):
+        for parameter in trainable(model).values():
+            parameter.grad = torch.randn_like(parameter)
         optimizer.step()
     for name, adapter in adapters_in(model).items():
         weight = two_layers().get_submodule(name.split(".")[2]).weight.detach()

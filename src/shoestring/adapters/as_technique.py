@@ -58,6 +58,8 @@ class PeftTechnique(Technique):
             if stacked:  # peft warns of a second adapter, which is what the recipe asks for
                 warnings.filterwarnings("ignore", message=".*(second time|Already found a `peft_config`).*")
             self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)
+        if isinstance(model, PeftModel):  # TRL and others look there for the model inside
+            self.wrapped.get_base_model = model.get_base_model  # type: ignore[method-assign]
         for parameter in trained:  # peft would leave only its newest adapter trained and active
             parameter.requires_grad_(True)
         for module, names in active:
