@@ -20,8 +20,8 @@ from transformers import (
 
 from shoestring import Recipe, assets
 from shoestring.activations import LeanMLP, Offload
-from shoestring.activations.lean_mlp import gating_activation
 from shoestring.errors import SettingError
+from shoestring.feed_forward import gated_product
 from shoestring.testing.assets import need
 
 LLAMA_ROWS = BATCH * TOKENS
@@ -90,7 +90,7 @@ def tiny(config_class, model_class, **settings) -> nn.Module:
 )
 def test_gated_blocks_are_found_by_what_they_do(config, model, settings, gated):
     made_model = tiny(config, model, **settings)
-    assert sum(gating_activation(block) is not None for block in made_model.modules()) == gated
+    assert sum(gated_product(block) is not None for block in made_model.modules()) == gated
     ids = {"input_ids": torch.arange(1, 12).view(1, 11)}
     assert_same_bits(step(made_model, inputs=ids), step(made_model, LeanMLP(), inputs=ids))
 
@@ -136,7 +136,7 @@ def test_an_activation_whose_result_is_read_twice_gets_both_gradients():
 
     torch.manual_seed(0)
     model, x = Odd().train(), torch.randn(4, 5)
-    assert gating_activation(model) is model.act
+    assert gated_product(model).activation is model.act
     model(x).square().sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     with Recipe(LeanMLP())(model):

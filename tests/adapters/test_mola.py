@@ -25,13 +25,14 @@ from transformers import (
 from shoestring import assets
 from shoestring.activations import LeanMLP
 from shoestring.adapters import MoLAConfig
-from shoestring.adapters.mola import _CHOICES, Experts, adapters_in, balance_loss, chosen_weights, real_tokens, spread
+from shoestring.adapters.mola import _CHOICES, Experts, adapters_in, balance_loss, chosen_weights, spread
 from shoestring.adapters.placement import place_in_stack
 from shoestring.blocks import Recompute, Reversible, TokenTune, TokenWindows
 from shoestring.errors import SettingError
 from shoestring.fakes import without_values
 from shoestring.memory import Ledger
 from shoestring.objectives import ChunkedLoss
+from shoestring.real_tokens import real_tokens
 from shoestring.recipe import Recipe, attached_to
 from shoestring.testing.adapters import TARGETS, adapted, batch, trainable, two_layers
 from shoestring.testing.assets import need

@@ -11,7 +11,6 @@ Differs  the layer after it gives up y, and casts of y for adapters in another d
          behind dropout above 0. Experts of a mixture stay as they are
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from transformers import activations as hf
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
+from ..feed_forward import gated_product, is_elementwise
 from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
 
 Function = Callable[..., Tensor]
 
-_ALL_ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in hf.ACT2CLS.values()} | {nn.GELU}
 _KEEP_RESULT = {nn.ReLU, nn.Sigmoid, nn.Tanh, hf.LinearActivation}
 """What keeps its result for backward, as the next layer does: nothing to gain unless a product follows."""
 
@@ -79,14 +78,13 @@ class _Gate(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.activation: tuple[Tensor, Tensor, Function] | None = None  # result, what it read, the function
-        self.seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and self.activation is not None and not kwargs:
             result, read, function = self.activation
             factors = [t for t in args if t is not result]
             if len(factors) == 1 and isinstance(factors[0], Tensor) and factors[0].shape == result.shape:
-                self.seen, self.activation = True, None  # the result is free while the next layer runs
+                self.activation = None  # the result is free while the next layer runs
                 return _gated(function, result, read, factors[0])
         return func(*args, **(kwargs or {}))
 
@@ -163,7 +161,7 @@ class LeanMLP(Technique):
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Replace the forwards of gated blocks, activation functions and the layers that may read their results."""
-        gated = {block: found for block in model.modules() if (found := gating_activation(block)) is not None}
+        gated = {block: found for block in model.modules() if (found := gated_product(block)) is not None}
         plain = {m for m in model.modules() if is_elementwise(m) and type(m) not in _KEEP_RESULT}
         if not gated and not plain:
             raise SettingError(
@@ -172,7 +170,7 @@ class LeanMLP(Technique):
             )
         gates: list[_Gate] = []  # of the blocks that run now, outermost first
         forwards = {m: _reading for m in model.modules() if isinstance(m, nn.Linear | Conv1D | BaseTunerLayer)}
-        forwards |= dict.fromkeys(plain | set(gated.values()), _activation_forward(gates))
+        forwards |= dict.fromkeys(plain | {found.activation for found in gated.values()}, _activation_forward(gates))
         forwards |= dict.fromkeys(gated, _block_forward(gates))
         with training_forwards(forwards):
             yield model
@@ -200,43 +198,3 @@ def _block_forward(gates: list[_Gate]) -> Function:
             gates.pop()
 
     return forward
-
-
-def is_elementwise(module: nn.Module) -> bool:
-    """Whether it is an activation function without weights that leaves its input as it is."""
-    return type(module) in _ALL_ACTIVATIONS and not list(module.parameters()) and not getattr(module, "inplace", False)
-
-
-def gating_activation(block: nn.Module) -> nn.Module | None:
-    """The activation function whose result `block` multiplies with another tensor; None if it does no such thing."""
-    inside = [child for child in block.children() if is_elementwise(child)]
-    if len(inside) != 1 or any(True for _ in block.parameters(recurse=False)):
-        return None
-    gate = _Gate()
-    trial = copy.copy(block)
-    trial.__dict__["_modules"] = {
-        name: _StandIn(gate if child is inside[0] else None) for name, child in block.named_children()
-    }
-    x = torch.ones(1, 2, 4, requires_grad=True)
-    try:
-        with torch.enable_grad(), gate:
-            type(block).forward(trial, x)
-    except Exception:  # a block that takes other inputs may fail in any way
-        return None
-    return inside[0] if gate.seen else None
-
-
-class _StandIn(nn.Module):
-    """Gives back what it is given; in place of the activation function, tells the gate so."""
-
-    def __init__(self, gate: _Gate | None):
-        super().__init__()
-        self.gate = gate
-        self.weight = None  # T5 looks at its dtype
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        if self.gate is None:
-            return x
-        result = x * 1
-        self.gate.activation = (result, x, lambda g: g)
-        return result

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
+from ..real_tokens import real_tokens
 from ..technique import Moment, Technique
 from .base import Adapter, AdapterConfig, autocast_dtype, autocast_off, linear_sizes, register
 from .placement import place_in_stack
@@ -42,9 +43,6 @@ ALLOCATIONS: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "hourglass": (8, 2, 2, 8),
     }
 )
-
-CROSS_KEYS = re.compile(r"(encoder_attn|EncDecAttention|cross_?attention|cross_attn)\.(.*\.)?(k|v|key|value)(_proj)?\.")
-"""Layers of a decoder that read the encoder's tokens."""
 
 Choices = tuple[Tensor, Tensor]
 """p [..., N] with its graph, and the numbers of the experts chosen [..., k]."""
@@ -385,20 +383,3 @@ def balance_loss(
     share = (counted * routed).flatten(0, -2).sum(0) / (chosen.shape[-1] * tokens)
     mean = (counted * p).flatten(0, -2).sum(0) / tokens
     return num_experts * (share * mean).sum()
-
-
-def real_tokens(
-    model: nn.Module, batch: Mapping[str, Any], name: str, shape: torch.Size
-) -> Bool[Tensor, "*batch"] | None:
-    """Which tokens of the layer `name`, whose inputs have the leading sizes `shape`, are no padding; None: all of them.
-
-    A decoder beside an encoder reads the tokens of the labels, and by keys and values of cross-attention those of the
-    encoder. Tokens count all where no mask has their shape, as in packed batches.
-    """
-    of_input, of_output = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-    if of_output is None and batch.get("labels") is not None:
-        of_output = batch["labels"] != -100
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    reads_output = both and "decoder" in name.split(".") and not CROSS_KEYS.search(name)
-    mask = of_output if reads_output else of_input
-    return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None

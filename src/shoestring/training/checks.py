@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,15 +15,17 @@ from ..recipe import attached_to
 class GradientCheck(TrainerCallback):
     """Stops a run in which something that should learn does not.
 
-    After the first step every trainable parameter must have a gradient, free of NaN and Inf, and not all may be zero.
-    One that is zero may still start late, as one factor of a LoRA pair does while the other is zero: it must have
-    had another gradient after `patience_steps` steps with a learning rate above zero.
+    In its first step every trainable parameter must have a gradient, free of NaN and Inf, and in the first step of the
+    run not all may be zero. One that is zero may still start late, as one factor of a LoRA pair does while the other is
+    zero: it must have had another gradient after `patience_steps` steps with a learning rate above zero. Steps in which
+    a parameter of the optimizer rests, as it does not require a gradient, do not count for it.
     """
 
     def __init__(self, patience_steps: int = 3):
         self.patience_steps = patience_steps
-        self.asleep: dict[str, torch.nn.Parameter] | None = None
-        self.steps_with_rate = 0
+        self.unseen: dict[str, torch.nn.Parameter] | None = None  # rested in all steps so far
+        self.asleep: dict[str, torch.nn.Parameter] = {}  # had no gradient but zero so far
+        self.steps_with_rate: Counter[str] = Counter()
 
     def on_pre_optimizer_step(
         self,
@@ -36,35 +39,41 @@ class GradientCheck(TrainerCallback):
         """Look at the gradients that the optimizer is about to use."""
         if args.fp16 and not all(_finite(p) for p in model.parameters() if p.grad is not None):
             return  # a gradient scaler starts too high; it skips such steps and lowers itself
-        first = self.asleep is None
-        if self.asleep is None:
-            idle = attached_to(model).idle_parameters()
-            self.asleep = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in idle}
-            self._check_first(self.asleep)
-        if not self.asleep:
-            return
-        trained = self.asleep
-        self.asleep = {name: p for name, p in trained.items() if p.grad is None or not bool(p.grad.any())}
-        if first and len(self.asleep) == len(trained):
+        first = self.unseen is None
+        if self.unseen is None:
+            idle, held = attached_to(model).idle_parameters(), _held(optimizer)
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad or id(p) in held}
+            if not trained:
+                raise RunFailed("No parameter is trainable: the recipe leaves nothing to learn.")
+            self.unseen = {name: p for name, p in trained.items() if name not in idle}
+        new = {name: p for name, p in self.unseen.items() if p.requires_grad}
+        self._check_new(new)
+        self.unseen = {name: p for name, p in self.unseen.items() if name not in new}
+        self.asleep = {name: p for name, p in (self.asleep | new).items() if p.grad is None or not bool(p.grad.any())}
+        if first and new and len(self.asleep) == len(new):
             raise RunFailed("Every gradient is zero in the first step: nothing learns. Check the labels and the loss.")
-        if self.asleep and self.steps_with_rate >= self.patience_steps:
+        awake = [name for name, p in self.asleep.items() if p.requires_grad]
+        if late := [name for name in awake if self.steps_with_rate[name] >= self.patience_steps]:
             raise RunFailed(
-                f"{_named(list(self.asleep))} had no gradient but zero in {self.steps_with_rate + 1} steps: it "
+                f"{_named(late)} had no gradient but zero in {self.steps_with_rate[late[0]] + 1} steps: it "
                 "does not learn. Leave it out of the recipe, or check that the model uses it."
             )
-        self.steps_with_rate += any(group["lr"] > 0 for group in optimizer.param_groups)
+        if any(group["lr"] > 0 for group in optimizer.param_groups):
+            self.steps_with_rate.update(awake)
 
     @staticmethod
-    def _check_first(trained: dict[str, torch.nn.Parameter]) -> None:
-        if not trained:
-            raise RunFailed("No parameter is trainable: the recipe leaves nothing to learn.")
+    def _check_new(trained: dict[str, torch.nn.Parameter]) -> None:
         if missing := [name for name, p in trained.items() if p.grad is None]:
             raise RunFailed(
-                f"{_named(missing)} got no gradient in the first step: the loss does not depend on it. Leave it out of "
+                f"{_named(missing)} got no gradient in its first step: the loss does not depend on it. Leave it out of "
                 "the recipe, or check gradient checkpointing (reentrant checkpointing needs inputs with gradients)."
             )
         if broken := [name for name, p in trained.items() if not _finite(p)]:
-            raise RunFailed(f"{_named(broken)} got NaN or Inf as its gradient in the first step.")
+            raise RunFailed(f"{_named(broken)} got NaN or Inf as its gradient in its first step.")
+
+
+def _held(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _finite(parameter: torch.nn.Parameter) -> bool:
