@@ -17,6 +17,7 @@ from shoestring.testing.tiny_models import DECODER, Step, TinyModel, seeded, ste
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_code_gives():
     made = page()
     assert PAGE.read_text(encoding="utf-8").splitlines() == made.splitlines(), (

@@ -187,6 +187,7 @@ def test_an_activation_function_in_place_is_refused():
         pass
 
 
+@pytest.mark.slow
 def test_the_packaged_encoder_learns_reviews_with_it(tmp_path):
     need("minilm", "rotten-tomatoes")
     from shoestring.training import RunSettings, train

@@ -345,6 +345,7 @@ def test_a_step_runs_on_tensors_without_values(technique: list[str]):
     assert all(p.grad.shape == p.shape for p in trainable(model).values())
 
 
+@pytest.mark.slow
 def test_a_packaged_vision_transformer_learns_clothes():
     need("dinov2-small", "fashion-mnist")
     folder = assets.model_folder("dinov2-small")

@@ -322,6 +322,7 @@ def test_the_peak_is_loras_the_grids_and_three_matrices_of_one_layer(depth: int,
     assert l4q - lora <= 3 * 512 * 768 * dtype.itemsize + gradients_of_grids + weights_of_grids
 
 
+@pytest.mark.slow
 def test_a_step_of_a_decoder_peaks_below_1_05_of_lora_and_three_matrices():
     """Linear layers with the widths of a decoder of a billion weights, 4096 tokens, counted without computing."""
 

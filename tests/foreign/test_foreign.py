@@ -62,6 +62,7 @@ def passed(printed: str) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"^(\w+): (\d+) passed", printed, re.MULTILINE)}
 
 
+@pytest.mark.slow
 def test_our_methods_pass_the_tests_of_peft_in_one_setting_each():
     status, printed = output(["--quick"])
     assert status == 0, printed

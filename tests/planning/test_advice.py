@@ -143,6 +143,7 @@ def test_what_is_told_to_fit_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert advice.changes[1].slowdown > 1
 
 
+@pytest.mark.slow
 def test_two_depths_in_whole_periods_tell_what_a_deep_model_takes(tmp_path: Path):
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 6 + ["sliding_attention"]}
     names = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}

@@ -409,6 +409,7 @@ def test_the_planner_counts_the_packed_bytes():
     assert weights[0] == weights[1] - saved + tables - ranks
 
 
+@pytest.mark.slow
 def test_blocks_of_llama_7b_take_under_a_third_and_step_in_less_than_lora_needs():
     config = LlamaConfig(vocab_size=100, num_hidden_layers=1, architectures=["LlamaForCausalLM"])  # defaults: 7B
 
