@@ -33,6 +33,12 @@ SKETCHED: dict[str, Any] = {
     ),
 }
 
+BLOCKS_REST: dict[str, Any] = {
+    "settings": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2, "period": 2, "reward_rows": 4},
+    "bound": 2e-6,  # between steps, where no event has come, all blocks train
+    "trained_alone": True,
+}
+
 # one row a technique, form and model: its name, then what it is held to
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ba_lora": ("ba_lora", {"bound": 0.03, "trained_alone": True}),
@@ -40,6 +46,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
     "embedding_pruning": ("embedding_pruning", {"settings": {"keep_ids": [50]}, "model": UNTIED, **NO_FAKES}),
     "embedding_pruning-tied": ("embedding_pruning", {"trained_alone": True, **NO_FAKES}),
+    "ist": ("ist", {**BLOCKS_REST, "cannot": {"check_trains_in_the_trainer": "one of the two blocks rests in a step"}}),
+    "ist-encoder": ("ist", {**BLOCKS_REST, "model": CLASSIFIER}),
     "lean_mlp": ("lean_mlp", {}),
     "lean_mlp-encoder": ("lean_mlp", {"model": CLASSIFIER}),
     "lora_fa": ("lora_fa", {"bound": 2e-6, "trained_alone": True}),  # the gradients of B are LoRA's

@@ -35,6 +35,7 @@ MODELS = (CLASSIFIER, DECODER)
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "embedding_pruning": {"keep_ids": [50]},
+    "ist": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2},
     "low_bit_activations": {"min_bytes": 0},
     "offload": {"to": "disk", "min_bytes": 0},
     "sketchtune": {"groups": 2, "calibration_rows": 8},

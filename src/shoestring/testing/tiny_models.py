@@ -23,17 +23,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def decoder(dropout: float = 0.0, **settings: Any) -> nn.Module:
-    """Llama: two blocks, two queries to a key, tied head; the same weights at every call."""
+    """Llama: two blocks, two queries to a key, tied head; the same weights at every call. settings: of its config."""
     with seeded(0):
         config = LlamaConfig(
             vocab_size=WORDS,
             hidden_size=24,
             intermediate_size=40,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             attention_dropout=dropout,
-            **{"tie_word_embeddings": True, **settings},
+            **{"num_hidden_layers": 2, "tie_word_embeddings": True, **settings},
         )
         return _moved(LlamaForCausalLM(config))
 
