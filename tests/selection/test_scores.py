@@ -1,14 +1,16 @@
 """Scores of weights from gradients of rows, against plain autograd."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from shoestring import Ledger
 from shoestring.errors import SettingError
-from shoestring.selection.scores import gradient_scores
+from shoestring.selection.scores import curvature_scores, flow_scores, gradient_scores
 from shoestring.testing.tiny_models import classifier, decoder
 
 CLASSES = [{"input_ids": torch.arange(i, i + 7 + i), "labels": i % 3} for i in range(4)]
@@ -79,3 +81,80 @@ def test_what_gives_no_score_is_refused():
     with pytest.raises(SettingError, match=rf"The gradient of {name} holds NaN or Inf"):
         gradient_scores(model, {name: broken}, CLASSES, 1)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("make", "rows"), [(classifier, CLASSES), (decoder, TEXTS)])
+def test_curvature_is_the_second_derivative_times_the_mean_gradient(make, rows, dtype):
+    model = make(attn_implementation="eager").to(dtype).eval()
+    weights = linear_weights(model)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    found = curvature_scores(model, weights, rows, len(rows))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+
+    plain = copy.deepcopy(model).double()
+    plain_weights = [plain.get_parameter(name) for name in weights]
+    loss = 0
+    for row in rows:
+        ids = row["input_ids"][None]
+        labels = torch.tensor([row["labels"]]) if "labels" in row else ids
+        loss = loss + plain(input_ids=ids, labels=labels).loss / len(rows)
+    gradients = torch.autograd.grad(loss, plain_weights, create_graph=True)
+    product = sum((g * g.detach()).sum() for g in gradients)
+    expected = dict(zip(weights, torch.autograd.grad(product, plain_weights), strict=True))
+    error = sum((found[name] - want).square().sum() for name, want in expected.items()) ** 0.5
+    assert error < 1e-2 * sum(want.square().sum() for want in expected.values()) ** 0.5
+
+
+def test_curvature_is_refused_for_weights_in_16_bits():
+    model = classifier().bfloat16()
+    with pytest.raises(SettingError, match="steps of bfloat16 are too wide"):
+        curvature_scores(model, linear_weights(model), CLASSES, 2)
+
+
+class Perceptron(nn.Module):
+    """W2 gelu(W1 x), on embeddings."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(3, 5)
+        self.first, self.act, self.second = nn.Linear(5, 7, bias=False), nn.GELU(), nn.Linear(7, 2, bias=False)
+        self.config = SimpleNamespace(is_encoder_decoder=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.second(self.act(self.first(inputs_embeds))),)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flow_is_that_of_sizes_through_a_linear_model(seed):
+    model = Perceptron(seed)
+    with torch.no_grad():
+        model.first.weight[0, 0] = -0.0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = flow_scores(model, {"first": model.first.weight, "second": model.second.weight})
+    torch.testing.assert_close(found["first"], model.second.weight.abs().sum(0)[:, None].expand(7, 5))
+    torch.testing.assert_close(found["second"], model.first.weight.abs().sum(1).expand(2, 7))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(parameter.signbit(), before[name].signbit())
+    assert not model.act._forward_hooks
+
+
+@pytest.mark.parametrize("make", [classifier, decoder])
+def test_flow_reaches_values_and_not_queries(make):
+    model = make()
+    scores = flow_scores(model, linear_weights(model))
+    for name, score in scores.items():
+        assert (score.abs().max() > 1e-6) != any(part in name for part in ("q_proj", "k_proj", "query", "key")), name
+
+
+def test_flow_is_refused_for_models_without_embeddings():
+    class Plain(nn.Linear):
+        pass
+
+    with pytest.raises(SettingError, match="Plain takes none: choose another score"):
+        flow_scores(Plain(2, 2), {})

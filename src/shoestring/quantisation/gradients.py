@@ -36,27 +36,52 @@ def column_gradients(
     """
     scores: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor, dy: Tensor) -> None:
-        gradient = dy.flatten(0, -2).T.float() @ x.flatten(0, -2).float()
-        scores[name] = scores.get(name, 0) + gradient.square_().sum(0)
+    def add(name: str, x: Float[Tensor, "tokens in"], dy: Float[Tensor, "tokens out"]) -> None:
+        scores[name] = scores.get(name, 0) + (dy.T @ x).square_().sum(0)
+
+    each_gradient(model, layers, rows, num_rows, add, max_tokens=max_tokens)
+    for name in layers:
+        if not scores[name].isfinite().all():
+            raise SettingError(f"The gradient of {name} holds NaN or Inf: check the model's weights and the rows.")
+    return scores
+
+
+def each_gradient(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rows: Sequence[Mapping[str, Any]],
+    num_rows: int,
+    take: Callable[[str, Tensor, Tensor], None],
+    *,
+    max_tokens: int | None = None,
+) -> None:
+    """Call `take` with the two factors of dL/dW = dY^T X, in float32 or wider, for each of `layers` and each row.
+
+    take: gets the layer's name, X [tokens, in] and dY [tokens, out]; several times where a layer runs several times.
+
+    Raises SettingError for a row without a loss, and naming a layer that no gradient reached.
+    """
+    reached = set()
+
+    def flat(name: str, x: Tensor, dy: Tensor) -> None:
+        reached.add(name)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        take(name, x.flatten(0, -2).to(wide), dy.flatten(0, -2).to(wide))
 
     with ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
         undo.enter_context(in_eval_mode(model))
         undo.enter_context(all_frozen(model))
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_hook(_watching(name, add)).remove)
+            undo.callback(layer.register_forward_hook(_watching(name, flat)).remove)
         for index in tqdm(range(num_rows), desc="Gradients", unit="row", delay=SECONDS_BEFORE_A_BAR, leave=False):
             loss_of(model, rows[index], index, max_tokens).backward()
     for name in layers:
-        if name not in scores:
+        if name not in reached:
             raise SettingError(
                 f"No gradient of the {num_rows} calibration rows reached {name}: leave it out of the layers, or give "
                 "rows that use it."
             )
-        if not scores[name].isfinite().all():
-            raise SettingError(f"The gradient of {name} holds NaN or Inf: check the model's weights and the rows.")
-    return scores
 
 
 def _watching(name: str, add: Callable[[str, Tensor, Tensor], None]) -> Any:

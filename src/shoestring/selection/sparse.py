@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,8 +39,10 @@ class Entries(nn.Module):
     """The chosen numbers of one weight.
 
     name: of the weight, in the model. places: int32, or int64 where the weight is larger. values: what trains.
+    moves: places change while it trains; without that, entries with none do not train and ask for no gradient.
     """
 
+    moves: ClassVar[bool] = False
     places: Int[Tensor, " n"]
 
     def __init__(self, name: str, weight: nn.Parameter, places: Int[Tensor, " n"]):
@@ -50,20 +52,30 @@ class Entries(nn.Module):
         narrow = weight.numel() <= torch.iinfo(torch.int32).max
         self.register_buffer("places", places.to(weight.device, torch.int32 if narrow else torch.int64))
         self.originals = self.taken()
-        self.values = nn.Parameter(self.originals.to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+        values = self.originals.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        self.values = nn.Parameter(values, requires_grad=self.trains)
         self._written = self.values._version
         self._off = False
 
-    def taken(self, tensor: Tensor | None = None) -> Float[Tensor, " n"]:
-        """A copy of the numbers of `tensor`, which has the weight's shape, at the places; of the weight by default."""
+    @property
+    def trains(self) -> bool:
+        """Whether there is, or may be, something to train."""
+        return self.moves or len(self.places) > 0
+
+    def taken(self, tensor: Tensor | None = None, places: Int[Tensor, " m"] | None = None) -> Float[Tensor, " m"]:
+        """A copy of the numbers of `tensor`, which has the weight's shape, at `places`.
+
+        By default of the weight, and at the places of the entries.
+        """
         tensor = self.weight[0].detach() if tensor is None else tensor
-        return tensor[torch.unravel_index(self.places.long(), tensor.shape)]
+        return tensor[torch.unravel_index((self.places if places is None else places).long(), tensor.shape)]
 
     @torch.no_grad()
-    def put(self, values: Tensor) -> None:
-        """Write numbers into the weight at the places."""
+    def put(self, values: Tensor, places: Int[Tensor, " m"] | None = None) -> None:
+        """Write numbers into the weight, at the places of the entries where no others are given."""
         weight = self.weight[0].data
-        weight[torch.unravel_index(self.places.long(), weight.shape)] = values.to(weight.dtype)
+        where = (self.places if places is None else places).long()
+        weight[torch.unravel_index(where, weight.shape)] = values.to(weight.dtype)
 
     def write(self, always: bool = False) -> None:
         """Write the values into the weight, where an optimizer has changed them since."""
@@ -82,7 +94,12 @@ class Entries(nn.Module):
         self.places = places.to(self.places)
         self.originals = self.taken()
         self.values.data = values.to(self.values)
+        self.values.requires_grad_(self.trains)
         self.write(always=True)
+
+    def learned(self) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+        """The places whose numbers are not those of the pretrained weight, in any order, and these numbers."""
+        return self.places, self.values.detach()
 
     def leave(self) -> None:
         """Put what was there before training into the weight, for good."""
@@ -108,10 +125,13 @@ class _Seen(torch.autograd.Function):
 
 
 def _show(module: nn.Module, args: Any) -> None:
-    """Before a forward: let the module read its weights so that gradients go to their values."""
+    """Before a forward: let the module read its weights so that gradients go to their values.
+
+    A weight that was made to train itself, as for scores of all its numbers, is read as it is.
+    """
     for key, entries in module.__dict__[SEEN].items():
         entries.write()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and entries.trains and not entries.weight[0].requires_grad:
             module.__dict__[key] = _Seen.apply(entries.values, entries)
 
 
@@ -170,13 +190,13 @@ class SparseSelection(Selection):
             chosen = none | ({} if self._values_follow else self.places(model, weights))
             self.entries = {name: self.make_entries(name, weights[name], places) for name, places in chosen.items()}
             undo.callback(self.entries.clear)
-            self._show_to_modules(undo, model)
+            self._show_to_modules(undo, {name: holders for name, (holders, _) in found.items()})
             model.add_module(HOLDER, nn.ModuleList(self.entries.values()))
             undo.callback(model._modules.pop, HOLDER)
             yield model
 
     def candidates(self, model: nn.Module) -> dict[str, tuple[list[tuple[nn.Module, str]], nn.Parameter]]:
-        """The weights to choose from, by name, each with all modules that hold it.
+        """The weights to choose from, by name, each with all modules that hold it; none that trains whole anyway.
 
         Raises SettingError if there are none, or a name fits no module.
         """
@@ -194,7 +214,7 @@ class SparseSelection(Selection):
         found = {
             name: (holders[id(parameter)], parameter)
             for name, module, key, parameter in named_parameters(model)
-            if id(module) in meant and self.may_choose(module, key, parameter)
+            if id(module) in meant and not parameter.requires_grad and self.may_choose(module, key, parameter)
         }
         if not found:
             raise SettingError(
@@ -207,11 +227,10 @@ class SparseSelection(Selection):
         """Whether numbers of a parameter of a targeted module may train."""
         return parameter.dim() >= 2
 
-    def _show_to_modules(self, undo: ExitStack, model: nn.Module) -> None:
-        found = self.candidates(model)
+    def _show_to_modules(self, undo: ExitStack, holders: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
         for name, entries in self.entries.items():
             undo.callback(entries.leave)
-            for module, key in found[name][0]:
+            for module, key in holders[name]:
                 if SEEN not in module.__dict__:
                     module.__dict__[SEEN] = {}
                     undo.callback(module.__dict__.pop, SEEN)
@@ -240,9 +259,10 @@ class SparseSelection(Selection):
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, entries in self.entries.items():
-            order = entries.places.argsort()
-            tensors[f"{name}.places"] = entries.places[order].contiguous()
-            tensors[f"{name}.values"] = entries.values.detach()[order].contiguous()
+            places, values = entries.learned()
+            order = places.argsort()
+            tensors[f"{name}.places"] = places[order].contiguous()
+            tensors[f"{name}.values"] = values[order].contiguous()
         partial_file = folder / f"{FILE}.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
         partial_file.replace(folder / FILE)
