@@ -51,6 +51,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lean_mlp": ("lean_mlp", {}),
     "lean_mlp-encoder": ("lean_mlp", {"model": CLASSIFIER}),
     "lora_fa": ("lora_fa", {"bound": 2e-6, "trained_alone": True}),  # the gradients of B are LoRA's
+    "light_peft": (
+        "light_peft",
+        {"settings": {"estimation_steps": 2, "channel_multiple": 4}, "bound": 2e-6, "trained_alone": True},
+    ),
+    "light_peft-encoder": (
+        "light_peft",
+        {
+            "settings": {"estimation_steps": 3, "channel_multiple": 4},
+            "model": CLASSIFIER,
+            "bound": 2e-6,
+            "trained_alone": True,
+        },
+    ),
     "low_bit_activations": ("low_bit_activations", {"settings": {"min_bytes": 0}, "bound": 0.04}),
     "low_bit_activations-encoder": (
         "low_bit_activations",

@@ -112,7 +112,10 @@ class Events:
         return None
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameters with optimizer options of their own, `[{"params": [...], "lr": 1e-4}]`."""
+        """Parameters with optimizer options of their own, `[{"params": [...], "lr": 1e-4}]`.
+
+        "lr_factor" in place of "lr" is times the run's learning rate.
+        """
         return []
 
     def idle_parameters(self, model: nn.Module) -> set[str]:

@@ -34,6 +34,15 @@ RECIPES = {
     "adalora": [{"adalora": {"target_modules": ["query"], **BUDGET}}],
     "own_state": [LORA, {"drifting_pull": {}}],
     "own_optimizer": [LORA, {"lora_fa": {}}],
+    # layers and adapters are smaller from step 3 on, and the optimizer has forgotten those
+    "light_peft": [
+        LORA,
+        {"light_peft": {"estimation_steps": 3, "channel_multiple": 4, "removed_heads_fraction": 0.5}},
+    ],
+    # which blocks train hangs on scores, and on draws that go on where they were
+    "blocks_rest": [LORA, {"ist": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2, "period": 2}}],
+    # what trains is found in the data once more
+    "routed": [{"spt": {"budget": 300, "calibration_rows": 8, "r": 1}}],
     "full": [],
 }
 # 24 rows in batches of 4 are 3 steps of 2 batches an epoch: the checkpoints at 2 and 4 lie inside epochs, 6 between two
@@ -187,6 +196,10 @@ def uninterrupted(path: Path) -> None:
         pytest.param("own_optimizer", ("step", 5), marks=pytest.mark.slow),
         pytest.param("own_state", ("substep", 6), marks=pytest.mark.slow),
         ("own_state", ("saved", 6)),
+        ("blocks_rest", ("step", 5)),
+        pytest.param("routed", ("step", 5), marks=pytest.mark.slow),
+        ("light_peft", ("step", 5)),
+        pytest.param("light_peft", ("step", 3), marks=pytest.mark.slow),
         pytest.param("full", ("rename", 6), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value[0].replace(' ', '_')}-{value[1]}",

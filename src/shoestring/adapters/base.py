@@ -235,6 +235,15 @@ class Adapter(nn.Module):
         """The dtype of its parameters, or of those it shares."""
         return next((p.dtype for p in adapter_parameters(self)), torch.float32)
 
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """By parameter, what each of its dimensions runs over, so that others can slice it; {}: it cannot be sliced.
+
+        "out" and "in": outputs and inputs of the layer; an input that is left out counts as zero. "rank": inner units,
+        of which any can be left out. "read": outputs that it reads, which must all be there. "": anything else.
+        """
+        return {}
+
     def read_tap(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook on the tapped module: remember its input until the adapted layer has run."""
         self.tapped = args[0] if args else next(iter(kwargs.values()))

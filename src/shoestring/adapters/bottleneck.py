@@ -20,7 +20,7 @@ Differs  where a block drops out a sub-layer's output (BERT, GPT-2) the adapter 
          music models are not here
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
@@ -107,6 +107,17 @@ class Bottleneck(Adapter):
             nn.init.kaiming_uniform_(self.up, a=5**0.5)
             nn.init.normal_(self.b_down, std=0.1)
             nn.init.normal_(self.b_up, std=0.1)
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Of all its parameters; a norm of its own needs every input."""
+        of_input = "" if self.taps else "in"  # the stream is never sliced
+        read = of_input if self.form in ("parallel", "adaptformer") else "read"
+        if self.gain is not None and read == "in":
+            return {}
+        axes = {"down": ("rank", read), "b_down": ("rank",), "up": ("out", "rank"), "b_up": ("out",)}
+        others = {"gain": (read,), "shift": (read,), "scale": ("",)}
+        return axes | {name: axis for name, axis in others.items() if name in self._parameters}
 
     def branch(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """A(x), in the adapter's own precision or autocast's."""

@@ -36,6 +36,7 @@ class AttentionNames:
     qkv: one layer with all rows of q, then of k, then of v, in place of three.
     mixed: a layer that holds q, k and v head by head, in place of them; v has then no place of its own.
     heads_differ: heads have a bias by position each, so that they cannot change places.
+    counts_in_config: its forward takes the number of heads from the config, which is one for all blocks.
     """
 
     o: str
@@ -45,6 +46,7 @@ class AttentionNames:
     qkv: str = ""
     mixed: str = ""
     heads_differ: bool = False
+    counts_in_config: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ ATTENTIONS = (
     AttentionNames("out_lin", "q_lin", "k_lin", "v_lin"),  # DistilBERT
     AttentionNames("o", "q", "k", "v", heads_differ=True),  # T5, MPNet
     AttentionNames("c_proj", qkv="c_attn"),  # GPT-2
-    AttentionNames("o_proj", qkv="qkv_proj"),  # Phi-3
+    AttentionNames("o_proj", qkv="qkv_proj", counts_in_config=True),  # Phi-3
     AttentionNames("Wo", qkv="Wqkv"),  # ModernBERT
     AttentionNames("dense", mixed="query_key_value"),  # GPT-NeoX
 )
@@ -122,11 +124,13 @@ class Structure:
     """The parts of one attention or feed-forward part, by role.
 
     fixed: why its units cannot change places, or why a part of it has no units.
+    whole: why none of its units can be left out, though they can change places.
     """
 
     name: str
     parts: tuple[Part, ...]
     fixed: str = ""
+    whole: str = ""
 
     def __getitem__(self, role: Role) -> Part | None:
         return next((part for part in self.parts if part.role == role), None)
@@ -203,7 +207,12 @@ def _attention_of(name: str, module: nn.Module, names: AttentionNames) -> Struct
     for role, (layer, start) in starts.items():
         units = heads if role == "q" else kv_heads
         parts.append(Part(f"{name}.{layer}", role, units, width, start))  # type: ignore[arg-type]
-    return Structure(name, tuple(parts), "its heads have a bias by position each" if names.heads_differ else "")
+    return Structure(
+        name,
+        tuple(parts),
+        fixed="its heads have a bias by position each" if names.heads_differ else "",
+        whole="its forward takes the number of heads from the model's config" if names.counts_in_config else "",
+    )
 
 
 def _feedforward(name: str, module: nn.Module) -> Structure | None:
@@ -275,28 +284,38 @@ def check_movable(model: nn.Module, structure: Structure) -> None:
 
     Raises SettingError naming the layer.
     """
-    hint = "; set permute to False, which trains the same weights"
+    check_separable(model, structure, "permuted", "; set permute to False, which trains the same weights")
+
+
+def check_separable(model: nn.Module, structure: Structure, done: str, hint: str) -> None:
+    """Refuse to move units, or to leave some out, where that is not known to be safe; see `check_movable`.
+
+    done: what is to be done to them, as a participle. hint: what to do instead.
+
+    Raises SettingError naming the layer.
+    """
     if structure.fixed:
-        raise SettingError(f"{structure.name} cannot be permuted: {structure.fixed}{hint}.")
+        raise SettingError(f"{structure.name} cannot be {done}: {structure.fixed}{hint}.")
     layers = {part.layer: layer_at(model, part.layer) for part in structure.parts}
     for name, layer in layers.items():
         if not isinstance(layer, (nn.Linear, Conv1D)) or not layer.weight.is_floating_point():
-            raise SettingError(f"{name} is quantised and cannot be permuted: {type(layer).__name__}{hint}.")
+            raise SettingError(f"{name} is quantised and cannot be {done}: {type(layer).__name__}{hint}.")
         if len(held := holders(model, layer)) > 1:
-            raise SettingError(f"{name} cannot be permuted: {' and '.join(held)} hold the same weight{hint}.")
+            raise SettingError(f"{name} cannot be {done}: {' and '.join(held)} hold the same weight{hint}.")
     width = structure.parts[0].width
     around = model.get_submodule(structure.name)
     own = {id(p) for layer in layers.values() for p in layer.parameters()}
+    adapted = tuple(f"{name}." for name, module in around.named_modules() if isinstance(module, BaseTunerLayer))
     for name, module in around.named_modules() if width > 1 else ():
         of_head = "norm" in type(module).__name__.lower()
-        if name.endswith("LayerNorm"):  # BERT's, of the sum after o
-            continue
+        if name.endswith("LayerNorm") or isinstance(module, BaseTunerLayer) or name.startswith(adapted):
+            continue  # BERT's norm is that of the sum after o
         for parameter in module._parameters.values():
-            if parameter is None or id(parameter) in own or isinstance(module, BaseTunerLayer):
+            if parameter is None or id(parameter) in own:
                 continue
             if not (of_head and parameter.numel() == width):
                 raise SettingError(
-                    f"{structure.name} cannot be permuted: {name or 'it'} has a weight of its own of "
+                    f"{structure.name} cannot be {done}: {name or 'it'} has a weight of its own of "
                     f"{parameter.numel()} numbers that may belong to heads{hint}."
                 )
 

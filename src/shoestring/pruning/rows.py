@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..resizing import replace_data
+
 ATTRIBUTE = "pruned_rows"  # of a module: its pruned parameters by name
 
 
@@ -76,15 +78,6 @@ def kept_at_home(values: Tensor, folder: str | None) -> Tensor:
     finally:
         os.unlink(path)  # the mapping stays
     return mapped.view(values.shape).copy_(values)
-
-
-def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape."""
-    parameter.grad = None
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    # autograd's accumulator knows the old shape, and a change of dtype is what it is thrown away for
-    parameter.data = torch.empty(0, dtype=other, device=data.device)
-    parameter.data = data
 
 
 def _give_whole(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

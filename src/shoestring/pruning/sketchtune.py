@@ -43,9 +43,9 @@ from ..fakes import has_values
 from ..quantisation.calibration import Calibrated, Moments
 from ..quantisation.sketch import Sketch, build_sketch, check_groups_per_row, curvature_of
 from ..quantisation.sketched_linear import SketchedLinear
+from ..resizing import replace_data
 from ..targets import targeted
 from ..technique import Phase, Technique, register_technique
-from .rows import replace_data
 
 BITS = range(2, 5)
 CODES_FILE, TABLES_FILE = "sketch_codes.safetensors", "sketch_tables.safetensors"

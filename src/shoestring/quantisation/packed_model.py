@@ -11,24 +11,20 @@ Costs    packing goes layer by layer, so that what a layer had is freed before t
 """
 
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
+from ..model_folders import ModelFolder
 
 TENSORS_FILE, LAYERS_FILE = "packed.safetensors", "packed.json"
-VERSION = 1
+FILES = ModelFolder(TENSORS_FILE, LAYERS_FILE, version=1, written_by="save_packed")
 
 
 class PackedLayer(Protocol):
@@ -107,20 +103,8 @@ def save_packed(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} has no packed layer; call pack_model first.")
     if adapted := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
         raise ValueError(f"{adapted[0]} still has an adapter, which would be lost; call pack_model first.")
-    tensors, tied = _once(model.state_dict(keep_vars=True))
-    description = {
-        "version": VERSION,
-        "layers": {name: {"kind": _kind(layer), **layer.settings()} for name, layer in layers.items()},
-        "tied": tied,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PreTrainedModel):
-        model.config.save_pretrained(folder)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-    (folder / LAYERS_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    described = {name: {"kind": _kind(layer), **layer.settings()} for name, layer in layers.items()}
+    FILES.write(model, folder, {"layers": described})
 
 
 def load_packed(model_class: Any, folder: str | Path) -> nn.Module:
@@ -130,15 +114,7 @@ def load_packed(model_class: Any, folder: str | Path) -> nn.Module:
 
     Raises SettingError if the folder holds no such model, or one of another class.
     """
-    folder = Path(folder)
-    _description(folder)
-    config = AutoConfig.from_pretrained(folder)
-    make = getattr(model_class, "from_config", None) or model_class._from_config
-    with init_empty_weights():  # buffers that are not saved get their values
-        model: nn.Module = make(config)
-    if isinstance(model, PreTrainedModel) and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return read_packed(model, folder).eval()
+    return read_packed(FILES.empty_model(model_class, folder), folder).eval()
 
 
 def read_packed(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -148,22 +124,9 @@ def read_packed(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises SettingError if the folder does not fit the model.
     """
-    folder = Path(folder)
-    description = _description(folder)
-    for name, settings in description["layers"].items():
-        _replace(model, name, dict(settings), folder)
-    try:
-        tensors = load_file(folder / TENSORS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise SettingError(f"{folder / TENSORS_FILE} cannot be read: {error}") from error
-    tied = description["tied"]
-    try:
-        model.load_state_dict(tensors | {alias: tensors[name] for alias, name in tied.items()}, assign=True)
-    except (RuntimeError, ValueError) as error:
-        raise SettingError(f"{folder} does not fit this {type(model).__name__}: {error}") from error
-    for alias, name in tied.items():
-        parent, _, last = alias.rpartition(".")
-        setattr(model.get_submodule(parent), last, _tensor(model, name))
+    for name, settings in FILES.describe(folder)["layers"].items():
+        _replace(model, name, dict(settings), Path(folder))
+    FILES.fill(model, folder)
     return model
 
 
@@ -175,32 +138,6 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _kind(layer: nn.Module) -> str:
     return next(kind for kind, cls in LAYERS.items() if type(layer) is cls)
-
-
-def _once(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors without those that are there under another name before, and what these others are called."""
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    names: dict[int, str] = {}
-    for name, tensor in state.items():
-        if (first := names.setdefault(id(tensor), name)) == name:
-            tensors[name] = tensor.detach().contiguous()
-        else:
-            tied[name] = first
-    return tensors, tied
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    path = folder / LAYERS_FILE
-    try:
-        description: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SettingError(f"{folder} holds no {LAYERS_FILE}: it was not written by save_packed.") from None
-    except ValueError as error:
-        raise SettingError(f"{path} is damaged: {error}") from error
-    if description.get("version") != VERSION:
-        raise SettingError(f"{path} is of version {description.get('version')!r}, which this package cannot read.")
-    return description
 
 
 def _replace(model: nn.Module, name: str, settings: dict[str, Any], folder: Path) -> None:
@@ -219,8 +156,3 @@ def _replace(model: nn.Module, name: str, settings: dict[str, Any], folder: Path
     if found != sizes:
         raise SettingError(f"{folder}: {name} has sizes {sizes}, but in this {type(model).__name__} {found}.")
     model.set_submodule(name, layer)
-
-
-def _tensor(model: nn.Module, name: str) -> Any:
-    parent, _, last = name.rpartition(".")
-    return getattr(model.get_submodule(parent), last)

@@ -91,6 +91,9 @@ class RecipeTrainerMixin(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's own, or Trainer's with the parameters that have options of their own in groups of their own."""
         own_groups = self.attached.parameter_groups() if self.optimizer is None else []
+        for group in own_groups:
+            if (factor := group.pop("lr_factor", None)) is not None:
+                group["lr"] = factor * self.args.learning_rate
         own = {id(p) for group in own_groups for p in group["params"]}
         if self.optimizer is None:
             self.optimizer = self.attached.make_optimizer(self._decay_groups(model, own) + own_groups, self.args)

@@ -1,0 +1,477 @@
+r"""Light-PEFT: heads, channels, adapters and ranks that a few first steps find redundant are taken out of the model.
+
+Source   Gu, Fan, Lv, Wang, Gao, Ma, Wang, Wang 2024, arXiv:2406.03792
+Code     github.com/gccnlp/Light-PEFT, read for its conventions; nothing copied
+Update   estimation  o(m_h * context) and down(m_f * inner), loss + c (sum |m_h| + sum |m_f|); masks and adapters train
+         pruning     heads and channels of the lowest m, adapters of the lowest mean ||d|| / ||h||, ranks of the lowest
+                     |mean_i A_ji gA_ji| + |mean_o B_oj gB_oj|, averaged over the second half of the estimation
+         after       the adapters that are left train on; m of what is left is part of o and down, and of their adapters
+Shapes   m_h [heads], m_f [channels] a layer; d what an adapter adds, h what its layer gives; A [r, in], B [out, r]
+Start    masks of 1: the model with its adapters, exactly
+Trains   the adapters, and for the estimation one number a head and a channel
+Costs    estimation: the input of o and down is kept, and its product with the mask. After: the shares that are left.
+         The originals of what was cut are kept: all of o and down, and of the other layers what is gone; in host
+         memory, on a CPU the same, or in a file of offload_folder
+Kind     pruning, at attaching of nothing: layers shrink in the middle of a run, between two steps of the optimizer
+Differs  masks multiply the context vector, not the attention's probabilities, which is the same and lets any attention
+         run; counts in place of quantiles, so that ties do not take more than their share; channels go in blocks of
+         `channel_multiple`; KV heads go with their queries, by the mean of their masks; mask values are folded in
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..adapters.slicing import READ, BranchRatio, SlicedAdapter, TokensSeen, sliceable_adapters
+from ..errors import SettingError
+from ..fakes import has_values
+from ..quantisation.originals import is_same
+from ..technique import Moment, Phase, Technique, register_technique
+from .units import Units, find_units
+
+FILE = "light_peft.safetensors"
+MASK = "light_peft_mask"  # the parameter's name on the layer that reads what it multiplies
+ESTIMATION, PRUNED = "estimation", "pruned"
+FRACTIONS = (
+    "removed_heads_fraction",
+    "removed_channels_fraction",
+    "removed_modules_fraction",
+    "removed_ranks_fraction",
+)
+SHORT_RUN = 2  # steps of a run that only measures
+
+
+class Plan(NamedTuple):
+    """What is left: of each part of the model units and their factors, of each adapter ranks; none: it goes."""
+
+    units: dict[str, tuple[Tensor, Tensor]]
+    ranks: dict[str, Tensor]
+
+
+@register_technique
+@dataclass(kw_only=True)
+class LightPEFT(Technique):
+    """Prunes the base model and the adapters on it early in training, by what the first steps show.
+
+    Goes with LoRA and with adapters that declare how they are sliced. Under RecipeTrainer, which gives the masks a
+    learning rate of their own.
+
+    estimation_steps: optimizer steps before pruning, at least 2.
+    removed_heads_fraction: share of heads taken out in every attention; whole KV groups, at least one stays.
+    removed_channels_fraction: share of feed-forward channels taken out.
+    channels_scope: "model": the lowest of all layers go; "layer": the same share of each.
+    channel_multiple: channels are kept in multiples of it, at least once; 1 prunes single ones.
+    removed_modules_fraction: share of adapters taken off their layers.
+    removed_ranks_fraction: share of the ranks of the other adapters taken out.
+    ranks_scope: "model" or "layer", as for channels; an adapter that loses all ranks is taken off.
+    sparsity_weight: c, of the sum of absolute mask values in the loss.
+    mask_lr_factor: the masks' learning rate, as a multiple of the run's.
+    offload_folder: keep the originals of what is cut in files here, gone when the process ends; None: in host memory.
+
+    Raises SettingError for values out of range.
+    """
+
+    name: ClassVar[str] = "light_peft"
+    phase: ClassVar[Phase] = Phase.PRUNING
+    needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
+
+    estimation_steps: int = 200
+    removed_heads_fraction: float = 1 / 3
+    removed_channels_fraction: float = 1 / 3
+    channels_scope: Literal["model", "layer"] = "model"
+    channel_multiple: int = 8
+    removed_modules_fraction: float = 0.75
+    removed_ranks_fraction: float = 0.5
+    ranks_scope: Literal["model", "layer"] = "model"
+    sparsity_weight: float = 1e-4
+    mask_lr_factor: float = 10.0
+    offload_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in FRACTIONS:
+            if not 0 <= (value := getattr(self, name)) < 1:
+                all_of_it = " 1 would prune everything of a layer;" if value == 1 else ""
+                raise SettingError(f"{name} of light_peft must be at least 0 and below 1, got {value}.{all_of_it}")
+        for name, least in (("estimation_steps", 2), ("channel_multiple", 1)):
+            if getattr(self, name) < least:
+                raise SettingError(f"{name} of light_peft must be at least {least}, got {getattr(self, name)}.")
+        for name in ("channels_scope", "ranks_scope"):
+            if getattr(self, name) not in ("model", "layer"):
+                raise SettingError(f"{name} of light_peft must be 'model' or 'layer', got {getattr(self, name)!r}.")
+        if self.sparsity_weight < 0:
+            raise SettingError(f"sparsity_weight of light_peft must not be negative, got {self.sparsity_weight}.")
+        if not self.mask_lr_factor > 0:
+            raise SettingError(f"mask_lr_factor of light_peft must be above 0, got {self.mask_lr_factor}.")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._units: list[Units] = []
+        self._samples: dict[str, Tensor] = {}
+        self._adapters: list[SlicedAdapter] = []
+        self._ratios: list[BranchRatio] = []
+        self._hooks: list[RemovableHandle] = []
+        self._tokens = TokensSeen()
+        self._plan: Plan | None = None
+        self._sums: dict[str, dict[str, Tensor]] = {"ratios": {}, "ranks": {}}
+        self._num_recorded = 0
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the estimation is over."""
+        return self._plan is not None
+
+    @property
+    def units(self) -> tuple[Units, ...]:
+        """The heads and channels of the model that it is attached to."""
+        return tuple(self._units)
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Find what can be pruned; layers are whole again after.
+
+        Raises SettingError, naming the layer, for architectures, quantised layers and shared weights that cannot be.
+        """
+        if self.offload_folder is not None and not Path(self.offload_folder).is_dir():
+            raise SettingError(f"offload_folder of light_peft must be a folder, and {self.offload_folder} is none.")
+        self._reset()
+        self._model = model
+        self._units = find_units(model, self.removed_heads_fraction > 0, self.removed_channels_fraction > 0, self.name)
+        for units in self._units:
+            if not units.are_heads and units.count < self.channel_multiple:
+                raise SettingError(
+                    f"channel_multiple of light_peft is {self.channel_multiple}, but {units.name} reads only "
+                    f"{units.count} channels: give a number that is not above it."
+                )
+            if has_values(units.reading_layer.weight):  # type: ignore[arg-type]
+                self._samples[units.name] = units.sample()
+        try:
+            yield model
+        finally:
+            self._end_estimation()
+            for units in self._units:
+                units.uncut()
+            self._reset()
+            del self._model
+
+    def on_attached(self, model: nn.Module) -> None:
+        """Put masks in front of the layers that read heads and channels, and watch the adapters.
+
+        Raises SettingError, naming the layer, if its weights train or its adapter cannot be sliced.
+        """
+        self._adapters = sliceable_adapters(self._model, self.name)
+        readers = {id(units.reading_layer) for units in self._units}
+        cut = {id(layer): name for units in self._units for name, layer in units.layers.items()}
+        for units in self._units:
+            for name, layer in units.layers.items():
+                if any(p.requires_grad for p in layer.parameters()):
+                    raise SettingError(
+                        f"light_peft cuts frozen layers, but {name} trains: leave it to an adapter, or take out what "
+                        "trains it."
+                    )
+        for adapter in self._adapters:
+            if any(READ in axes for axes in adapter.axes.values()) and id(adapter.layer) in cut.keys() - readers:
+                raise SettingError(
+                    f"The adapter on {adapter.key} reads all outputs of its layer, some of which light_peft takes "
+                    "away: put it on another layer, or take a form that reads the layer's input."
+                )
+        self._outer = model
+        self._begin_estimation()
+
+    def _begin_estimation(self) -> None:
+        for units in self._units:
+            reader: Any = units.reading_layer
+            dtype = torch.promote_types(reader.weight.dtype, torch.float32)
+            mask = nn.Parameter(torch.ones(units.count, dtype=dtype, device=reader.weight.device))
+            reader.register_parameter(MASK, mask)
+            outermost = self._model.get_submodule(units.name)  # so that adapters read what is masked, too
+            self._hooks.append(outermost.register_forward_pre_hook(_Masking(reader, units)))
+        self._ratios = [BranchRatio(adapter, self._tokens) for adapter in self._adapters]
+        self._hooks += [hook for ratio in self._ratios for hook in ratio.hooks()]
+        self._hooks.append(self._outer.register_forward_pre_hook(self._tokens.look, with_kwargs=True))
+
+    def _end_estimation(self) -> list[nn.Parameter]:
+        """Take masks and hooks away; the masks."""
+        for hook in self._hooks:
+            hook.remove()
+        masks = self._masks()
+        for units in self._units:
+            units.reading_layer._parameters.pop(MASK, None)
+        self._hooks, self._ratios = [], []
+        self._tokens.recording = False
+        self._tokens.forget()
+        return list(masks.values())
+
+    def _masks(self) -> dict[str, nn.Parameter]:
+        """By the name of the layer that reads what they multiply."""
+        held = {units.name: units.reading_layer._parameters.get(MASK) for units in self._units}
+        return {name: mask for name, mask in held.items() if mask is not None}
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The masks; once they are gone an empty group, so that the groups of a resumed run are those that it had."""
+        if not self._units:
+            return []
+        return [{"params": list(self._masks().values()), "lr_factor": self.mask_lr_factor, "weight_decay": 0.0}]
+
+    def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
+        """c times the sum of absolute mask values."""
+        masks = self._masks()
+        if not masks or not self.sparsity_weight:
+            return None
+        return self.sparsity_weight * torch.stack([mask.abs().sum() for mask in masks.values()]).sum()
+
+    def on_step_begin(self, moment: Moment) -> None:
+        """Watch the adapters in the second half of the estimation."""
+        if self.is_pruned:
+            return
+        self._tokens.recording = moment.step >= self.estimation_steps // 2
+        if moment.step == 0 and SHORT_RUN < moment.num_steps <= self.estimation_steps:
+            warnings.warn(
+                f"light_peft prunes nothing in this run: estimation_steps is {self.estimation_steps}, and the run has "
+                f"{moment.num_steps} steps. Set it to a small part of them."
+            )
+
+    def on_gradients(self, moment: Moment) -> None:
+        """Add up the importance of adapters and of their ranks."""
+        if self.is_pruned or not self._tokens.recording:
+            return
+        self._num_recorded += 1
+        for ratio in self._ratios:
+            found = {"ratios": ratio.take(), "ranks": ratio.adapter.rank_scores()}
+            for kind, value in found.items():
+                if value is not None:
+                    sums, key = self._sums[kind], ratio.adapter.key
+                    sums[key] = sums[key] + value if key in sums else value
+
+    def on_step_end(self, moment: Moment) -> None:
+        """Prune, once the estimation is over."""
+        self._tokens.forget()
+        if self.is_pruned or moment.step < self.estimation_steps or not self._has_values:
+            return
+        self.prune(moment.optimizer)
+
+    @property
+    def _has_values(self) -> bool:
+        return all(has_values(p) for p in self._model.parameters())
+
+    def prune(self, optimizer: Optimizer | None = None) -> None:
+        """Take out what the estimation so far ranks lowest; `optimizer` forgets what it knew of what changed shape."""
+        changed, gone = self._carry_out(self._chosen())
+        if optimizer is not None:
+            forget(optimizer, changed, gone)
+
+    def _chosen(self) -> Plan:
+        masks = {name: mask.detach().cpu() for name, mask in self._masks().items()}
+        heads = [units for units in self._units if units.are_heads]
+        channels = [units for units in self._units if not units.are_heads]
+        kept = {units.name: kept_heads(masks[units.name], units.group, self.removed_heads_fraction) for units in heads}
+        share = (self.removed_channels_fraction, self.channel_multiple)
+        if self.channels_scope == "model":
+            of_all = kept_channels([masks[units.name] for units in channels], *share)
+            kept |= dict(zip([units.name for units in channels], of_all, strict=True))
+        else:
+            kept |= {units.name: kept_channels([masks[units.name]], *share)[0] for units in channels}
+        return Plan({name: (places, masks[name][places]) for name, places in kept.items()}, self._chosen_ranks())
+
+    def _chosen_ranks(self) -> dict[str, Tensor]:
+        keys = [adapter.key for adapter in self._adapters]
+        ratios = torch.stack([self._score("ratios", key, torch.zeros(())) for key in keys])
+        staying = [keys[place] for place in highest(ratios, self.removed_modules_fraction)]
+        sizes = {adapter.key: adapter.num_ranks for adapter in self._adapters}
+        scores = {key: self._score("ranks", key, torch.zeros(sizes[key])) for key in staying}
+        ranks = dict.fromkeys(keys, torch.zeros(0, dtype=torch.int64))
+        if self.ranks_scope == "layer":
+            return ranks | {key: highest(each, self.removed_ranks_fraction) for key, each in scores.items()}
+        left = torch.zeros(sum(sizes[key] for key in staying), dtype=torch.bool)
+        left[highest(torch.cat([scores[key] for key in staying]), self.removed_ranks_fraction)] = True
+        of_each = left.split([sizes[key] for key in staying])
+        return ranks | {key: part.nonzero()[:, 0] for key, part in zip(staying, of_each, strict=True)}
+
+    def _score(self, kind: str, key: str, none: Tensor) -> Tensor:
+        """The mean of what was recorded, on the CPU."""
+        return self._sums[kind].get(key, none).float().cpu() / max(1, self._num_recorded)
+
+    def _carry_out(self, plan: Plan) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Make layers and adapters what the plan says: the parameters of other shape, and those that are gone."""
+        gone, changed = self._end_estimation(), []
+        cut: dict[int, dict[str, Tensor]] = {}
+        for units in self._units:
+            kept, factors = plan.units[units.name]
+            rows, columns = units.places(kept)
+            cut |= {id(units.layers[name]): {"outputs": places} for name, places in rows.items()}
+            of_reader = {"inputs": columns, "input_factors": units.spread(factors)}
+            cut[id(units.reading_layer)] = of_reader
+        for adapter in self._adapters:
+            ranks = plan.ranks[adapter.key]
+            if not len(ranks):
+                gone += adapter.take_off()
+        for units in self._units:
+            units.cut(*plan.units[units.name], self.offload_folder)
+        for adapter in self._adapters:
+            if not adapter.taken_off:
+                changed += adapter.slice(plan.ranks[adapter.key], **cut.get(id(adapter.layer), {}))
+        self._plan = plan
+        self._sums, self._num_recorded = {"ratios": {}, "ranks": {}}, 0
+        return changed, gone
+
+    def _go_back(self) -> None:
+        """Be in the estimation again, with adapters whose values are to be loaded."""
+        for units in self._units:
+            units.uncut()
+        for adapter in reversed(self._adapters):
+            adapter.put_back()
+        self._plan = None
+        self._begin_estimation()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the estimation has added up so far; nothing once it is over."""
+        if self.is_pruned or not self._num_recorded:
+            return {}
+        return {"num_recorded": self._num_recorded, **{kind: dict(sums) for kind, sums in self._sums.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on adding up."""
+        self._num_recorded = state.get("num_recorded", 0)
+        device = {adapter.key: next(iter(adapter.parameters.values())).device for adapter in self._adapters}
+        self._sums = {
+            kind: {key: value.to(device[key]) for key, value in state.get(kind, {}).items()} for kind in self._sums
+        }
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the masks, or what is left and its mask values; and some numbers by which the base is known again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}/sample": sample for name, sample in self._samples.items()}
+        if self._plan is None:
+            tensors |= {f"{name}/mask": mask.detach().cpu() for name, mask in self._masks().items()}
+        else:
+            for name, (kept, factors) in self._plan.units.items():
+                tensors |= {f"{name}/kept": kept.to(torch.int32), f"{name}/mask": factors}
+            tensors |= {f"{key}/ranks": ranks.to(torch.int32) for key, ranks in self._plan.ranks.items()}
+        stage = PRUNED if self.is_pruned else ESTIMATION
+        beside = folder / f"{FILE}.partial"
+        save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"format": "pt", "stage": stage})
+        beside.replace(folder / FILE)
+
+    def restore(self, model: nn.Module, folder: Path) -> None:
+        """Bring model and adapters to the sizes that were saved; values of adapters are theirs to load.
+
+        Raises SettingError if there is no such file, or one of another base or of other adapters.
+        """
+        file = folder / FILE
+        stage, tensors = _read(file)
+        self._check_base(file, tensors)
+        if self.is_pruned:
+            self._go_back()
+        if stage == ESTIMATION:
+            with torch.no_grad():
+                for name, mask in self._masks().items():
+                    mask.copy_(tensors[f"{name}/mask"])
+            return
+        ranks = {key.removesuffix("/ranks"): t.long() for key, t in tensors.items() if key.endswith("/ranks")}
+        if ranks.keys() != {adapter.key for adapter in self._adapters}:
+            other = sorted(ranks.keys() ^ {adapter.key for adapter in self._adapters})[0]
+            raise SettingError(f"{file} was saved with other adapters than those here; {other} is only on one side.")
+        kept = {u.name: (tensors[f"{u.name}/kept"].long(), tensors[f"{u.name}/mask"]) for u in self._units}
+        for name, (places, _) in kept.items():
+            if not len(places):
+                raise SettingError(f"{file} leaves nothing of {name}: everything of a layer cannot be pruned.")
+        self._carry_out(Plan(kept, ranks))
+
+    def _check_base(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        saved = {key.removesuffix("/sample") for key in tensors if key.endswith("/sample")}
+        if self._samples and saved != self._samples.keys():
+            other = sorted(saved ^ self._samples.keys())[0]
+            raise SettingError(f"{file} belongs to another base model: only one of the two has the layer {other}.")
+        for name, sample in self._samples.items():
+            if not is_same(sample, tensors[f"{name}/sample"]):
+                raise SettingError(
+                    f"{file} belongs to another base model: the weight of {name} was another when it was saved. Load "
+                    "the model that was trained on."
+                )
+
+
+class _Masking:
+    """Forward pre-hook on the outermost module of a layer: its input times the mask on the layer."""
+
+    def __init__(self, layer: nn.Module, units: Units):
+        self.layer, self.units = layer, units
+
+    def __call__(self, module: nn.Module, args: Sequence[Any]) -> tuple[Any, ...]:
+        mask: Tensor = getattr(self.layer, MASK)
+        return (args[0] * self.units.spread(mask).to(args[0].dtype), *args[1:])
+
+
+def highest(scores: Float[Tensor, " n"], removed_fraction: float) -> Int[Tensor, " kept"]:
+    """Places of all but the lowest share of the scores, ascending; of equal ones the later go, and one stays always."""
+    kept = len(scores) - int(removed_fraction * len(scores) + 1e-9)
+    return scores.sort(descending=True, stable=True).indices[: max(1, kept)].sort().values
+
+
+def kept_heads(mask: Float[Tensor, " heads"], group: int, removed_fraction: float) -> Int[Tensor, " kept"]:
+    """The query heads that stay: those of the KV heads with the highest means, ascending."""
+    kv_heads = highest(mask.view(-1, group).mean(1), removed_fraction)
+    return (kv_heads[:, None] * group + torch.arange(group)).flatten()
+
+
+def kept_channels(masks: Sequence[Tensor], removed_fraction: float, multiple: int) -> list[Tensor]:
+    """The channels that stay of each layer, ascending: those of the highest values over all layers, by blocks.
+
+    Each layer's channels are sorted by value and make blocks of `multiple`; blocks stay by their mean, the first of
+    each layer always, as many as come nearest to the wanted number of channels.
+    """
+    orders = [mask.sort(descending=True, stable=True).indices for mask in masks]
+    blocks = [order.split(multiple) for order in orders]
+    total = sum(len(mask) for mask in masks)
+    wanted = total - int(removed_fraction * total + 1e-9)
+    others = [
+        (float(masks[layer][block].mean()), len(block), layer)
+        for layer, of_layer in enumerate(blocks)
+        for block in of_layer[1:]
+    ]
+    others.sort(key=lambda each: -each[0])  # stable; within a layer values fall, so that a prefix of its blocks stays
+    counts, kept = [1] * len(masks), sum(len(of_layer[0]) for of_layer in blocks)
+    for _, size, layer in others:
+        if abs(kept + size - wanted) > abs(kept - wanted):
+            break
+        counts[layer] += 1
+        kept += size
+    return [torch.cat(of_layer[:count]).sort().values for of_layer, count in zip(blocks, counts, strict=True)]
+
+
+def forget(optimizer: Optimizer, changed: Sequence[nn.Parameter], gone: Sequence[nn.Parameter]) -> None:
+    """Have an optimizer start anew with parameters of another shape, and step no more with those that are gone.
+
+    Groups stay, empty ones too: a schedule has one learning rate for each.
+    """
+    removed = {id(parameter) for parameter in gone}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in removed]
+    for parameter in (*changed, *gone):
+        optimizer.state.pop(parameter, None)
+
+
+def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
+    """Stage and tensors of a file.
+
+    Raises SettingError if it cannot be read.
+    """
+    if not file.exists():
+        raise SettingError(f"{file.parent} holds no {file.name}: it was not saved with light_peft.")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return (opened.metadata() or {}).get("stage", ""), tensors
+    except SafetensorError as error:
+        raise SettingError(f"{file} cannot be read: {error}") from error

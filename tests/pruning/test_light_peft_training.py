@@ -1,0 +1,158 @@
+"""Light-PEFT in whole runs: resuming before and after the pruning, and the packaged encoder and decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+from shoestring import Recipe, assets, load
+from shoestring.adapters import BottleneckConfig
+from shoestring.memory.ledger import Ledger
+from shoestring.pruning import LightPEFT, load_pruned, save_pruned
+from shoestring.recipe import attached_to
+from shoestring.technique import Moment
+from shoestring.testing.assets import need
+from shoestring.testing.tiny_models import CLASSIFIER, seeded, step
+from shoestring.training import RecipeTrainer, RunSettings, train
+
+SETTINGS: dict[str, Any] = {"estimation_steps": 3, "channel_multiple": 4, "mask_lr_factor": 5.0}
+ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+def trainer(folder: Path, adapter: Any, seed: int = 1) -> RecipeTrainer:
+    with seeded(seed):
+        model = Recipe(adapter, LightPEFT(**SETTINGS)).apply(CLASSIFIER.make(dropout=0.1))
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.02,
+        lr_scheduler_type="cosine",
+        save_steps=1,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = [row for seed in range(6) for row in CLASSIFIER.rows(seed)]
+    return RecipeTrainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [CLASSIFIER.lora(), BottleneckConfig(form="parallel", r=6, init_weights=False, task_type="SEQ_CLS")],
+    ids=["lora", "bottleneck"],
+)
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_without_it(adapter: Any, tmp_path: Path):
+    whole = trainer(tmp_path, adapter)
+    whole.train()
+    rates = {round(group["lr"], 9) for group in whole.optimizer.param_groups}
+    wanted, losses = dict(whole.model.named_parameters()), whole.state.log_history
+    assert next(t for t in attached_to(whole.model).techniques if isinstance(t, LightPEFT)).is_pruned
+    for at in (2, 3, 5):  # before the pruning, just after it, and later
+        again = trainer(tmp_path, adapter, seed=2)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        found = dict(again.model.named_parameters())
+        assert found.keys() == wanted.keys()
+        for name, parameter in wanted.items():
+            assert torch.equal(parameter, found[name]), f"{name} differs after resuming at {at}"
+        assert [r["loss"] for r in again.state.log_history if "loss" in r] == [r["loss"] for r in losses if "loss" in r]
+        assert {round(group["lr"], 9) for group in again.optimizer.param_groups} == rates
+        states, states_too = whole.optimizer.state_dict(), again.optimizer.state_dict()
+        assert [group["params"] for group in states["param_groups"]] == [
+            group["params"] for group in states_too["param_groups"]
+        ]
+
+
+def test_masks_have_a_learning_rate_of_their_own(tmp_path: Path):
+    run = trainer(tmp_path, CLASSIFIER.lora())
+    optimizer = run.create_optimizer()
+    masks = [group for group in optimizer.param_groups if group["lr"] == pytest.approx(5 * 0.02)]
+    assert [len(group["params"]) for group in masks] == [4]
+    assert masks[0]["weight_decay"] == 0
+    assert len({id(p) for group in optimizer.param_groups for p in group["params"]}) == sum(
+        p.requires_grad for p in run.model.parameters()
+    )
+
+
+def reviews(light: dict[str, Any] | None, folder: Path, **fields: Any) -> RunSettings:
+    need("minilm", "rotten-tomatoes")
+    recipe: list[Any] = [{"lora": {"r": 8, "lora_alpha": 16, "target_modules": ENCODER_TARGETS}}]
+    return RunSettings.from_dict(
+        {
+            "model": "packaged:minilm",
+            "task": "text-classification",
+            "data": {"train": "packaged:rotten-tomatoes", "max_length": 32, "max_train_rows": 64, "max_eval_rows": 16},
+            "recipe": [*recipe, *([{"light_peft": light}] if light is not None else [])],
+            "train": {
+                "max_steps": 24,
+                "per_device_train_batch_size": 16,
+                "learning_rate": 2e-3,
+                "logging_steps": 1,
+                "eval_strategy": "no",
+                "seed": 0,
+                **fields,
+            },
+            "output_dir": str(folder),
+        }
+    )
+
+
+@pytest.mark.slow
+def test_a_packaged_encoder_learns_and_gets_smaller(tmp_path: Path):
+    shares = {"removed_heads_fraction": 0.42, "removed_channels_fraction": 0.45}
+    report = train(reviews({"estimation_steps": 8, **shares}, tmp_path / "run"))
+    losses = [loss for _, loss in report.losses]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    base: Any = AutoModelForSequenceClassification.from_pretrained(assets.model_folder("minilm"))
+    whole = sum(p.numel() for n, p in base.named_parameters() if ".layer." in n and p.dim() == 2)
+    trained = load(base, tmp_path / "run" / "final")
+    left = sum(p.numel() for n, p in trained.named_parameters() if ".layer." in n and p.dim() == 2 and "lora" not in n)
+    assert left <= 0.6 * whole
+    save_pruned(trained, tmp_path / "small")
+    smaller = load_pruned(AutoModelForSequenceClassification, tmp_path / "small")
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder("minilm"))
+    batch = tokenizer(["a fine film", "dull, and too long by half"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(smaller(**batch).logits, trained.eval()(**batch).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_packaged_decoder_gets_smaller_and_generates(tmp_path: Path):
+    need("smollm2")
+    folder = assets.model_folder("smollm2")
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
+    light = LightPEFT(estimation_steps=2, removed_heads_fraction=1 / 3, removed_channels_fraction=0.5)
+    model: Any = Recipe(lora, light).apply(base)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The cat sat on the mat, and looked at the birds in the tree.", return_tensors="pt").input_ids
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def peak(index: int) -> int:
+        attached_to(model).event("on_step_begin", Moment(model, optimizer, index))
+        with Ledger(model, optimizer) as ledger:
+            step(model, {"input_ids": ids, "labels": ids})
+            attached_to(model).event("on_gradients", Moment(model, optimizer, index))
+            optimizer.step()
+        attached_to(model).event("on_step_end", Moment(model, optimizer, index + 1))
+        return ledger.report().peak_bytes
+
+    whole = numbers_in_blocks(model)
+    peaks = [peak(index) for index in range(3)]
+    assert peaks[2] < 0.8 * peaks[1]
+    assert numbers_in_blocks(model) < 0.6 * whole
+    save_pruned(model, tmp_path)
+    smaller: Any = load_pruned(AutoModelForCausalLM, tmp_path)
+    said = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(smaller.generate(ids, **said), model.eval().generate(ids, **said))
+
+
+def numbers_in_blocks(model: nn.Module) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2 and "lora" not in n)
