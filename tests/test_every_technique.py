@@ -33,6 +33,17 @@ SKETCHED: dict[str, Any] = {
     ),
 }
 
+NAMED_GRADIENTS = (
+    "check_gradients_in_float32",
+    "check_gradients_in_float64",
+    "check_gradients_with_dropout",
+    "check_bfloat16",
+)
+ROUTED: dict[str, Any] = {
+    "bound": 2e-6,
+    "trained_alone": True,
+    "cannot": {"check_resumes_bit_equal": "the check attaches it beside LoRA of other values: to other routes"},
+}
 BLOCKS_REST: dict[str, Any] = {
     "settings": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2, "period": 2, "reward_rows": 4},
     "bound": 2e-6,  # between steps, where no event has come, all blocks train
@@ -76,6 +87,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_norm-encoder": ("shared_norm", {"model": CLASSIFIER}),
     "sketchtune": ("sketchtune", SKETCHED),
     "sketchtune-encoder": ("sketchtune", {**SKETCHED, "model": CLASSIFIER}),
+    "spt": ("spt", {**ROUTED, "settings": {"budget": 300, "calibration_rows": 8, "structured_fraction": 1.0}}),
+    "spt-encoder": (
+        "spt",
+        {
+            **ROUTED,
+            "settings": {"budget": 900, "calibration_rows": 8},
+            "model": CLASSIFIER,
+            "cannot": {
+                **ROUTED["cannot"],
+                "check_only_what_trains_changes": "A of its LoRA has no gradient while B is 0",
+                **dict.fromkeys(NAMED_GRADIENTS, "its LoRA is one more wrapper around the model, so names are others"),
+            },
+        },
+    ),
     "step_activation": ("step_activation", {"bound": 0.6}),
     "token_windows": ("token_windows", {"settings": {"window_tokens": 4}, "draws_alike": False}),
     "token_windows-window_major": (

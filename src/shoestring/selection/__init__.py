@@ -3,5 +3,6 @@
 from .base import Selection
 from .ist import IST
 from .sparse import SparseSelection
+from .spt import SPT
 
-__all__ = ["IST", "Selection", "SparseSelection"]
+__all__ = ["IST", "SPT", "Selection", "SparseSelection"]

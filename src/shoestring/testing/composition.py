@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "low_bit_activations": {"min_bytes": 0},
     "offload": {"to": "disk", "min_bytes": 0},
     "sketchtune": {"groups": 2, "calibration_rows": 8},
+    "spt": {"budget": 300, "calibration_rows": 8},
     "token_tune": {"keep_fraction": 0.5},
     "token_windows": {"window_tokens": 4},
 }
