@@ -22,6 +22,8 @@ from shoestring.testing.tiny_models import CLASSIFIER, DECODER, decoder
 NO_FAKES = {"cannot": {"check_runs_without_values": "it counts the rows of an embedding that has values"}}
 ROUNDS_IN_FLOAT32 = {"float64": 2e-6}  # Llama's norms and the losses of language models compute in float32
 UNTIED = replace(DECODER, make=partial(decoder, tie_word_embeddings=False))
+WITH_RELU = replace(DECODER, make=partial(decoder, hidden_act="relu"))
+ON_THE_SPHERE: dict[str, Any] = {"model": CLASSIFIER, "bound": 5.0, "changes_evaluation": True}
 SKETCHED: dict[str, Any] = {
     "settings": {"groups": 2, "calibration_rows": 8},
     "bound": 0.3,
@@ -52,9 +54,12 @@ BLOCKS_REST: dict[str, Any] = {
 
 # one row a technique, form and model: its name, then what it is held to
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "answer_choices": ("answer_choices", {"bound": 0.0}),  # without choices in the batch, it has nothing to add
     "ba_lora": ("ba_lora", {"bound": 0.03, "trained_alone": True}),
     "ba_lora-encoder": ("ba_lora", {"model": CLASSIFIER, "bound": 0.1, "trained_alone": True}),
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
+    "density_loss": ("density_loss", {"settings": {"epsilon": 0.1}, "model": WITH_RELU, "bound": 1.0}),
+    "density_loss-encoder": ("density_loss", {"settings": {"epsilon": 0.1}, "model": CLASSIFIER, "bound": 1.0}),
     "embedding_pruning": ("embedding_pruning", {"settings": {"keep_ids": [50]}, "model": UNTIED, **NO_FAKES}),
     "embedding_pruning-tied": ("embedding_pruning", {"trained_alone": True, **NO_FAKES}),
     "ist": ("ist", {**BLOCKS_REST, "cannot": {"check_trains_in_the_trainer": "one of the two blocks rests in a step"}}),
@@ -80,6 +85,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "low_bit_activations",
         {"settings": {"min_bytes": 0}, "model": CLASSIFIER, "bound": 0.03},
     ),
+    "metric_learning": ("metric_learning", {**ON_THE_SPHERE, "settings": {"learn_scale": True, "slerp": True}}),
+    "metric_learning-fixed": ("metric_learning", {**ON_THE_SPHERE, "settings": {"scale": 3.0}}),
     "offload": ("offload", {"settings": {"to": "disk", "min_bytes": 0}}),
     "recompute": ("recompute", {}),
     "recompute-segments": ("recompute", {"settings": {"segments": 2}, "model": CLASSIFIER}),

@@ -68,6 +68,8 @@ class _Seen:
 class _StandIn(nn.Module):
     """Gives back what it is given, and notes what that is; stands for one layer of the block."""
 
+    stands_for: nn.Module
+
     def __init__(self, stands_for: nn.Module, seen: _Seen):
         super().__init__()
         self.__dict__["stands_for"] = stands_for  # no child: the trial has no weights

@@ -334,6 +334,10 @@ class Attached:
         terms = [term for t in self.techniques if (term := t.added_loss(self.model, batch, outputs)) is not None]
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 
+    def measured(self) -> dict[str, float]:
+        """What the techniques measured in forwards in evaluation since the last call, by name."""
+        return {name: value for technique in self.techniques for name, value in technique.measured().items()}
+
     def loss_share(self) -> float:
         """Of the items that a trainer counts in a micro-batch, the share that the last forward scored."""
         return math.prod(technique.loss_share for technique in self.techniques)

@@ -111,6 +111,10 @@ class Events:
         """
         return None
 
+    def measured(self) -> dict[str, float]:
+        """What was measured in forwards in evaluation since the last call, by name; trainers report it as metrics."""
+        return {}
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameters with optimizer options of their own, `[{"params": [...], "lr": 1e-4}]`.
 
@@ -143,6 +147,7 @@ class Technique(Events):
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
     graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
     loss_in_model: it acts where the model computes its loss; trainers that compute it elsewhere leave it to the model.
+    reads_of_batch: what it reads of a batch beside the model's inputs, in the words of a task's `batch_extras`.
     removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
     advised: how the planner may propose it to users whose run does not fit; () for never.
     """
@@ -155,6 +160,7 @@ class Technique(Events):
     claims: ClassVar[frozenset[str]] = frozenset()
     graph_in_blocks: ClassVar[bool] = True
     loss_in_model: ClassVar[bool] = False
+    reads_of_batch: ClassVar[frozenset[str]] = frozenset()
     removes: ClassVar[frozenset[str]] = frozenset()
     advised: ClassVar[tuple[Advised, ...]] = ()
 

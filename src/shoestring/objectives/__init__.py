@@ -1,7 +1,19 @@
 """Objectives: how the loss is computed. One file a method."""
 
+from .answer_choices import AnswerChoices
 from .ba_lora import BALora
 from .base import HeadLoss, LazyLogits
 from .chunked_loss import ChunkedLoss, summed_cross_entropy
+from .density_loss import DensityLoss
+from .metric_learning import MetricLearning
 
-__all__ = ["BALora", "ChunkedLoss", "HeadLoss", "LazyLogits", "summed_cross_entropy"]
+__all__ = [
+    "AnswerChoices",
+    "BALora",
+    "ChunkedLoss",
+    "DensityLoss",
+    "HeadLoss",
+    "LazyLogits",
+    "MetricLearning",
+    "summed_cross_entropy",
+]

@@ -76,6 +76,12 @@ class DataSettings(_Section):
     label: str = Field("label", min_length=1, description="column of the class, as name or number")
     prompt: str = Field("prompt", min_length=1, description="column of what is given; no loss on it")
     completion: str = Field("completion", min_length=1, description="column of what follows the prompt")
+    template: str | None = Field(
+        None, min_length=1, description="what is given, with {column} for values; in place of prompt, for choices"
+    )
+    choices: str | list[str] = Field(
+        "choices", min_length=1, description="column of the answers to choose from, or a list of them for all rows"
+    )
     chat: bool = Field(False, description="write prompt and completion as turns of the model's chat template")
     messages: str = Field("messages", min_length=1, description="column of a chat: a list of {role, content}")
     max_length: int | None = Field(

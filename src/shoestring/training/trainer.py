@@ -73,6 +73,14 @@ class RecipeTrainerMixin(Trainer):
             loss = loss + added.to(loss) / (self.current_gradient_accumulation_steps if whole_batch else 1)
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; what techniques measure in these forwards is among the metrics."""
+        self.attached.measured()  # of other forwards, before
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self.attached.measured().items()})
+        return output
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward; ends the run at a loss that is no number."""
         loss = super().training_step(model, *args, **kwargs)

@@ -2,8 +2,9 @@
 
 from .base import Task
 from .causal_lm import CausalLM
+from .multiple_choice import MultipleChoice
 from .text_classification import TextClassification
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, CausalLM)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, CausalLM, MultipleChoice)}
 
-__all__ = ["TASKS", "CausalLM", "Task", "TextClassification"]
+__all__ = ["TASKS", "CausalLM", "MultipleChoice", "Task", "TextClassification"]

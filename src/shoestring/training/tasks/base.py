@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...errors import SettingError
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import Trainer, TrainingArguments
@@ -25,6 +27,7 @@ class Task(ABC):
     peft_task_type: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    batch_extras: ClassVar[frozenset[str]] = frozenset()  # what batches hold beside the model's inputs
     limit: int | None = None  # the most tokens that the model takes, once known
 
     def __init__(self, settings: RunSettings):
@@ -83,10 +86,23 @@ class Task(ABC):
         }
 
     def set_up_recipe(self, recipe: Recipe) -> None:
-        """Tell the outermost technique that can train a new head what the task is."""
+        """Tell the outermost technique that can train a new head what the task is; refuse what finds no data here."""
+        self.check_extras(recipe)
         for technique in reversed(recipe.techniques):
             if technique.set_task(self.peft_task_type):
                 break
+
+    def check_extras(self, recipe: Recipe) -> None:
+        """Refuse techniques that read of a batch what this task does not put there.
+
+        Raises SettingError.
+        """
+        for technique in recipe.techniques:
+            if missing := technique.reads_of_batch - self.batch_extras:
+                raise SettingError(
+                    f"{technique.name} reads {', '.join(sorted(missing))} of a batch, which the task {self.name} does "
+                    "not have; use a task that does, or leave it out."
+                )
 
     @property
     def data(self) -> DataSettings:
