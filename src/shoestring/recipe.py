@@ -255,6 +255,11 @@ class Attached:
             raise SettingError(f"{' and '.join(brought)} each bring an optimizer of their own; keep one of them.")
         return next(iter(brought.values()), None)
 
+    @property
+    def acts_before_clipping(self) -> bool:
+        """Whether a technique has something to do with gradients before they are clipped."""
+        return any(technique.acts_before_clipping for technique in self.techniques)
+
     def idle_parameters(self) -> set[str]:
         """Names of trainable parameters that may go without a gradient."""
         return set().union(*(technique.idle_parameters(self.model) for technique in self.techniques))

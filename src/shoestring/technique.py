@@ -55,6 +55,7 @@ class Moment:
     step: optimizer steps finished; 0 before and during the first.
     epoch: passes over the data, a fraction within an epoch.
     num_steps: optimizer steps of the whole run, or 0 where unknown.
+    accumulation_steps: the most backwards whose gradients are summed in a step.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Moment:
     step: int = 0
     epoch: float = 0.0
     num_steps: int = 0
+    accumulation_steps: int = 1
 
     @property
     def learning_rate(self) -> float:
@@ -94,6 +96,14 @@ class Events:
 
     def on_step_begin(self, moment: Moment) -> None:
         """Before the first forward of an optimizer step."""
+
+    def before_clipping(self, moment: Moment) -> None:
+        """All gradients of the step are there and about to be clipped; not called where nothing is clipped."""
+
+    @property
+    def acts_before_clipping(self) -> bool:
+        """Whether `before_clipping` does anything, so that a trainer must call it."""
+        return type(self).before_clipping is not Events.before_clipping
 
     def on_gradients(self, moment: Moment) -> None:
         """All gradients of the step are there; the optimizer has not run."""

@@ -139,6 +139,15 @@ class PeftTechnique(Technique):
         """Pass on to the config."""
         self._events.on_step_begin(moment)
 
+    def before_clipping(self, moment: Moment) -> None:
+        """Pass on to the config."""
+        self._events.before_clipping(moment)
+
+    @property
+    def acts_before_clipping(self) -> bool:
+        """Whether the config does."""
+        return self._events.acts_before_clipping
+
     def on_gradients(self, moment: Moment) -> None:
         """Pass on to the config."""
         self._events.on_gradients(moment)

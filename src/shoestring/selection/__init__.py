@@ -1,8 +1,11 @@
 """Selection: which of the existing weights learn, and when. One file a method."""
 
 from .base import Selection
+from .bitfit import BitFit
+from .id3 import ID3
 from .ist import IST
+from .norm_tuning import NormTuning
 from .sparse import SparseSelection
 from .spt import SPT
 
-__all__ = ["IST", "SPT", "Selection", "SparseSelection"]
+__all__ = ["ID3", "IST", "SPT", "BitFit", "NormTuning", "Selection", "SparseSelection"]

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -98,6 +100,21 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
+
+
+def pretrained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the pretrained model, by name: without a new head, what adapters have added, and their copies."""
+    head = {id(p) for p in task_head(model)}
+    others: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            others.update(part for child in module.children() for part in child.modules())
+        elif isinstance(module, BaseTunerLayer):
+            base = set(module.get_base_layer().modules())
+            others.update(part for part in module.modules() if part is not module and part not in base)
+    for name, module in model.named_modules():
+        if module not in others and not any(id(p) in head for p in module.parameters(recurse=False)):
+            yield name, module
 
 
 def settings_error(technique: str, setting: str, allowed: str, got: Any) -> SettingError:

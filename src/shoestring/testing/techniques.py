@@ -410,7 +410,7 @@ def _compare_gradients(case: TechniqueCase, dtype: torch.dtype, dropout: float =
 
 
 def _trained(case: TechniqueCase, *techniques: Any) -> dict[str, Tensor]:
-    """What a step of RecipeTrainer over two batches changes of all that trains."""
+    """What a step of RecipeTrainer over two batches changes of all that trains and may not be idle."""
     model = case.applied(*techniques)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -430,7 +430,10 @@ def _trained(case: TechniqueCase, *techniques: Any) -> dict[str, Tensor]:
             use_cpu=True,
         )
         RecipeTrainer(model=model, args=arguments, train_dataset=case.model.rows()).train()
-    return {name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
+    idle = attached_to(model).idle_parameters()
+    now = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in idle}
+    # what has grown was not there before
+    return {name: p - start[name] if p.shape == start[name].shape else p for name, p in now.items()}
 
 
 @cache

@@ -41,6 +41,11 @@ class RecipeCallback(TrainerCallback):
                 f"{self.attached.recipe} brings an optimizer of its own, which a callback cannot set; use "
                 "shoestring.training.RecipeTrainer in place of Trainer."
             )
+        if not self.in_recipe_trainer and self.attached.acts_before_clipping and args.max_grad_norm > 0:
+            raise ValueError(
+                f"{self.attached.recipe} acts before gradients are clipped, for which a callback comes too late; use "
+                "shoestring.training.RecipeTrainer in place of Trainer, or max_grad_norm=0."
+            )
         # TRL's trainers compute the loss by themselves, whatever the model's own loss says
         of_trl = any(cls.__module__.partition(".")[0] == "trl" for cls in type(args).__mro__)
         self.attached.model_loss_is_used = not of_trl
@@ -56,7 +61,12 @@ class RecipeCallback(TrainerCallback):
     def _moment(self, state: TrainerState, kwargs: dict[str, Any], step: int) -> Moment:
         optimizer = kwargs.get("optimizer")
         return Moment(
-            self.attached.model, getattr(optimizer, "optimizer", optimizer), step, state.epoch or 0.0, state.max_steps
+            self.attached.model,
+            getattr(optimizer, "optimizer", optimizer),
+            step,
+            state.epoch or 0.0,
+            state.max_steps,
+            self.attached.accumulation_steps,
         )
 
     def on_step_begin(

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import RunFailed
 from ..recipe import attached_to
+from ..technique import Moment
 from . import checkpoints
 from .callback import RecipeCallback
 from .quantised import trained_dtypes_kept
@@ -95,6 +96,16 @@ class RecipeTrainerMixin(Trainer):
                 f"lower train.learning_rate ({self.args.learning_rate:g} now), or bf16 in place of fp16."
             )
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As in Trainer, once the techniques have had their look at whole gradients."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        state, accumulated = self.state, self.attached.accumulation_steps
+        moment = Moment(
+            self.attached.model, optimizer, state.global_step, state.epoch or 0.0, state.max_steps, accumulated
+        )
+        self.attached.event("before_clipping", moment)
+        return super()._clip_grad_norm(model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's own, or Trainer's with the parameters that have options of their own in groups of their own."""
