@@ -75,6 +75,7 @@ class Reversible(BlockTechnique):
     """
 
     name: ClassVar[str] = "reversible"
+    claims: ClassVar[frozenset[str]] = frozenset({"what the weights of blocks are read as"})
     advised = (
         Advised(30, "inputs of blocks are computed back instead of kept: a changed model with exact gradients, slower"),
     )

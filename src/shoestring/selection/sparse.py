@@ -150,6 +150,8 @@ class SparseSelection(Selection):
     exclude_modules: names or a regular expression of modules to leave out.
     """
 
+    claims: ClassVar[frozenset[str]] = frozenset({"what the weights of blocks are read as"})
+
     target_modules: Names | None = None
     exclude_modules: Names | None = None
 

@@ -136,6 +136,7 @@ class SparseGrad(Calibrated, Selection):
     """
 
     name: ClassVar[str] = "sparse_grad"
+    claims: ClassVar[frozenset[str]] = frozenset({"what the weights of blocks are read as"})
 
     density: float = 0.01
     rotate: Sides = "both"

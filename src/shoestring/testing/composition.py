@@ -35,10 +35,14 @@ MODELS = (CLASSIFIER, DECODER)
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "embedding_pruning": {"keep_ids": [50]},
+    "id3": {"count": 90, "steps": 3},
     "ist": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2},
     "low_bit_activations": {"min_bytes": 0},
     "offload": {"to": "disk", "min_bytes": 0},
+    "parameter_groups": {"groups": [{"names": ".*", "lr_factor": 1.0}]},
     "sketchtune": {"groups": 2, "calibration_rows": 8},
+    "sparse_grad": {"calibration_rows": 8},
+    "speft": {"density": 0.05, "calibration_rows": 8},
     "spt": {"budget": 300, "calibration_rows": 8},
     "token_tune": {"keep_fraction": 0.5},
     "token_windows": {"window_tokens": 4},
@@ -59,9 +63,10 @@ class Outcome:
 
 
 def tried() -> list[type[Technique]]:
-    """The techniques of this package, in the order in which they attach."""
+    """The techniques of this package that train by gradients on plain batches, in the order in which they attach."""
     ours = [cls for cls in TECHNIQUES.values() if cls.__module__.split(".")[0] == Recipe.__module__.split(".")[0]]
-    return sorted(ours, key=lambda cls: (cls.phase, cls.name))
+    fit = [cls for cls in ours if not cls.reads_of_batch and cls.training_step is Technique.training_step]
+    return sorted(fit, key=lambda cls: (cls.phase, cls.name))
 
 
 def alone(model: TinyModel, name: str) -> Outcome:
