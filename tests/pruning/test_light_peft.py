@@ -37,10 +37,12 @@ from transformers import (
 
 from shoestring import Recipe, load
 from shoestring.adapters import BottleneckConfig, HUTConfig
-from shoestring.errors import SettingError
-from shoestring.pruning import LightPEFT, load_pruned, save_pruned
+from shoestring.errors import RunFailed, SettingError
+from shoestring.optimizers import LoraFA
+from shoestring.pruning import LightPEFT, SketchTune, load_pruned, save_pruned
 from shoestring.pruning.light_peft import FILE, MASK, highest, kept_channels, kept_heads
 from shoestring.recipe import attached_to
+from shoestring.selection import Speft
 from shoestring.technique import Moment
 from shoestring.testing.tiny_models import DECODER, seeded, step
 
@@ -541,6 +543,20 @@ def test_what_cannot_be_pruned_is_refused_by_name(
         attach(base(), adapter, **settings)
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (SketchTune(groups=2, calibrate=False), "replaces it or chooses numbers of it by their place"),
+        (Speft(count=50, score="magnitude", target_modules=["up_proj"]), "chooses numbers of it by their place"),
+        (LoraFA(), "light_peft and lora_fa cannot be combined"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_techniques_that_count_on_the_sizes_are_refused(other: Any, message: str):
+    with pytest.raises(SettingError, match=message):
+        Recipe(lora("llama"), LightPEFT(**SETTINGS), other).apply(build("llama"))
+
+
 def test_unknown_architectures_are_refused():
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -557,6 +573,9 @@ def test_unknown_architectures_are_refused():
 def test_t5_loses_channels_alone():
     model = attach(_t5(), LoraConfig(target_modules=["q", "wi", "wo"]), removed_heads_fraction=0)
     assert len(technique_of(model).units) == 4
+    with pytest.raises(RunFailed, match="no gradient reached them"):
+        technique_of(model).prune()
+    scatter_masks(model)
     technique_of(model).prune()
     ids = torch.arange(3, 12)[None]
     assert model(input_ids=ids, labels=ids).loss.isfinite()

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..adapters.coupled import layer_at
 from ..adapters.slicing import READ, BranchRatio, SlicedAdapter, TokensSeen, sliceable_adapters
-from ..errors import SettingError
+from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..quantisation.originals import is_same
 from ..technique import Moment, Phase, Technique, register_technique
@@ -120,6 +121,7 @@ class LightPEFT(Technique):
     def _reset(self) -> None:
         self._units: list[Units] = []
         self._samples: dict[str, Tensor] = {}
+        self._attributes: dict[str, set[str]] = {}
         self._adapters: list[SlicedAdapter] = []
         self._ratios: list[BranchRatio] = []
         self._hooks: list[RemovableHandle] = []
@@ -137,6 +139,16 @@ class LightPEFT(Technique):
     def units(self) -> tuple[Units, ...]:
         """The heads and channels of the model that it is attached to."""
         return tuple(self._units)
+
+    def check_recipe(self, others: Sequence[Technique]) -> None:
+        """Refuse optimizers of their own, whose state would be that of shapes that are gone."""
+        for other in others:
+            if type(other).make_optimizer is not Technique.make_optimizer:
+                raise SettingError(
+                    f"light_peft and {other.name} cannot be combined: layers and adapters get smaller in the middle of "
+                    f"the run, and the optimizer that {other.name} brings would go on with what they were. Take out "
+                    "one of the two."
+                )
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -157,6 +169,7 @@ class LightPEFT(Technique):
                 )
             if has_values(units.reading_layer.weight):  # type: ignore[arg-type]
                 self._samples[units.name] = units.sample()
+            self._attributes |= {name: _marks(layer) for name, layer in units.layers.items()}
         try:
             yield model
         finally:
@@ -176,12 +189,13 @@ class LightPEFT(Technique):
         cut = {id(layer): name for units in self._units for name, layer in units.layers.items()}
         for units in self._units:
             for name, layer in units.layers.items():
-                if any(p.requires_grad for p in layer.parameters()):
-                    raise SettingError(
-                        f"light_peft cuts frozen layers, but {name} trains: leave it to an adapter, or take out what "
-                        "trains it."
-                    )
+                self._check_cuttable(name, layer)
         for adapter in self._adapters:
+            if not any(p.requires_grad for p in adapter.parameters.values()):
+                raise SettingError(
+                    f"light_peft needs gradients of the adapters, but that on {adapter.key} is frozen: take out what "
+                    "freezes it."
+                )
             if any(READ in axes for axes in adapter.axes.values()) and id(adapter.layer) in cut.keys() - readers:
                 raise SettingError(
                     f"The adapter on {adapter.key} reads all outputs of its layer, some of which light_peft takes "
@@ -189,6 +203,21 @@ class LightPEFT(Technique):
                 )
         self._outer = model
         self._begin_estimation()
+
+    def _check_cuttable(self, name: str, layer: nn.Module) -> None:
+        """Refuse a layer that trains, or that another technique counts on as it is.
+
+        Raises SettingError.
+        """
+        if layer_at(self._model, name) is not layer or _marks(layer) != self._attributes[name]:
+            raise SettingError(
+                f"light_peft cuts {name} in the middle of the run, but another technique of the recipe replaces it or "
+                "chooses numbers of it by their place: take out one of the two."
+            )
+        if any(p.requires_grad for p in layer.parameters()):
+            raise SettingError(
+                f"light_peft cuts frozen layers, but {name} trains: leave it to an adapter, or take out what trains it."
+            )
 
     def _begin_estimation(self) -> None:
         for units in self._units:
@@ -286,6 +315,11 @@ class LightPEFT(Technique):
         return Plan({name: (places, masks[name][places]) for name, places in kept.items()}, self._chosen_ranks())
 
     def _chosen_ranks(self) -> dict[str, Tensor]:
+        if not any(float(score.abs().max()) > 0 for score in self._sums["ranks"].values()):
+            raise RunFailed(
+                "light_peft cannot say which adapters and ranks matter: no gradient reached them in the second half of "
+                "its estimation. Train with gradients, through a trainer that tells the recipe of its steps."
+            )
         keys = [adapter.key for adapter in self._adapters]
         ratios = torch.stack([self._score("ratios", key, torch.zeros(())) for key in keys])
         staying = [keys[place] for place in highest(ratios, self.removed_modules_fraction)]
@@ -411,6 +445,11 @@ class _Masking:
     def __call__(self, module: nn.Module, args: Sequence[Any]) -> tuple[Any, ...]:
         mask: Tensor = getattr(self.layer, MASK)
         return (args[0] * self.units.spread(mask).to(args[0].dtype), *args[1:])
+
+
+def _marks(layer: nn.Module) -> set[str]:
+    """What is set on a layer, by name: others leave marks there. A forward that is wrapped meets any weight."""
+    return set(vars(layer)) - {"forward"}
 
 
 def highest(scores: Float[Tensor, " n"], removed_fraction: float) -> Int[Tensor, " kept"]:
