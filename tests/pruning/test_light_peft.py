@@ -42,7 +42,7 @@ from shoestring.optimizers import LoraFA
 from shoestring.pruning import LightPEFT, SketchTune, load_pruned, save_pruned
 from shoestring.pruning.light_peft import FILE, MASK, highest, kept_channels, kept_heads
 from shoestring.recipe import attached_to
-from shoestring.selection import Speft
+from shoestring.selection.speft import Speft
 from shoestring.technique import Moment
 from shoestring.testing.tiny_models import DECODER, seeded, step
 
