@@ -52,6 +52,8 @@ BLOCKS_REST: dict[str, Any] = {
     "trained_alone": True,
 }
 
+CHOSEN: dict[str, Any] = {"bound": 2e-6, "trained_alone": True}  # the gradients of LoRA beside it are LoRA's
+
 # one row a technique, form and model: its name, then what it is held to
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "answer_choices": ("answer_choices", {"bound": 0.0}),  # without choices in the batch, it has nothing to add
@@ -109,6 +111,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_norm-encoder": ("shared_norm", {"model": CLASSIFIER}),
     "sketchtune": ("sketchtune", SKETCHED),
     "sketchtune-encoder": ("sketchtune", {**SKETCHED, "model": CLASSIFIER}),
+    "spt": ("spt", {**ROUTED, "settings": {"budget": 300, "calibration_rows": 8, "structured_fraction": 1.0}}),
+    "spt-encoder": (
+        "spt",
+        {
+            **ROUTED,
+            "settings": {"budget": 900, "calibration_rows": 8},
+            "model": CLASSIFIER,
+            "cannot": {
+                **ROUTED["cannot"],
+                "check_only_what_trains_changes": "A of its LoRA has no gradient while B is 0",
+                **dict.fromkeys(NAMED_GRADIENTS, "its LoRA is one more wrapper around the model, so names are others"),
+            },
+        },
+    ),
+    "sparse_grad": ("sparse_grad", {"settings": {"calibration_rows": 8}, **CHOSEN}),
+    "sparse_grad-encoder": (
+        "sparse_grad",
+        {"settings": {"calibration_rows": 8, "rotate": "narrow"}, "model": CLASSIFIER, **CHOSEN},
+    ),
+    "speft": ("speft", {"settings": {"count": 99, "calibration_rows": 8}, **CHOSEN}),
+    "speft-encoder": (
+        "speft",
+        {"settings": {"density": 0.05, "score": "magnitude", "scope": "local"}, "model": CLASSIFIER, **CHOSEN},
+    ),
+    "speft-dynamic": (
+        "speft",
+        {
+            "settings": {"density": 0.05, "dynamic_steps": 2, "scope": "local", "calibration_rows": 8},
+            "model": CLASSIFIER,
+            **CHOSEN,
+        },
+    ),
     "spt": ("spt", {**ROUTED, "settings": {"budget": 300, "calibration_rows": 8, "structured_fraction": 1.0}}),
     "spt-encoder": (
         "spt",

@@ -6,6 +6,18 @@ from .id3 import ID3
 from .ist import IST
 from .norm_tuning import NormTuning
 from .sparse import SparseSelection
+from .sparse_grad import SparseGrad
+from .speft import Speft
 from .spt import SPT
 
-__all__ = ["ID3", "IST", "SPT", "BitFit", "NormTuning", "Selection", "SparseSelection"]
+__all__ = [
+    "ID3",
+    "IST",
+    "SPT",
+    "BitFit",
+    "NormTuning",
+    "Selection",
+    "SparseGrad",
+    "SparseSelection",
+    "Speft",
+]
