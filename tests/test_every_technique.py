@@ -111,20 +111,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_norm-encoder": ("shared_norm", {"model": CLASSIFIER}),
     "sketchtune": ("sketchtune", SKETCHED),
     "sketchtune-encoder": ("sketchtune", {**SKETCHED, "model": CLASSIFIER}),
-    "spt": ("spt", {**ROUTED, "settings": {"budget": 300, "calibration_rows": 8, "structured_fraction": 1.0}}),
-    "spt-encoder": (
-        "spt",
-        {
-            **ROUTED,
-            "settings": {"budget": 900, "calibration_rows": 8},
-            "model": CLASSIFIER,
-            "cannot": {
-                **ROUTED["cannot"],
-                "check_only_what_trains_changes": "A of its LoRA has no gradient while B is 0",
-                **dict.fromkeys(NAMED_GRADIENTS, "its LoRA is one more wrapper around the model, so names are others"),
-            },
-        },
-    ),
     "sparse_grad": ("sparse_grad", {"settings": {"calibration_rows": 8}, **CHOSEN}),
     "sparse_grad-encoder": (
         "sparse_grad",
