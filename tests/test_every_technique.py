@@ -61,6 +61,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ba_lora-encoder": ("ba_lora", {"model": CLASSIFIER, "bound": 0.1, "trained_alone": True}),
     "bitfit": ("bitfit", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
     "bitfit-added": ("bitfit", {"settings": {"added": list(DECODER.targets)}, "bound": 2e-6, "trained_alone": True}),
+    "bilevel_zofo": (
+        "bilevel_zofo",
+        {
+            "bound": 2e-6,
+            "trained_alone": True,
+            "cannot": {"check_trains_in_the_trainer": "it wants held-out rows, of which this trainer has none"},
+        },
+    ),
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
     "density_loss": ("density_loss", {"settings": {"epsilon": 0.1}, "model": WITH_RELU, "bound": 1.0}),
     "density_loss-encoder": ("density_loss", {"settings": {"epsilon": 0.1}, "model": CLASSIFIER, "bound": 1.0}),
@@ -105,6 +113,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "norm_tuning": ("norm_tuning", {"bound": 2e-6, "trained_alone": True}),
     "norm_tuning-encoder": ("norm_tuning", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
     "offload": ("offload", {"settings": {"to": "disk", "min_bytes": 0}}),
+    "parameter_groups": ("parameter_groups", {"settings": {"groups": [{"names": ".*", "lr_factor": 1.0}]}}),
     "recompute": ("recompute", {}),
     "recompute-segments": ("recompute", {"settings": {"segments": 2}, "model": CLASSIFIER}),
     "shared_norm": ("shared_norm", ROUNDS_IN_FLOAT32),
@@ -153,6 +162,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "token_windows",
         {"settings": {"window_tokens": 4}, "model": CLASSIFIER, "draws_alike": False},
     ),
+    "zeroth_order": ("zeroth_order", {"bound": 2e-6}),
 }
 for form in ({}, {"mode": "float"}):
     of_reversible: dict[str, Any] = {

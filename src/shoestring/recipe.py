@@ -30,7 +30,7 @@ from . import selection as _selection  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
 from .errors import SettingError, did_you_mean
 from .fakes import has_values
-from .technique import TECHNIQUES, Moment, Phase, Technique
+from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique
 
 if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -256,6 +256,16 @@ class Attached:
         return next(iter(brought.values()), None)
 
     @property
+    def takes_steps(self) -> bool:
+        """Whether a technique makes forward and backward of a step in place of the trainer."""
+        return any(type(t).training_step is not Technique.training_step for t in self.techniques)
+
+    def training_step(self, batch: MicroBatch) -> Tensor | None:
+        """The loss of the first technique that makes the step in place of the trainer; None if none does."""
+        losses = (technique.training_step(batch) for technique in self.techniques)
+        return next((loss for loss in losses if loss is not None), None)
+
+    @property
     def acts_before_clipping(self) -> bool:
         """Whether a technique has something to do with gradients before they are clipped."""
         return any(technique.acts_before_clipping for technique in self.techniques)
@@ -266,7 +276,8 @@ class Attached:
 
     def trained_base(self) -> dict[str, nn.Parameter]:
         """The base model's own parameters that train, by their names in the base model."""
-        return {name: p for name, p in self._base_parameters.items() if p.requires_grad}
+        moved = {id(p) for technique in self.techniques for p in technique.trained_without_gradient(self.model)}
+        return {name: p for name, p in self._base_parameters.items() if p.requires_grad or id(p) in moved}
 
     def save(self, folder: str | Path) -> None:
         """Write the recipe, the adapters as peft does, base weights that train, and the techniques' own state.
@@ -358,7 +369,8 @@ class Attached:
         return outputs
 
     def _add_losses(self, model: nn.Module, args: tuple, batch: dict[str, Any], outputs: Any) -> Any:
-        if model is not self.model or not (model.training and torch.is_grad_enabled()):
+        in_step = torch.is_grad_enabled() or (self.takes_steps and not self.add_losses_in_forward)
+        if model is not self.model or not (model.training and in_step):
             return None
         if not self.add_losses_in_forward:
             self._outputs = outputs

@@ -3,7 +3,7 @@
 The kinds (adapters, blocks, selection, ...) build on this file; `recipe.py` puts techniques together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import IntEnum
@@ -69,6 +69,24 @@ class Moment:
     def learning_rate(self) -> float:
         """The learning rate of the first parameter group; 0 without an optimizer."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 0.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A share of a training step, for techniques that take it out of the trainer's hands.
+
+    model: as the trainer calls it. inputs: of the model, on its device.
+    loss_of: the trainer's loss of some inputs, in the modes that modules are in: of this micro-batch its share of the
+        step's loss; with held_out=True of other rows, whose mean counts as much.
+    backward: what the trainer does with a loss of its own.
+    held_out: inputs of as many rows that the run is evaluated on, drawn with a seed; raises SettingError without any.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    loss_of: Callable[..., Tensor]
+    backward: Callable[[Tensor], None]
+    held_out: Callable[[int], dict[str, Any]]
 
 
 class Events:
@@ -157,6 +175,7 @@ class Technique(Events):
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
     graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
     loss_in_model: it acts where the model computes its loss; trainers that compute it elsewhere leave it to the model.
+    brings_loss: it computes the loss itself, of inputs without labels.
     reads_of_batch: what it reads of a batch beside the model's inputs, in the words of a task's `batch_extras`.
     removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
     advised: how the planner may propose it to users whose run does not fit; () for never.
@@ -170,6 +189,7 @@ class Technique(Events):
     claims: ClassVar[frozenset[str]] = frozenset()
     graph_in_blocks: ClassVar[bool] = True
     loss_in_model: ClassVar[bool] = False
+    brings_loss: ClassVar[bool] = False
     reads_of_batch: ClassVar[frozenset[str]] = frozenset()
     removes: ClassVar[frozenset[str]] = frozenset()
     advised: ClassVar[tuple[Advised, ...]] = ()
@@ -205,6 +225,17 @@ class Technique(Events):
         arguments: the run's; a group's own options go before them.
         """
         return None
+
+    def training_step(self, batch: MicroBatch) -> Tensor | None:
+        """Do all that a step does before the optimizer, on one micro-batch, in the trainer's place.
+
+        The loss to report, without a graph; None leaves forward and backward to the trainer.
+        """
+        return None
+
+    def trained_without_gradient(self, model: nn.Module) -> list[nn.Parameter]:
+        """Weights that it changes although no gradient does, to be saved with what trains."""
+        return []
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights of its own that neither the base model nor `state_dict` holds into `folder`."""

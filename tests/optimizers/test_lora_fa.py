@@ -167,9 +167,9 @@ def test_groups_have_the_runs_weight_decay_and_learning_rates_of_their_own(tmp_p
     model = Recipe(lora(modules_to_save=["classifier"]), FastHead(), LoraFA()).apply(classifier())
     trainer = RecipeTrainer(model=model, args=arguments(tmp_path, weight_decay=0.3), train_dataset=rows())
     groups = trainer.create_optimizer().param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.3]
-    assert [group["lr"] for group in groups] == [1e-2, 1e-2, 1]
-    assert len(groups[2]["params"]) == 2
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.3, 0.0]
+    assert [group["lr"] for group in groups] == [1e-2, 1e-2, 1, 1]
+    assert [len(group["params"]) for group in groups[2:]] == [1, 1]  # a weight and a bias
     assert trainer.create_optimizer() is trainer.optimizer
 
 

@@ -53,7 +53,7 @@ class LoraFA(Technique):
 
     name: ClassVar[str] = "lora_fa"
     phase: ClassVar[Phase] = Phase.OPTIMIZER
-    alone_in_phase: ClassVar[bool] = True
+    claims: ClassVar[frozenset[str]] = frozenset({"the optimizer"})
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
     removes: ClassVar[frozenset[str]] = frozenset({"inputs of trained weights"})
     eps: float = 1e-6

@@ -109,6 +109,7 @@ def run_one_step(
             trainer = work.make_trainer(model, folder, [_PrimedOptimizer(), memory])
             batches = [work.make_batch(model) for _ in range(trainer.args.gradient_accumulation_steps)]
             trainer.get_train_dataloader = lambda: batches
+            trainer.held_out_batch = lambda seed: batches[0]
             parameters = list(trainer.model.parameters())  # of the trainer, which may put new ones in their place
             added = {id(s): s.nbytes() for p in parameters if p not in known for s in storages_of(p)}
             largest = max(p.nbytes for p in parameters)

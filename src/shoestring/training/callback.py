@@ -41,6 +41,11 @@ class RecipeCallback(TrainerCallback):
                 f"{self.attached.recipe} brings an optimizer of its own, which a callback cannot set; use "
                 "shoestring.training.RecipeTrainer in place of Trainer."
             )
+        if not self.in_recipe_trainer and self.attached.takes_steps:
+            raise ValueError(
+                f"{self.attached.recipe} makes training steps by itself, for which a callback comes too late; use "
+                "shoestring.training.RecipeTrainer or recipe_sft_trainer() in place of this trainer."
+            )
         if not self.in_recipe_trainer and self.attached.acts_before_clipping and args.max_grad_norm > 0:
             raise ValueError(
                 f"{self.attached.recipe} acts before gradients are clipped, for which a callback comes too late; use "

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import RunFailed
+from ..errors import RunFailed, SettingError, did_you_mean
 from ..recipe import attached_to
-from ..technique import Moment
+from ..technique import MicroBatch, Moment
 from . import checkpoints
 from .callback import RecipeCallback
 from .quantised import trained_dtypes_kept
@@ -45,6 +46,7 @@ class RecipeTrainerMixin(Trainer):
         self.attached.add_losses_in_forward = False
         self.add_callback(_RecipeTrainerCallback(self))
         self._saving_in: Path | None = None
+        self._held_out: Any = None  # a loader of the evaluation rows
         self.resumed_from: Path | None = None
 
     @property
@@ -68,11 +70,14 @@ class RecipeTrainerMixin(Trainer):
         if model.training and not self.attached.model_loss_is_used and num_items_in_batch is not None:
             loss = loss / self.attached.loss_share()
         if model.training and (added := self.attached.added_loss(batch, of_forward)) is not None:
-            # a loss normalised over the whole accumulated batch is a share of the step's loss, others are divided later
-            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            whole_batch = scaled or self.compute_loss_func is not None or bool(self.loss_is_scaled_for_ga)
+            whole_batch = self._is_share(num_items_in_batch)
             loss = loss + added.to(loss) / (self.current_gradient_accumulation_steps if whole_batch else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether a loss is a share of the step's, normalised over the whole accumulated batch, or divided later."""
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return scaled or self.compute_loss_func is not None or bool(self.loss_is_scaled_for_ga)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; what techniques measure in these forwards is among the metrics."""
@@ -82,9 +87,14 @@ class RecipeTrainerMixin(Trainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in self.attached.measured().items()})
         return output
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward; ends the run at a loss that is no number."""
-        loss = super().training_step(model, *args, **kwargs)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward, or what a technique does instead; ends the run at a loss that is no number."""
+        taken = self.attached.takes_steps
+        loss = self.attached.training_step(self._micro_batch(model, inputs, num_items_in_batch)) if taken else None
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(value := float(loss)):
             if self.state.global_step == 0:
                 raise RunFailed(
@@ -96,6 +106,41 @@ class RecipeTrainerMixin(Trainer):
                 f"lower train.learning_rate ({self.args.learning_rate:g} now), or bf16 in place of fp16."
             )
         return loss
+
+    def _micro_batch(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> MicroBatch:
+        """What `training_step` of Trainer works with, in parts, and with the model in training mode."""
+        model.train()
+
+        def loss_of(inputs: dict[str, Any], held_out: bool = False) -> Tensor:
+            num_items = None if held_out else num_items_in_batch
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
+            is_share = not held_out and self._is_share(num_items)
+            return loss if is_share else loss / self.current_gradient_accumulation_steps
+
+        backward, held_out = self.accelerator.backward, self.held_out_batch
+        return MicroBatch(model, self._prepare_inputs(inputs), loss_of, backward, held_out)
+
+    def held_out_batch(self, seed: int) -> dict[str, Any]:
+        """Inputs of one micro-batch of evaluation rows, drawn with `seed`; other rows in each process.
+
+        Raises SettingError if there are none, or if they cannot be drawn.
+        """
+        if self._held_out is None:
+            rows = self.eval_dataset
+            if not isinstance(rows, Sized) or isinstance(rows, dict) or len(rows) == 0:
+                raise SettingError(
+                    f"{self.attached.recipe} trains on held-out rows too, but this run has none that can be drawn; "
+                    "give a validation split, as data.validation or eval_dataset."
+                )
+            self._held_out = self.get_eval_dataloader()
+        rows, collate = self._held_out.dataset, self._held_out.collate_fn
+        generator = torch.Generator().manual_seed(seed + self.accelerator.process_index)
+        chosen = torch.randperm(len(rows), generator=generator)[: self.args.per_device_train_batch_size]
+        inputs: dict[str, Any] = self._prepare_inputs(collate([rows[int(index)] for index in chosen]))
+        return inputs
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As in Trainer, once the techniques have had their look at whole gradients."""
@@ -113,6 +158,7 @@ class RecipeTrainerMixin(Trainer):
         for group in own_groups:
             if (factor := group.pop("lr_factor", None)) is not None:
                 group["lr"] = factor * self.args.learning_rate
+        own_groups = [part for group in own_groups for part in self._with_decay(model, group)]
         own = {id(p) for group in own_groups for p in group["params"]}
         if self.optimizer is None:
             self.optimizer = self.attached.make_optimizer(self._decay_groups(model, own) + own_groups, self.args)
@@ -123,7 +169,28 @@ class RecipeTrainerMixin(Trainer):
                 group["params"] = [p for p in group["params"] if id(p) not in own]
             for group in own_groups:
                 optimizer.add_param_group(group)
+        for group in own_groups:
+            known = optimizer.defaults.keys() | {"params"}
+            if unknown := sorted(group.keys() - known):
+                raise SettingError(
+                    f"{self.attached.recipe} gives parameters the option {unknown[0]!r}, which the optimizer "
+                    f"{type(optimizer).__name__} does not have. {did_you_mean(unknown[0], known - {'params'})}"
+                )
         return optimizer
+
+    def _with_decay(self, model: nn.Module | None, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """A group with the run's weight decay where it says nothing of it, parted as Trainer parts parameters."""
+        if "weight_decay" in group:
+            return [group]
+        model = self.model if model is None else model
+        names = set(self.get_decay_parameter_names(model))
+        spared = {id(p) for name, p in model.named_parameters() if name not in names}
+        parts = [
+            {**group, "params": [p for p in group["params"] if id(p) not in spared]},
+            {**group, "params": [p for p in group["params"] if id(p) in spared], "weight_decay": 0.0},
+        ]
+        parts[0]["weight_decay"] = self.args.weight_decay
+        return [part for part in parts if part["params"]]
 
     def _decay_groups(self, model: nn.Module | None, others: set[int]) -> list[dict[str, Any]]:
         """What trains, without the parameters of the ids `others`, parted by weight decay as Trainer parts it."""
