@@ -17,7 +17,7 @@ from shoestring.testing.techniques import (
     check_two_models_at_once,
     run_technique_check,
 )
-from shoestring.testing.tiny_models import CLASSIFIER, DECODER, decoder
+from shoestring.testing.tiny_models import CLASSIFIER, DECODER, IMAGES, decoder
 
 NO_FAKES = {"cannot": {"check_runs_without_values": "it counts the rows of an embedding that has values"}}
 ROUNDS_IN_FLOAT32 = {"float64": 2e-6}  # Llama's norms and the losses of language models compute in float32
@@ -110,6 +110,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "metric_learning": ("metric_learning", {**ON_THE_SPHERE, "settings": {"learn_scale": True, "slerp": True}}),
     "metric_learning-fixed": ("metric_learning", {**ON_THE_SPHERE, "settings": {"scale": 3.0}}),
+    "masked_autoencoder": (
+        "masked_autoencoder",
+        {
+            "settings": {"mask_ratio": 0.6, "decoder_width": 16, "decoder_blocks": 1, "decoder_heads": 2},
+            "model": IMAGES,
+            "reference": {"mask_ratio": 0.6, "decoder_width": 16, "decoder_blocks": 1, "decoder_heads": 2},
+        },
+    ),
     "norm_tuning": ("norm_tuning", {"bound": 2e-6, "trained_alone": True}),
     "norm_tuning-encoder": ("norm_tuning", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
     "offload": ("offload", {"settings": {"to": "disk", "min_bytes": 0}}),
@@ -162,6 +170,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "token_windows",
         {"settings": {"window_tokens": 4}, "model": CLASSIFIER, "draws_alike": False},
     ),
+    "unfreeze": ("unfreeze", {"settings": {"blocks": [0], "norms": True}, "bound": 2e-6, "trained_alone": True}),
+    "unfreeze-encoder": ("unfreeze", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
     "zeroth_order": ("zeroth_order", {"bound": 2e-6}),
 }
 for form in ({}, {"mode": "float"}):

@@ -5,6 +5,7 @@ from .ba_lora import BALora
 from .base import HeadLoss, LazyLogits
 from .chunked_loss import ChunkedLoss, summed_cross_entropy
 from .density_loss import DensityLoss
+from .masked_autoencoder import MaskedAutoencoder
 from .metric_learning import MetricLearning
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DensityLoss",
     "HeadLoss",
     "LazyLogits",
+    "MaskedAutoencoder",
     "MetricLearning",
     "summed_cross_entropy",
 ]

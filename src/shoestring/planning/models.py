@@ -129,10 +129,11 @@ def make_model(
     return model.train()
 
 
-def make_batch(model: nn.Module, rows: int, length: int) -> Mapping[str, Tensor]:
+def make_batch(model: nn.Module, rows: int, length: int, side: int | None = None) -> Mapping[str, Tensor]:
     """Inputs and labels in the shapes that the model takes; sequences of full length.
 
     rows: sequences, or images, or recordings. length: tokens of a sequence; of the labels where inputs are audio.
+    side: pixels of a side of images, in place of the configuration's.
     """
     config: Any = model.config
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -141,7 +142,7 @@ def make_batch(model: nn.Module, rows: int, length: int) -> Mapping[str, Tensor]
     main, name = inner.main_input_name, type(inner).__name__
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
-        side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        side = side or (vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0])
         batch[main] = torch.zeros(rows, getattr(vision, "num_channels", 3), side, side)
     elif main == "input_features":
         frames = 2 * config.max_source_positions  # the first layers halve them

@@ -215,7 +215,8 @@ def work_of(
     task.set_up_recipe(recipe)
     arguments = _arguments(settings, task)
     batch = arguments["per_device_train_batch_size"] if batch is None else batch
-    length = length or settings.data.max_length or task.argument_defaults().get("max_length") or limit
+    side = _side_of_images(settings) if task.takes_images else None
+    length = length or settings.data.max_length or task.argument_defaults().get("max_length") or limit or (side and 1)
     if length is None:
         raise SettingError(f"{settings.model.name} does not say how long sequences may be; set data.max_length.")
     _check_sizes(batch, length, limit)
@@ -238,9 +239,19 @@ def work_of(
         recipe,
         lambda: models.make_model(config, cls, dtype, attention, settings.model.quantization),
         make_trainer,
-        lambda model: models.make_batch(model, batch, length),
+        lambda model: models.make_batch(model, batch, length, side),
     )
     return work, (batch, length, arguments["gradient_accumulation_steps"])
+
+
+def _side_of_images(settings: RunSettings) -> int:
+    """Pixels of a side, which nothing but the run file and files that are not read would tell.
+
+    Raises SettingError if the run file does not say.
+    """
+    if settings.data.image_size is None:
+        raise SettingError("What a step takes depends on the size of the images; set data.image_size.")
+    return settings.data.image_size
 
 
 def work_of_model(

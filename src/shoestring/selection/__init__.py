@@ -9,6 +9,7 @@ from .sparse import SparseSelection
 from .sparse_grad import SparseGrad
 from .speft import Speft
 from .spt import SPT
+from .unfreeze import Unfreeze
 
 __all__ = [
     "ID3",
@@ -20,4 +21,5 @@ __all__ = [
     "SparseGrad",
     "SparseSelection",
     "Speft",
+    "Unfreeze",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 WORDS = 61
 TOKENS = 13  # odd, and no multiple of any window or chunk
@@ -55,6 +55,23 @@ def classifier(dropout: float = 0.0, **settings: Any) -> nn.Module:
             **settings,
         )
         return _moved(BertForSequenceClassification(config))
+
+
+def encoder_of_images(dropout: float = 0.0, **settings: Any) -> nn.Module:
+    """ViT without a head: two blocks, nine patches; the same weights at every call."""
+    with seeded(0):
+        config = ViTConfig(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=12,
+            patch_size=4,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            **settings,
+        )
+        return _moved(ViTModel(config))
 
 
 def _moved(model: nn.Module) -> nn.Module:
@@ -106,9 +123,25 @@ class TinyModel:
         return {"train": [row for seed in range(4) for row in self.rows(seed)]}
 
 
+@dataclass(frozen=True)
+class TinyImageModel(TinyModel):
+    """A model that takes images, without labels."""
+
+    def batch(self, seed: int = 1, samples: int = 3) -> dict[str, Tensor]:
+        """Noise."""
+        return {"pixel_values": torch.randn(samples, 3, 12, 12, generator=torch.Generator().manual_seed(seed))}
+
+
 LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DECODER = TinyModel("decoder", decoder, "CAUSAL_LM", LLAMA_LINEAR)
 CLASSIFIER = TinyModel("encoder", classifier, "SEQ_CLS", ("query", "key", "value", "dense"))
+
+IMAGES = TinyImageModel("images", encoder_of_images, "FEATURE_EXTRACTION", ("q_proj", "v_proj"))
+
+
+def result_of(outputs: Any) -> Tensor:
+    """What a model is asked for: logits, or the last hidden states where it has no head."""
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
 @dataclass

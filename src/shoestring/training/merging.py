@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 REPORT = "merge.json"
 DTYPES = ("float32", "bfloat16", "float16")
 OTHER_FUNCTION = 1e-2  # of the logits' norm; the same weights give the same logits but for rounding
-PROBE_ROWS, PROBE_TOKENS = 4, 128
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PROBE_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,10 @@ def merge(
     say("Merging")
     layers = list(merge_layers(trained.model))
     merged: Any = trained.base_model
-    if isinstance(trained.model, PeftModel):
+    if (wrapper := _outermost_adapters(trained.model)) is not None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A.* already merged|Already .* were merged")
-            merged = trained.model.merge_and_unload()  # takes the wrappers away, and puts new heads in their places
+            merged = wrapper.merge_and_unload()  # takes the wrappers away, and puts new heads in their places
     beside = folder.with_name(f".{folder.name}-in-progress")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -171,10 +170,10 @@ def merge_layers(model: nn.Module) -> Iterator[LayerError]:
 
     Raises SettingError, naming the layer, for an adapter that cannot be merged.
     """
-    if isinstance(model, PeftModel) and hasattr(model.base_model, "_check_merge_allowed"):
+    wrapper = _outermost_adapters(model)
+    if wrapper is not None and hasattr(wrapper.base_model, "_check_merge_allowed"):
         try:
-            tuner: Any = model.base_model
-            tuner._check_merge_allowed()
+            wrapper.base_model._check_merge_allowed()
         except ValueError as error:
             raise SettingError(f"This run cannot be merged: {error}") from error
     layers: list[tuple[str, Any]] = [
@@ -198,6 +197,11 @@ def merge_layers(model: nn.Module) -> Iterator[LayerError]:
             yield LayerError(short, _share(exact - before, exact), _share(base.weight.detach() - exact, exact))
 
 
+def _outermost_adapters(model: nn.Module) -> Any:
+    """The outermost `PeftModel` in a model, which an objective may have put something around; None without one."""
+    return next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+
+
 def take_over(whole: nn.Module, model: nn.Module) -> None:
     """Give `whole` the weights of `model`, of the same class, of which some layers are packed: those unpacked."""
     quantisation = get_quantization_kwargs(model)
@@ -214,13 +218,19 @@ def take_over(whole: nn.Module, model: nn.Module) -> None:
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of tokens that are no padding, one a row, in float32 and without dropout."""
+    """The logits of tokens that are no padding, one a row, in float32 and without dropout.
+
+    Of a model without a head, its last hidden states.
+    """
     was_training = model.training
     device = next(model.parameters()).device
     with torch.no_grad():
-        logits = model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float().cpu()
+        outputs = model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()})
     model.train(was_training)
-    return logits[inputs["attention_mask"].bool()] if logits.dim() == 3 else logits
+    values = (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float().cpu()
+    if values.dim() == 3:
+        return values[inputs["attention_mask"].bool()] if "attention_mask" in inputs else values.flatten(0, 1)
+    return values
 
 
 def _settings_of(run: Path, overrides: tuple[str, ...]) -> RunSettings:
@@ -276,12 +286,7 @@ def _attached(model: Any, final: Path, settings: RunSettings) -> Attached:
 def _probe(task: Task, data: DatasetDict, model: Any, processor: Any) -> dict[str, Tensor]:
     """Rows of the training data as one batch."""
     few = type(data)({"train": data["train"].select(range(min(PROBE_ROWS, len(data["train"]))))})
-    rows = task.model_inputs(task.prepare(few, model, processor), processor)["train"]
-    if processor.pad_token is None:
-        processor.pad_token = processor.eos_token
-    length = min(PROBE_TOKENS, task.limit or PROBE_TOKENS)
-    kept = {name: [row[:length] for row in rows[name]] for name in MODEL_INPUTS if name in rows.column_names}
-    return dict(processor.pad(kept, return_tensors="pt"))
+    return task.probe(few, model, processor)
 
 
 def _logits_of_folder(folder: Path, task: Task, probe: dict[str, Tensor]) -> Tensor:

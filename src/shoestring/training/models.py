@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 KNOWN = "known:"  # and the name of a configuration that comes with the package
 
 
-def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tuple[Any, Any]:
+def load_pretrained(
+    model: ModelSettings, auto_class: Any, processor_class: Any = None, **config: Any
+) -> tuple[Any, Any]:
     """The model as `auto_class` makes it, and its tokenizer or processor.
 
+    processor_class: what loads the latter; AutoTokenizer by default.
     config: settings of the model's configuration, such as num_labels.
 
     Raises SettingError if it is not there, is of another kind than the task needs, or cannot be quantised.
@@ -32,7 +35,7 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
     if model.dtype is not None:
         options["dtype"] = getattr(torch, model.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        processor = (processor_class or AutoTokenizer).from_pretrained(source, **files)
         if model.quantization is not None:
             options |= _quantised(model, auto_class, source, {**files, **config})
         loaded = auto_class.from_pretrained(source, **files, **options, **config)
@@ -42,7 +45,7 @@ def load_pretrained(model: ModelSettings, auto_class: Any, **config: Any) -> tup
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(f"The model {model.name!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
     keep_training_layout(loaded)
-    return loaded, tokenizer
+    return loaded, processor
 
 
 def _quantised(model: ModelSettings, auto_class: Any, source: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,10 @@ class DataSettings(_Section):
     test: str | None = Field(None, min_length=1, description="as train; looked at once, at the end")
     text: str = Field("text", min_length=1, description="column of the text")
     text_pair: str | None = Field(None, min_length=1, description="column of a second text, read together with text")
+    image: str = Field("image", min_length=1, description="column of a picture")
+    image_size: int | None = Field(
+        None, ge=1, description="pixels a side that pictures are brought to; empty: as the model's processor does"
+    )
     label: str = Field("label", min_length=1, description="column of the class, as name or number")
     prompt: str = Field("prompt", min_length=1, description="column of what is given; no loss on it")
     completion: str = Field("completion", min_length=1, description="column of what follows the prompt")

@@ -2,9 +2,12 @@
 
 from .base import Task
 from .causal_lm import CausalLM
+from .image_pretraining import ImagePretraining
 from .multiple_choice import MultipleChoice
 from .text_classification import TextClassification
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, CausalLM, MultipleChoice)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TextClassification, CausalLM, MultipleChoice, ImagePretraining)
+}
 
-__all__ = ["TASKS", "CausalLM", "MultipleChoice", "Task", "TextClassification"]
+__all__ = ["TASKS", "CausalLM", "ImagePretraining", "MultipleChoice", "Task", "TextClassification"]

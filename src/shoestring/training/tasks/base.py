@@ -9,10 +9,14 @@ from ...errors import SettingError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+    from torch import Tensor
     from transformers import Trainer, TrainingArguments
 
     from ...recipe import Recipe
     from ..settings import DataSettings, RunSettings
+
+PROBE_TOKENS = 128
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Task(ABC):
@@ -28,6 +32,7 @@ class Task(ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     batch_extras: ClassVar[frozenset[str]] = frozenset()  # what batches hold beside the model's inputs
+    takes_images: ClassVar[bool] = False  # and so no tokens
     limit: int | None = None  # the most tokens that the model takes, once known
 
     def __init__(self, settings: RunSettings):
@@ -71,6 +76,15 @@ class Task(ABC):
     def model_inputs(self, data: DatasetDict, processor: Any) -> DatasetDict:
         """The prepared rows with the ids that the model will get, for techniques that read the data."""
         return data
+
+    def probe(self, data: DatasetDict, model: Any, processor: Any) -> dict[str, Tensor]:
+        """The few rows of `data["train"]` as one batch of model inputs, to compare models with; of text by default."""
+        rows = self.model_inputs(self.prepare(data, model, processor), processor)["train"]
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+        length = min(PROBE_TOKENS, self.limit or PROBE_TOKENS)
+        kept = {name: [row[:length] for row in rows[name]] for name in TEXT_INPUTS if name in rows.column_names}
+        return dict(processor.pad(kept, return_tensors="pt"))
 
     @abstractmethod
     def trainer(self, **kwargs: Any) -> Trainer:
