@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from shoestring import Recipe
+from shoestring.blocks import Recompute
 from shoestring.errors import SettingError
 from shoestring.objectives import AnswerChoices, ChunkedLoss
 from shoestring.objectives.answer_choices import (
@@ -29,6 +30,7 @@ from shoestring.objectives.choice_rows import (
     ranked_first,
     token_log_likelihoods,
 )
+from shoestring.planning import predict
 from shoestring.recipe import attached_to
 from shoestring.technique import Moment
 from shoestring.testing.assets import need
@@ -55,9 +57,9 @@ EXAMPLES = [example(5, [1, 4], 1, 0), example(3, [2, 2, 3], 0, 1), example(6, [3
 
 def t5(**settings: Any) -> nn.Module:
     sizes = {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 20, "num_layers": 2, "num_decoder_layers": 2}
-    given = {"decoder_start_token_id": START, "pad_token_id": PAD, "dropout_rate": 0.0, **settings}
+    given = {"decoder_start_token_id": START, "pad_token_id": PAD, "dropout_rate": 0.0}
     with seeded(0):
-        return T5ForConditionalGeneration(T5Config(vocab_size=WORDS, **sizes, **given))
+        return T5ForConditionalGeneration(T5Config(vocab_size=WORDS, **{**sizes, **given, **settings}))
 
 
 def llama() -> nn.Module:
@@ -221,6 +223,18 @@ def test_an_encoder_reads_each_example_once():
     assert read == [9, 3]
     torch.testing.assert_close(once, plain, rtol=1e-5, atol=1e-6)
     assert "forward" not in vars(model.encoder)
+
+
+@both
+def test_blocks_that_run_again_give_the_same_gradients(name):
+    make, collate = MODELS[name]
+    found = []
+    for beside in ([], [Recompute()]):
+        with seeded(1):
+            lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+            model = Recipe(lora, AnswerChoices(), *beside).apply(make())
+        found.append(step(model, collate(EXAMPLES)))
+    assert found[1].error(found[0]) < 2e-6
 
 
 @both
@@ -450,12 +464,20 @@ def test_a_long_prompt_loses_its_beginning(model_folder, tmp_path):
     Recipe.remove(ready.trainer.model)
 
 
+def test_the_planner_rehearses_a_run_without_choices(model_folder, tmp_path, recwarn):
+    run = run_of(model_folder, tmp_path, "t-few")
+    assert predict(run, batch=2, length=9).trained_parameters > 0
+    assert not [warning for warning in recwarn if "choose from" in str(warning.message)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["flan-t5-small", "smollm2"])
 def test_the_recipe_trains_a_packaged_model(model, tmp_path):
     need(model, "rotten-tomatoes")
-    changes = [f"model=packaged:{model}", "train.max_steps=4", "data.max_eval_rows=16"]
-    run = RunSettings.load("examples/t-few.yaml", [*changes, "data.max_train_rows=16", f"output_dir={tmp_path}"])
+    sizes = {"max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+    changes = [f"model=packaged:{model}", "data.max_train_rows=16", "data.max_eval_rows=8", "data.max_length=40"]
+    changes += [f"train.{name}={value}" for name, value in sizes.items()]
+    run = RunSettings.load("examples/t-few.yaml", [*changes, f"output_dir={tmp_path}"])
     report = train(run)
     assert 0 <= report.quality["test"]["accuracy"] <= 1
     assert math.isfinite(report.quality["test"]["loss"])

@@ -481,12 +481,12 @@ def test_a_packaged_encoder_with_relu_becomes_sparser(tmp_path):
         lora = LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS")
         model = Recipe(lora, DensityLoss(weight, epsilon=0.01)).apply(model)
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=20, learning_rate=1e-3, report_to=[], save_strategy="no", use_cpu=True
+            str(tmp_path), max_steps=15, learning_rate=1e-3, report_to=[], save_strategy="no", use_cpu=True
         )
         trainer = RecipeTrainer(
             model=model,
             args=arguments,
-            train_dataset=encoded("train", 160),
+            train_dataset=encoded("train", 120),
             eval_dataset=encoded("test", 64),
             data_collator=DataCollatorWithPadding(tokenizer),
         )

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..fakes import has_values
 from ..technique import Moment, Phase, Technique, register_technique
 from .base import forward_replaced
 from .choice_rows import (
@@ -91,7 +92,8 @@ class AnswerChoices(Technique):
     def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
         """The weighted sum of both losses."""
         rows = rows_of(batch)
-        self._had_choices = self._had_choices or rows is not None
+        if all(has_values(value) for value in batch.values() if isinstance(value, Tensor)):  # not in a rehearsal
+            self._had_choices = self._had_choices or rows is not None
         if rows is None or not (self.unlikelihood or self.length_normalised):
             return None
         logits = getattr(outputs, "logits", None)
