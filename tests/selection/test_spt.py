@@ -1,22 +1,31 @@
 """SPT: which tensors train how within a budget, step 0, gradients, memory, saving without data, and merging."""
 
 import copy
+import gc
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from shoestring import Ledger, Recipe, load
+from shoestring import Ledger, Recipe, assets, load
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
 from shoestring.recipe import attached_to
 from shoestring.selection.spt import SPT, Candidate, Route
+from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, classifier, decoder, seeded
 
 WIDTH, INNER, DEPTH, CLASSES = 24, 40, 2, 3
@@ -246,6 +255,15 @@ def test_gradients_are_those_of_the_dense_weights_at_the_places_of_lora_and_of_w
             assert lora.scaling == {"default": 1.0}
 
 
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """Ledgers collect garbage first, which takes a second for all that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class OneLayer(nn.Module):
     """A wide linear layer in a list of blocks, whose output is its loss."""
 
@@ -258,6 +276,7 @@ class OneLayer(nn.Module):
         return type("Output", (), {"loss": loss})()
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_backward_of_a_hundred_thousand_numbers_makes_no_table_of_their_pairs():
     width, count = 512, 100_000
     rows = [{"x": torch.randn(width), "labels": torch.zeros(1)} for _ in range(2)]
@@ -291,6 +310,7 @@ def peak(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     return ledger.report().peak_bytes, ledger.report().saved_bytes
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget():
     targets = [n for n, m in wide().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n]
     lora = Recipe(LoraConfig(r=8, target_modules=targets, task_type="FEATURE_EXTRACTION")).apply(wide())
@@ -302,6 +322,7 @@ def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget():
     assert ours[0] <= 1.15 * theirs[0], f"{ours} and {theirs}"
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_scoring_takes_no_more_than_a_step_of_one_row_and_four_bytes_a_number():
     model, rows = wide(), images(2, 64)
     batch = stacked(rows[:1])
@@ -435,3 +456,48 @@ def test_missing_data_labels_and_rows_are_refused():
 def test_layers_that_are_neither_linear_nor_vectors_are_refused_by_name():
     with pytest.raises(SettingError, match="target_modules names a Conv2d, whose weight is of shape"):
         applied(target_modules=["projection"])
+
+
+# real models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structured", ["lora", "bottleneck"])
+def test_a_packaged_vision_transformer_learns_clothes_from_a_few_pictures(structured):
+    need("dinov2-small", "fashion-mnist")
+    folder = assets.model_folder("dinov2-small")
+    rows = []
+    for row in assets.load_data("fashion-mnist")["train"].select(range(16)):
+        picture = torch.tensor(np.asarray(row["image"]), dtype=torch.float32)[None, None] / 255
+        pixels = nn.functional.interpolate(picture, (56, 56))[0].expand(3, -1, -1)  # 16 patches
+        rows.append({"pixel_values": pixels, "labels": torch.tensor(row["label"])})
+    with seeded(0):
+        base = Dinov2ForImageClassification.from_pretrained(folder, num_labels=10)
+        recipe = Recipe(SPT(budget=150_000, structured=structured, calibration_rows=16))
+        model = recipe.apply(base, data={"train": rows})
+    assert {"structured", "sparse", "vector", "frozen"} == kinds(spt_of(model))
+    counted = sum(p.numel() for n, p in trained(model).items() if "classifier" not in n)
+    assert 0.95 * 150_000 < counted <= 150_000
+    losses = train(model, stacked(rows), steps=5, lr=1e-3)
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.slow
+def test_a_packaged_text_model_learns_reviews():
+    need("minilm", "rotten-tomatoes")
+    folder = assets.model_folder("minilm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
+    rows = [{**tokenizer(row["text"]), "labels": row["label"]} for row in data]
+    with seeded(0):
+        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        model = Recipe(SPT(budget=0.01, calibration_rows=16)).apply(base, data={"train": rows}).train(False)
+    assert {"structured", "vector"} <= kinds(spt_of(model))
+    batch = {
+        **tokenizer(data["text"][:8], return_tensors="pt", padding=True),
+        "labels": torch.tensor(data["label"][:8]),
+    }
+    losses = train(model, batch, steps=5, lr=2e-3)
+    assert losses[-1] < losses[0]
+    expected = model(**batch).logits
+    torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
