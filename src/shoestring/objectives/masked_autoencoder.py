@@ -17,6 +17,7 @@ Differs  The decoder is two blocks of 256 by default, not eight of 512. Class an
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class MaskedAutoencoder(Technique):
 
         Raises SettingError if these are none.
         """
-        count = int(patches * (1 - self.mask_ratio))
+        count = patches - math.ceil(patches * self.mask_ratio)
         if not 0 < count < patches:
             raise SettingError(
                 f"mask_ratio {self.mask_ratio} of {self.name} leaves {count} of the {patches} patches of these images "
@@ -198,6 +199,7 @@ class Autoencoder(nn.Module):
         with self._only(visible, patches):
             tokens = self.model(pixel_values=pixel_values, **inputs).last_hidden_state
         predicted = self.decoder(tokens, visible, hidden, grid)
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))  # of 16 bits under autocast
         wanted = gather_tokens(patchify(pixel_values, grid), hidden).to(predicted.dtype)
         if self.method.normalise_patches:
             wanted = normalised(wanted)
@@ -232,18 +234,19 @@ def find_encoder(model: nn.Module, name: str) -> tuple[PreTrainedModel, Any]:
 
     Raises SettingError for models that are no plain vision transformer, or have a head.
     """
-    encoder = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    encoder = None if outer is None else outer.base_model
     embeddings: Any = getattr(encoder, "embeddings", None)
     what = None
-    if encoder is not None and encoder.base_model is not encoder:
-        what = f"{type(encoder).__name__} has a head; load it with AutoModel"
-    elif hasattr(embeddings, "random_masking"):
+    if hasattr(embeddings, "random_masking"):
         what = f"{type(encoder).__name__} hides patches by itself; load its weights as ViTModel"
     elif not isinstance(getattr(getattr(embeddings, "patch_embeddings", None), "projection", None), nn.Conv2d):
-        what = f"{type(encoder or model).__name__} makes no tokens of patches"
+        what = f"{type(outer or model).__name__} makes no tokens of patches"
+    elif encoder is not outer:
+        what = f"{type(outer).__name__} has a head; load it with AutoModel"
     elif getattr(embeddings, "position_embeddings", None) is None or len(find_stacks(model)) != 1:
         what = f"the blocks of {type(encoder).__name__} have to know where in the image their tokens are"
-    if encoder is None or what is not None:
+    if not isinstance(encoder, PreTrainedModel) or what is not None:
         raise SettingError(
             f"{name} needs a plain vision transformer without a head, such as ViTModel or Dinov2Model, whose positions "
             f"are added to the tokens of patches; {what}."

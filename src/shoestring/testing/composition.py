@@ -63,9 +63,10 @@ class Outcome:
 
 
 def tried() -> list[type[Technique]]:
-    """The techniques of this package that train by gradients on plain batches, in the order in which they attach."""
+    """The techniques of this package that train by gradients on plain batches of text, in the order they attach in."""
     ours = [cls for cls in TECHNIQUES.values() if cls.__module__.split(".")[0] == Recipe.__module__.split(".")[0]]
-    fit = [cls for cls in ours if not cls.reads_of_batch and cls.training_step is Technique.training_step]
+    by_gradients = [cls for cls in ours if cls.training_step is Technique.training_step]
+    fit = [cls for cls in by_gradients if not cls.reads_of_batch and not cls.brings_loss]
     return sorted(fit, key=lambda cls: (cls.phase, cls.name))
 
 
