@@ -1,12 +1,13 @@
 """Light-PEFT in whole runs: resuming before and after the pruning, and the packaged encoder and decoder."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from shoestring import Recipe, assets, load
@@ -78,6 +79,57 @@ def test_masks_have_a_learning_rate_of_their_own(tmp_path: Path):
     assert len({id(p) for group in optimizer.param_groups for p in group["params"]}) == sum(
         p.requires_grad for p in run.model.parameters()
     )
+
+
+def ranges(seed: int, count: int = 32, shift: int = 0) -> dict[str, Tensor]:
+    """Words, and which of three ranges of them is the most frequent; `shift` moves the ranges."""
+    ids = torch.randint(3, 33, (count, 9), generator=torch.Generator().manual_seed(seed))
+    words = (ids - 3 + shift) % 30 // 10
+    labels = torch.stack([(words == c).sum(1) for c in range(3)], 1).argmax(1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def loss_after_pruning(base: nn.Module, draw: int | None) -> float:
+    """Estimation of 80 steps on ranges that were moved, then pruning: as estimated, or of units drawn at random."""
+    steps, shares = 80, dict.fromkeys(("removed_heads_fraction", "removed_channels_fraction"), 0.5)
+    light = LightPEFT(estimation_steps=steps, channel_multiple=4, removed_modules_fraction=0.5, **shares)
+    with seeded(1):
+        model = Recipe(CLASSIFIER.lora(init_lora_weights=True), light).apply(copy.deepcopy(base)).train()
+        attached = attached_to(model)
+        technique = next(t for t in attached.techniques if isinstance(t, LightPEFT))
+        (masks,) = technique.parameter_groups(model)
+        known = {id(mask) for mask in masks["params"]}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        groups = [{"params": others}, {"params": masks["params"], "lr": 0.02}]
+        optimizer = torch.optim.AdamW(groups, lr=5e-3, weight_decay=0)
+        for index in range(steps):
+            moment = Moment(model, optimizer, index)
+            attached.event("on_step_begin", moment)
+            step(model, ranges(5000 + index, shift=5))
+            attached.event("on_gradients", moment)
+            optimizer.step()
+    generator = torch.Generator().manual_seed(draw or 0)
+    if draw is not None:
+        with torch.no_grad():
+            for mask in masks["params"]:
+                mask.copy_(mask[torch.randperm(len(mask), generator=generator)])
+        for sums in technique._sums.values():
+            values, order = list(sums.values()), torch.randperm(len(sums), generator=generator).tolist()
+            sums.update({key: values[place] for key, place in zip(list(sums), order, strict=True)})
+    technique.prune(optimizer)
+    with torch.no_grad():
+        return float(model.eval()(**ranges(10**6, 500, shift=5)).loss)
+
+
+@pytest.mark.slow
+def test_what_is_pruned_is_chosen_better_than_at_random():
+    base = CLASSIFIER.make()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3)
+    for index in range(150):
+        step(base, ranges(index))
+        optimizer.step()
+    drawn = [loss_after_pruning(base, draw) for draw in range(4)]
+    assert loss_after_pruning(base, None) < sum(drawn) / len(drawn) - 0.02
 
 
 def reviews(light: dict[str, Any] | None, folder: Path, **fields: Any) -> RunSettings:

@@ -1,7 +1,6 @@
 r"""Light-PEFT: heads, channels, adapters and ranks that a few first steps find redundant are taken out of the model.
 
-Source   Gu, Fan, Lv, Wang, Gao, Ma, Wang, Wang 2024, arXiv:2406.03792
-Code     github.com/gccnlp/Light-PEFT, read for its conventions; nothing copied
+Source   Gu, Fu, Liu, Shen, Lin, Wang 2024, arXiv:2406.03792
 Update   estimation  o(m_h * context) and down(m_f * inner), loss + c (sum |m_h| + sum |m_f|); masks and adapters train
          pruning     heads and channels of the lowest m, adapters of the lowest mean ||d|| / ||h||, ranks of the lowest
                      |mean_i A_ji gA_ji| + |mean_o B_oj gB_oj|, averaged over the second half of the estimation
@@ -12,7 +11,7 @@ Trains   the adapters, and for the estimation one number a head and a channel
 Costs    estimation: the input of o and down is kept, and its product with the mask. After: the shares that are left.
          The originals of what was cut are kept: all of o and down, and of the other layers what is gone; in host
          memory, on a CPU the same, or in a file of offload_folder
-Kind     pruning, at attaching of nothing: layers shrink in the middle of a run, between two steps of the optimizer
+Kind     what of the model is there at all; it shrinks in the middle of a run, between two steps of the optimizer
 Differs  masks multiply the context vector, not the attention's probabilities, which is the same and lets any attention
          run; counts in place of quantiles, so that ties do not take more than their share; channels go in blocks of
          `channel_multiple`; KV heads go with their queries, by the mean of their masks; mask values are folded in
