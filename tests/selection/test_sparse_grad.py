@@ -303,6 +303,7 @@ def test_settings_out_of_range_and_layers_it_cannot_take_are_refused():
         applied(target_modules=["word_embeddings"])
     with pytest.raises(SettingError, match="has no list of equal blocks"):
         feedforward_layers(nn.Sequential(nn.Linear(2, 2)))
+    assert len(technique_of(applied(target_modules=["query", "value"])).numbers) == 4
     with pytest.raises(SettingError, match="finds no linear layers of MLPs"):
         applied(exclude_modules=["dense"])
     with pytest.raises(SettingError, match="sparse_grad is calibrated on data"):

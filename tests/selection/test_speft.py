@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from shoestring import Ledger, Recipe, load
 from shoestring.blocks import Recompute
 from shoestring.errors import SettingError
+from shoestring.fakes import Valueless, without_values
+from shoestring.pruning import SketchTune
 from shoestring.recipe import attached_to
 from shoestring.selection import Speft
 from shoestring.selection.sparse import FILE
@@ -359,6 +361,10 @@ def test_what_cannot_be_chosen_is_refused():
         Recipe(Speft(count=3)).apply(classifier())
     with pytest.raises(SettingError, match="has only 0 rows"):
         applied(data={"train": []})
+    with pytest.raises(SettingError, match=r"single numbers of .*tables, which trains whole by another technique"):
+        Recipe(SketchTune(groups=2, calibrate=False), Speft(count=3, calibration_rows=ROWS)).apply(
+            classifier(), data=DATA
+        )
     broken = classifier()
     with torch.no_grad():
         broken.bert.encoder.layer[0].output.dense.weight[0, 0] = float("inf")
@@ -366,6 +372,15 @@ def test_what_cannot_be_chosen_is_refused():
         applied(broken, score="magnitude")
     with pytest.raises(SettingError, match="holds NaN or Inf"):
         applied(broken)
+
+
+def test_it_runs_without_values_and_does_not_look_at_them():
+    with Valueless() as mode:
+        recipe = Recipe(Speft(density=0.05, dynamic_steps=1, score="grasp"))
+        model = recipe.apply(without_values(classifier(), mode))
+        trained(model, 2, batches=[{name: mode.from_tensor(value) for name, value in BATCH.items()}] * 2)
+        sizes = [len(entries.values) for entries in technique_of(model).entries.values()]
+    assert sum(sizes) == round(0.05 * IN_BLOCKS)
 
 
 def test_scores_without_data_ask_for_none():

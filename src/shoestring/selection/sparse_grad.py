@@ -168,10 +168,10 @@ class SparseGrad(Calibrated, Selection):
         with super().attach(model), ExitStack() as undo:
             layers = self._layers(model)
             self._bases = {}
+            undo.callback(self.numbers.clear)
             for name, (kind, layer) in layers.items():
                 basis = self._bases.setdefault(kind, Basis(*self._whole(layer)))
                 self.numbers[name] = Numbers(name, layer, basis)
-            undo.callback(self.numbers.clear)
             if not all(has_values(p) for p in model.parameters()):
                 self._take_anything()
             elif not self.values_follow:
@@ -218,18 +218,9 @@ class SparseGrad(Calibrated, Selection):
             raise SettingError(f"{folder / FILE}, which {self.name} has saved, cannot be read: {error}") from error
         if odd := sorted(saved.keys() ^ self._tensors().keys()):
             raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd[0]} is in one only.")
-        sizes = {}
-        for numbers in self.numbers.values():
-            sizes[id(numbers.basis[0])] = numbers.size_in, numbers.size_out
         for kind, basis in self._bases.items():
-            for side, size in zip(("u", "v"), sizes[id(basis)], strict=True):
-                axes = getattr(basis, side)
-                if axes is not None and len(saved[f"{kind}.{side}"]) != size:
-                    raise SettingError(
-                        f"{folder / FILE} has axes of {len(saved[f'{kind}.{side}'])} numbers for {kind}, whose layers "
-                        f"here have {size}: it was made of another model."
-                    )
-                setattr(basis, side, None if axes is None else saved[f"{kind}.{side}"].to(axes))
+            for side, axes in dict(basis.named_buffers()).items():
+                setattr(basis, side, saved[f"{kind}.{side}"].to(axes))
         for name, numbers in self.numbers.items():
             numbers.take(*(saved[f"{name}.{part}"] for part in ("rows", "columns", "at", "values")))
 
@@ -247,23 +238,17 @@ class SparseGrad(Calibrated, Selection):
 
         Raises SettingError if there are none, or one is no plain linear layer.
         """
-        kinds = feedforward_layers(model)
-        if self.target_modules is not None or self.exclude_modules is not None:
-            known = {name: module for name, module in pretrained_modules(model) if name}
-            if self.target_modules is None:
-                known = {name: known[name] for name in kinds}
-            wanted = targeted(known, self.target_modules, self.exclude_modules, self.name)
-            for name, layer in wanted.items():
-                _check_layer(name, layer)
-            kinds = {name: _kind(name, layer) for name, layer in wanted.items()}
-        if not kinds:
+        layers = {name: module for name, module in pretrained_modules(model) if name}
+        if self.target_modules is None:
+            layers = {name: layers[name] for name in feedforward_layers(model)}
+        layers = targeted(layers, self.target_modules, self.exclude_modules, self.name)
+        if not layers:
             raise SettingError(
                 f"sparse_grad finds no linear layers of MLPs in {type(model).__name__}: name layers in target_modules."
             )
-        found = {name: (kind, model.get_submodule(name)) for name, kind in kinds.items()}
-        for name, (_, layer) in found.items():
+        for name, layer in layers.items():
             _check_layer(name, layer)
-        return found
+        return {name: (_kind(name, layer), layer) for name, layer in layers.items()}
 
     def _whole(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         """Room for U and V of a layer of this type; None for the side that is not turned."""

@@ -116,9 +116,18 @@ class Speft(Calibrated, SparseSelection):
             super().see_data(splits, processor)
 
     def on_attached(self, model: nn.Module) -> None:
-        """Let go of the rows, unless they are scored again."""
+        """Let go of the rows, unless they are scored again.
+
+        Raises SettingError if another technique trains a chosen weight whole.
+        """
         if self.dynamic_steps is None:
             super().on_attached(model)
+        for name, entries in self.entries.items():
+            if entries.trains and entries.weight[0].requires_grad:
+                raise SettingError(
+                    f"speft would train single numbers of {name}, which trains whole by another technique of the "
+                    "recipe: leave its layer out of one of them."
+                )
 
     def places(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Int[Tensor, " n"]]:
         """The places with the best scores.
@@ -152,6 +161,8 @@ class Speft(Calibrated, SparseSelection):
         """Write the values; every so many steps, choose anew."""
         super().on_step_end(moment)
         if self.dynamic_steps is None or moment.step % self.dynamic_steps or moment.step == moment.num_steps:
+            return
+        if not all(has_values(entries.values) for entries in self.entries.values()):
             return
         self._steps_scored = moment.step
         chosen = self.places(moment.model, {name: entries.weight[0] for name, entries in self.entries.items()})
