@@ -392,6 +392,8 @@ def test_files_of_other_data_or_another_model_are_refused(tmp_path):
     other = Recipe(spt(budget=1200)).apply(vit(), data={"train": rows})
     with pytest.raises(SettingError, match="has other routes than the model here"):
         attached_to(other).restore(tmp_path)
+    loaded = load(vit(), tmp_path, data={"train": rows})  # with data too, the routes are those that were saved
+    assert spt_of(loaded).routes == spt_of(applied(budget=1200)).routes
     with pytest.raises(SettingError, match=r"made of another model or other targets: .* is not here"):
         load(vit(num_hidden_layers=1), tmp_path)
     (tmp_path / "routing.json").write_text("{")

@@ -134,8 +134,8 @@ class SPT(Calibrated, SparseSelection):
             super().see_data(splits, processor)
 
     def see_saved(self, folder: Path) -> None:
-        """Take the routing from the files, so that no data is needed."""
-        self._saved = read_routing(folder)
+        """Take the routing from the files, whatever data there is."""
+        self._saved, self._values_follow = read_routing(folder), True
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
