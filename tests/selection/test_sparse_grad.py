@@ -287,7 +287,7 @@ def test_memory_is_far_below_full_tuning_and_near_that_of_lora_with_as_many_numb
     targets = r".*\.(intermediate|layer\.\d+\.output)\.dense"
     lora = peak(LoraConfig(r=1, target_modules=targets, task_type="SEQ_CLS"))
     ours = peak(SparseGrad(density=(128 + 512) / (128 * 512), calibration_rows=4))
-    assert ours <= 0.8 * peak()
+    assert ours <= 0.76 * peak()
     assert ours <= 1.10 * lora
 
 
