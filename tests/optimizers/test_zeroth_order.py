@@ -14,10 +14,12 @@ from shoestring import Recipe
 from shoestring.errors import RunFailed, SettingError
 from shoestring.memory import Ledger
 from shoestring.optimizers import ZerothOrder, replay
-from shoestring.optimizers.seeded_noise import PART, Walk, _add, add_noise, quiet, seeds_of, update
+from shoestring.optimizers.seeded_noise import PART, _add, add_noise, losses_at, quiet, seeds_of, update
 from shoestring.optimizers.step_log import FILE, StepLog
+from shoestring.optimizers.zeroth_order import mean_of_processes
 from shoestring.planning.rehearsal import Work, rehearse
 from shoestring.recipe import attached_to, load
+from shoestring.selection import Speft
 from shoestring.technique import Phase, Technique
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel
 from shoestring.training import RecipeCallback, RecipeTrainer
@@ -80,8 +82,7 @@ def test_a_null_step_with_a_copy_gives_the_same_bits(bring_back):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         start = [w.to(dtype) for w in weights()]
         moved = [w.clone() for w in start]
-        walk = Walk(moved, 3, bring_back)
-        walk.losses_at([1e-3, -1e-3], lambda: torch.zeros(()))
+        losses_at(moved, 3, [1e-3, -1e-3], lambda: torch.zeros(()), bring_back)
         update(moved, 3, [0.1, 0.1], 0.0)
         assert all(torch.equal(a, b) for a, b in zip(moved, start, strict=True))
 
@@ -91,7 +92,7 @@ def test_a_null_step_that_adds_back_is_off_by_rounding_at_the_perturbed_size_at_
     moved = start.clone()
     steps = 50
     for seed in range(steps):
-        Walk([moved], seed).losses_at([1e-3, -1e-3], lambda: torch.zeros(()))
+        losses_at([moved], seed, [1e-3, -1e-3], lambda: torch.zeros(()), "add_back")
     # the rounding of weight + 5 eps at 3 additions a step, in a random walk
     largest = start.abs() + 5e-3
     unit = torch.finfo(torch.float32).eps * largest
@@ -106,7 +107,7 @@ def test_a_loss_that_raises_leaves_the_weights_at_the_start():
         raise KeyError
 
     with pytest.raises(KeyError):
-        Walk(moved, 3, "copy").losses_at([1.0], fail)
+        losses_at(moved, 3, [1.0], fail, "copy")
     assert all(torch.equal(a, b) for a, b in zip(moved, weights(), strict=True))
 
 
@@ -389,3 +390,23 @@ def test_it_trains_in_bfloat16(tmp_path):
     start = values(model)
     trained(model, tmp_path)
     assert all(not torch.equal(p, start[name]) and p.isfinite().all() for name, p in model.named_parameters())
+
+
+def test_single_numbers_of_weights_train(tmp_path):
+    model = Recipe(Speft(density=0.05, score="magnitude"), ZerothOrder(eps=1e-2)).apply(CLASSIFIER.make())
+    start = values(model)
+    trained(model, tmp_path)
+    assert all(any(slopes) for slopes in log_of(model).slopes)
+    (chosen,) = (t for t in attached_to(model).techniques if isinstance(t, Speft))
+    for name, entries in chosen.entries.items():
+        weight = model.get_parameter(name).detach()
+        assert torch.equal(entries.taken(), entries.values.detach())
+        assert int((weight != start[name]).sum()) == len(entries.places), name
+
+
+def test_slopes_of_several_processes_are_averaged(monkeypatch):
+    """With another process that found 5 where this one found 2."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda found: found.add_(5.0))
+    assert mean_of_processes([2.0], torch.device("cpu")) == [3.5]

@@ -29,7 +29,7 @@ from ..errors import SettingError
 from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
 from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
-from .seeded_noise import BringBack, Walk, check_weights, chosen_way_back, quiet, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, quiet, seeds_of
 from .step_log import StepLog
 
 
@@ -188,8 +188,7 @@ class BilevelZOFO(Technique):
 
         ends = [self.eps, -self.eps] if self.two_sided else [self.eps, 0.0]
         with quiet(batch.model):
-            walk = Walk(list(self.backbone.values()), seed, self._way_back)
-            up, down = walk.losses_at(ends, height)
+            up, down = losses_at(list(self.backbone.values()), seed, ends, height, self._way_back)
         return (float(up) - float(down)) / (ends[0] - ends[1])
 
     @contextmanager

@@ -124,16 +124,20 @@ class Walk:
             add_noise(self.weights, self.seed, scale - self.at)
         self.at = scale
 
-    def losses_at(self, scales: Sequence[float], loss: Callable[[], Tensor]) -> list[Tensor]:
-        """The loss at each scale in turn; the weights are back at the start afterwards, whatever happens."""
-        try:
-            found = []
-            for scale in scales:
-                self.go(scale)
-                found.append(loss().detach())
-            return found
-        finally:
-            self.go(0.0)
+
+def losses_at(
+    weights: Sequence[Tensor], seed: int, scales: Sequence[float], loss: Callable[[], Tensor], bring_back: BringBack
+) -> list[Tensor]:
+    """The loss at start + scale z for each scale; the weights are back at the start afterwards, whatever happens."""
+    walk = Walk(weights, seed, bring_back)
+    try:
+        found = []
+        for scale in scales:
+            walk.go(scale)
+            found.append(loss().detach())
+        return found
+    finally:
+        walk.go(0.0)
 
 
 @contextmanager

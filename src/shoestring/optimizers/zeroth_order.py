@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import RunFailed, SettingError
 from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
-from .seeded_noise import BringBack, Walk, check_weights, chosen_way_back, quiet, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, quiet, seeds_of
 from .step_log import StepLog
 
 if TYPE_CHECKING:
@@ -126,8 +126,9 @@ class ZerothOrder(Technique):
         weights = list(optimizer.weights.values())
         with quiet(batch.model):
             for seed in seeds:
-                walk = Walk(weights, seed, self._way_back)
-                up, down = walk.losses_at([self.eps, -self.eps], lambda: batch.loss_of(batch.inputs))
+                up, down = losses_at(
+                    weights, seed, [self.eps, -self.eps], lambda: batch.loss_of(batch.inputs), self._way_back
+                )
                 slopes.append((float(up) - float(down)) / (2 * self.eps))
                 losses += [up, down]
         optimizer.add(seeds, slopes)
