@@ -261,6 +261,15 @@ def test_reentrant_checkpointing_is_refused():
         model(**RELU.batch())
 
 
+def test_a_forward_without_gradients_has_the_same_penalty():
+    model = Recipe(RELU.lora(), DensityLoss(epsilon=EPSILON)).apply(RELU.make()).train()
+    batch, attached = RELU.batch(), attached_to(model)
+    attached.add_losses_in_forward = False  # as under a trainer, which asks for them
+    expected = attached.added_loss(batch, model(**batch))
+    with torch.no_grad():
+        assert torch.equal(attached.added_loss(batch, model(**batch)), expected)
+
+
 def test_accumulated_penalties_are_their_mean(tmp_path):
     changes = []
     for accumulate in (1, 2):

@@ -360,17 +360,17 @@ def test_a_packaged_vision_transformer_learns_from_a_few_pictures(tmp_path):
 
     made = [pixels(row) for row in rows]
     model = Dinov2ForImageClassification.from_pretrained(assets.model_folder("dinov2-small"), num_labels=10)
-    lora = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
     model = Recipe(lora, MetricLearning(scale=16.0, slerp=True)).apply(model)
     arguments = TrainingArguments(
         str(tmp_path),
-        max_steps=12,
+        max_steps=8,
         per_device_train_batch_size=16,
         learning_rate=5e-3,
         report_to=[],
         save_strategy="no",
         use_cpu=True,
-        logging_steps=3,
+        logging_steps=2,
         remove_unused_columns=False,
     )
     trainer = RecipeTrainer(model=model, args=arguments, train_dataset=made)

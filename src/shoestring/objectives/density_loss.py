@@ -97,6 +97,7 @@ class DensityLoss(Technique):
         if self.of not in ("product", "gate"):
             raise SettingError(f"of of density_loss must be 'product' or 'gate', got {self.of!r}.")
         self._now = self.epsilon if self.start_epsilon is None else self.start_epsilon
+        self._without_gradients = False  # the whole model, as methods do that need none
         self._running: list[Seen] | None = None  # of the forward that runs now; in backward, blocks may run again
         self._trained: list[Seen] = []
         self._measured: dict[Place, Tensor] = {}
@@ -119,7 +120,7 @@ class DensityLoss(Technique):
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if module is model:
-                self._running = []
+                self._running, self._without_gradients = [], not torch.is_grad_enabled()
 
         def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
             if module is not model:
@@ -129,7 +130,7 @@ class DensityLoss(Technique):
                 return
             if not module.training:
                 self._count(model, kwargs, seen)
-            elif torch.is_grad_enabled() and self.weight:
+            elif self.weight:
                 self._trained = seen
 
         hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
@@ -146,7 +147,7 @@ class DensityLoss(Technique):
         shares = None
         if not place.module.training:
             shares = (z != 0).mean(-1, dtype=torch.float32)
-        elif self.weight and torch.is_grad_enabled():
+        elif self.weight and (torch.is_grad_enabled() or self._without_gradients):
             shares = soft_density(z, self._now)
         if self._running is not None:
             self._running.append(Seen(place, shares))

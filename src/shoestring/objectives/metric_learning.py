@@ -103,7 +103,7 @@ class MetricLearning(Technique):
             f = F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1)
             if self._labels is not None:
                 f = slerp_in_classes(f, self._labels)
-            if module.training and torch.is_grad_enabled():
+            if module.training:
                 self._features = f
             scale = self.scale if self._learned is None else self._learned
             logits: Tensor = plain((f * scale).to(v.dtype))
