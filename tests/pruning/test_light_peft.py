@@ -37,6 +37,7 @@ from transformers import (
 
 from shoestring import Recipe, load
 from shoestring.adapters import BottleneckConfig, HUTConfig
+from shoestring.blocks import Recompute
 from shoestring.errors import RunFailed, SettingError
 from shoestring.optimizers import LoraFA
 from shoestring.pruning import LightPEFT, SketchTune, load_pruned, save_pruned
@@ -260,7 +261,6 @@ def test_kept_counts_are_the_shares(name: str):
             assert len(kept) >= 4
             assert len(kept) % 4 == 0
         weight = units.reading_layer.weight
-        assert max(weight.shape) >= weight.numel() // max(weight.shape)
         assert len(kept) * units.width in weight.shape
     total = sum(len(technique._plan.units[units.name][0]) for units in channels)
     assert total == INNER * 2 * 0.6
@@ -434,7 +434,8 @@ def test_a_smaller_model_is_written_and_runs_by_itself(name: str, tmp_path: Path
     whole = sum(p.numel() for p in build(name).parameters())
     assert sum(p.numel() for p in smaller.parameters()) < whole
     sizes = json.loads((tmp_path / "pruned.json").read_text())
-    assert all(list(torch.Size(size)) for size in sizes["layers"].values())
+    for layer, (rows, columns) in sizes["layers"].items():
+        assert sorted(smaller.get_submodule(layer).weight.shape) == sorted((rows, columns))
     if name != "bert":
         prompt = {"input_ids": batch_of(name)["input_ids"][:1, :5], "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(smaller.generate(**prompt), model.eval().generate(**prompt))  # type: ignore[operator]
@@ -454,10 +455,10 @@ def test_only_what_can_be_part_of_the_weights_is_written(tmp_path: Path):
         load_pruned(AutoModelForCausalLM, tmp_path)
 
 
-def test_attentions_of_all_sorts_go_with_recompute_and_bfloat16():
+def test_it_goes_with_recompute_and_bfloat16():
     for dtype in (torch.float32, torch.bfloat16):
         with seeded(1):
-            model = Recipe(DECODER.lora(), LightPEFT(**SETTINGS)).apply(DECODER.make().to(dtype))
+            model = Recipe(DECODER.lora(), LightPEFT(**SETTINGS), Recompute()).apply(DECODER.make().to(dtype))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         attached = attached_to(model)
         for index in range(3):

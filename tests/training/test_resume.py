@@ -198,7 +198,7 @@ def uninterrupted(path: Path) -> None:
         ("own_state", ("saved", 6)),
         ("blocks_rest", ("step", 5)),
         pytest.param("routed", ("step", 5), marks=pytest.mark.slow),
-        ("light_peft", ("step", 5)),
+        pytest.param("light_peft", ("step", 5), marks=pytest.mark.slow),
         pytest.param("light_peft", ("step", 3), marks=pytest.mark.slow),
         pytest.param("full", ("rename", 6), marks=pytest.mark.slow),
     ],
