@@ -189,7 +189,7 @@ def check_gradients_are_those_of_the_output(config_class: type[AdapterConfig], m
     x = batch(torch.float64)[:1, :3].clone().requires_grad_(True)
     inputs = {"input": x, **trainable(model)}
     weights = torch.randn_like(model(x))
-    gradients = torch.autograd.grad((model(x) * weights).sum(), inputs.values())
+    gradients = torch.autograd.grad((model(x) * weights).sum(), list(inputs.values()))
     for (name, value), gradient in zip(inputs.items(), gradients, strict=True):
         direction = torch.randn_like(value)
         expected = _difference(lambda: (model(x) * weights).sum(), value, direction)
