@@ -378,6 +378,19 @@ def test_a_trainer_that_cannot_make_its_steps_is_refused(tmp_path):
         given.train()
 
 
+def test_what_cuts_weights_or_scales_gradients_is_refused(tmp_path):
+    model = Recipe(ZerothOrder()).apply(CLASSIFIER.make())
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    (technique,) = attached_to(model).techniques
+    for setting, message in (("fsdp", "moves whole weights"), ("fp16", "no gradients for train.fp16 to scale")):
+        run = arguments(tmp_path)
+        setattr(run, setting, True)
+        with pytest.raises(SettingError, match=message):
+            technique.make_optimizer(model, groups, run)
+    with pytest.raises(SettingError, match="moves whole weights"):
+        technique.make_optimizer(model, [{"params": groups[0]["params"][1:]}], arguments(tmp_path))
+
+
 def test_what_saves_for_backward_has_no_effect_beside_it():
     with pytest.warns(UserWarning, match="recompute has no effect beside zeroth_order"):
         Recipe.from_list(["zeroth_order", "recompute"])

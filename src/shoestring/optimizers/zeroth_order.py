@@ -100,11 +100,8 @@ class ZerothOrder(Technique):
             raise SettingError("zeroth_order has no gradients for train.fp16 to scale; use bf16, or neither.")
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         given = {id(p) for group in groups for p in group["params"]}
-        if lost := [name for name, p in weights.items() if id(p) not in given]:
-            raise SettingError(
-                f"zeroth_order needs whole weights, but {lost[0]} is not among those that the optimizer is given: "
-                "train without FSDP and DeepSpeed."
-            )
+        if arguments.fsdp or arguments.deepspeed or any(id(p) not in given for p in weights.values()):
+            raise SettingError("zeroth_order moves whole weights: train without FSDP and DeepSpeed, which cut them.")
         groups = [group for group in groups if group["params"]]
         self._optimizer = SeededSGD(groups, arguments.learning_rate, arguments.weight_decay, weights, self.log)
         return self._optimizer
