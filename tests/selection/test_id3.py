@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, Trainer, TrainingArguments
 
@@ -21,8 +22,9 @@ from shoestring.selection.id3 import best_places
 from shoestring.selection.optimizer_state import carry_state
 from shoestring.selection.sparse import FILE, HOLDER
 from shoestring.technique import Moment
+from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel, classifier, decoder
-from shoestring.training import RecipeCallback, RecipeTrainer
+from shoestring.training import RecipeCallback, RecipeTrainer, RunSettings, train
 
 
 def technique_of(model: nn.Module) -> ID3:
@@ -496,3 +498,32 @@ def test_beside_lora_it_chooses_from_the_base_and_lora_trains_whole():
     list(steps_of(model, CLASSIFIER, optimizer, range(3)))
     assert all(not torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
     assert HOLDER not in before
+
+
+@pytest.mark.slow
+def test_chosen_numbers_of_the_packaged_encoder_learn_a_few_reviews(tmp_path):
+    need("minilm", "rotten-tomatoes")
+    report = train(
+        RunSettings.from_dict(
+            {
+                "model": "packaged:minilm",
+                "task": "text-classification",
+                "data": {"train": "packaged:rotten-tomatoes", "max_length": 32, "max_train_rows": 32},
+                "recipe": [{"id3": {"count": 20_000}}],
+                "train": {
+                    "max_steps": 24,
+                    "per_device_train_batch_size": 16,
+                    "learning_rate": 1e-2,
+                    "logging_steps": 1,
+                    "eval_strategy": "no",
+                    "seed": 0,
+                },
+                "output_dir": str(tmp_path / "run"),
+            }
+        )
+    )
+    losses = [loss for _, loss in report.losses]
+    assert sum(losses[-4:]) / 4 < 0.75 * sum(losses[:2]) / 2, losses
+    assert report.trained_parameters == 20_000 + 2 * 384 + 2
+    saved = load_file(tmp_path / "run" / "final" / FILE)
+    assert sum(len(tensor) for name, tensor in saved.items() if name.endswith(".places")) == 20_000
