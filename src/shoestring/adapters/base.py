@@ -857,16 +857,19 @@ def check_own_weight(model: nn.Module, key: str) -> None:
             f"its weight, of type {type(layer).__name__}, is quantised already, and is needed as it was before: load "
             "the model without quantization."
         )
-    if others := [n for n, m in model.named_modules() if m is not layer and holds(m, layer.weight)]:
+    if others := [name for name in holders(model, layer) if model.get_submodule(name) is not layer]:
         raise ValueError(
             f"its weight is that of {others[0]} too, which would not change with it: untie them, or list the layer in "
             "exclude_modules."
         )
 
 
-def holds(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether it is a parameter of the module itself."""
-    return any(p is parameter for p in module._parameters.values())
+def holders(model: nn.Module, layer: nn.Module) -> list[str]:
+    """The names of the modules that hold the weight of `layer`, its own among them."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return []
+    return [name for name, m in model.named_modules() if any(p is weight for p in m._parameters.values())]
 
 
 def check_layer(method: type[Adapter], layer: nn.Module, parent: nn.Module, key: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
-from .base import has_linear_weight, linear_sizes
+from .base import has_linear_weight, holders, linear_sizes
 from .placement import has_module, stacks
 
 Role = Literal["o", "v", "q", "k", "down", "up", "gate"]
@@ -153,14 +153,6 @@ def layer_at(model: nn.Module, name: str) -> nn.Module:
     """The layer of that name, without the adapters on it."""
     layer = model.get_submodule(name)
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
-def holders(model: nn.Module, layer: nn.Module) -> list[str]:
-    """The modules that hold the weight of `layer`, by name."""
-    weight = layer._parameters.get("weight")
-    return [
-        name for name, m in model.named_modules() if any(p is weight for p in m._parameters.values() if p is not None)
-    ]
 
 
 def _sizes(parent: nn.Module, name: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..quantisation.gradients import column_gradients
-from .base import Adapter, AdapterConfig, at_least_float32, linear_sizes, register
+from .base import Adapter, AdapterConfig, at_least_float32, holders, linear_sizes, register
 from .partial_linear import Part, partial_linear
 
 SELECTIONS = ("random", "weight", "gradient")
@@ -105,9 +105,7 @@ def check_unshared(model: nn.Module, layer: nn.Module) -> None:
 
     Raises ValueError with their names.
     """
-    weight = layer._parameters.get("weight")
-    names = [name for name, m in model.named_modules() if any(p is weight for p in m._parameters.values())]
-    if weight is not None and len(names) > 1:
+    if len(names := holders(model, layer)) > 1:
         raise ValueError(
             f"paca changes a weight in place, and this one is held by {' and '.join(names)} together: untie them "
             "first, or leave the layer out of target_modules."

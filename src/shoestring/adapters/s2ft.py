@@ -33,8 +33,8 @@ from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..quantisation.gradients import column_gradients
-from .base import AdaptedLinear, Adapter, AdapterConfig, has_linear_weight, linear_sizes, register
-from .coupled import Order, Part, Role, Structure, check_movable, find_structures, holders, layer_at, order_of
+from .base import AdaptedLinear, Adapter, AdapterConfig, has_linear_weight, holders, linear_sizes, register
+from .coupled import Order, Part, Role, Structure, check_movable, find_structures, layer_at, order_of
 from .partial_linear import partial_linear
 from .placement import place_in_stack
 
