@@ -59,8 +59,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "answer_choices": ("answer_choices", {"bound": 0.0}),  # without choices in the batch, it has nothing to add
     "ba_lora": ("ba_lora", {"bound": 0.03, "trained_alone": True}),
     "ba_lora-encoder": ("ba_lora", {"model": CLASSIFIER, "bound": 0.1, "trained_alone": True}),
-    "bitfit": ("bitfit", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
-    "bitfit-added": ("bitfit", {"settings": {"added": list(DECODER.targets)}, "bound": 2e-6, "trained_alone": True}),
     "bilevel_zofo": (
         "bilevel_zofo",
         {
@@ -69,6 +67,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "cannot": {"check_trains_in_the_trainer": "it wants held-out rows, of which this trainer has none"},
         },
     ),
+    "bitfit": ("bitfit", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
+    "bitfit-added": ("bitfit", {"settings": {"added": list(DECODER.targets)}, "bound": 2e-6, "trained_alone": True}),
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
     "density_loss": ("density_loss", {"settings": {"epsilon": 0.1}, "model": WITH_RELU, "bound": 1.0}),
     "density_loss-encoder": ("density_loss", {"settings": {"epsilon": 0.1}, "model": CLASSIFIER, "bound": 1.0}),
@@ -90,18 +90,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lean_mlp": ("lean_mlp", {}),
     "lean_mlp-encoder": ("lean_mlp", {"model": CLASSIFIER}),
     "lora_fa": ("lora_fa", {"bound": 2e-6, "trained_alone": True}),  # the gradients of B are LoRA's
-    "light_peft": (
-        "light_peft",
-        {"settings": {"estimation_steps": 2, "channel_multiple": 4}, "bound": 2e-6, "trained_alone": True},
-    ),
+    "light_peft": ("light_peft", {"settings": {"estimation_steps": 2, "channel_multiple": 4}, **CHOSEN}),
     "light_peft-encoder": (
         "light_peft",
-        {
-            "settings": {"estimation_steps": 3, "channel_multiple": 4},
-            "model": CLASSIFIER,
-            "bound": 2e-6,
-            "trained_alone": True,
-        },
+        {"settings": {"estimation_steps": 3, "channel_multiple": 4}, "model": CLASSIFIER, **CHOSEN},
     ),
     "low_bit_activations": ("low_bit_activations", {"settings": {"min_bytes": 0}, "bound": 0.04}),
     "low_bit_activations-encoder": (
