@@ -1,12 +1,15 @@
 """What every test runs under: no network, a fixed number of threads, and shape annotations that are checked."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -16,3 +19,11 @@ CHECKED += [f"shoestring.activations.{method}" for method in ("shared_norm", "st
 if early := sorted(set(CHECKED) & set(sys.modules)):
     raise RuntimeError(f"{early[0]} was imported before its shape checks could be switched on; see tests/conftest.py.")
 jaxtyping.install_import_hook(CHECKED, "shape_checks.check_shapes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_is_not_searched_for_garbage() -> Iterator[None]:
+    """Ledgers and trainers collect garbage often, which takes a second where all imports are searched each time."""
+    gc.collect()
+    gc.freeze()
+    yield

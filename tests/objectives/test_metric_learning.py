@@ -286,7 +286,7 @@ def test_uniformity_spreads_features_and_slerp_trains(tmp_path):
         spread[name] = float(uniformity_loss(F.normalize(seen[0], dim=1)))
         right[name] = float((logits.argmax(1) == batch["labels"]).double().mean())
     assert min(right.values()) > 0.95, right
-    assert right["spread"] >= right["plain"] - 0.01
+    assert right["spread"] >= right["plain"] - 0.02  # one of 64
     assert spread["spread"] < spread["plain"] - 0.1, spread
 
 
