@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,8 +21,7 @@ jaxtyping.install_import_hook(CHECKED, "shape_checks.check_shapes")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def what_is_there_is_not_searched_for_garbage() -> Iterator[None]:
+def what_is_there_is_not_searched_for_garbage() -> None:
     """Ledgers and trainers collect garbage often, which takes a second where all imports are searched each time."""
     gc.collect()
     gc.freeze()
-    yield
