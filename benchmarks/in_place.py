@@ -55,7 +55,7 @@ class Method:
     """A recipe, and what of a step may be at most so many times LoRA's.
 
     targets: the layers of LoRA, and of the method where it does not say its own. full: limits beside full tuning.
-    without_data: settings that let its first technique attach without data, which costs are measured with. parts: the
+    without_data: settings that let its first technique attach without data, for costs; None leaves one out. parts: the
     trainings. nf4: LoRA stands on the base in nf4. stored: how many times the bytes of 16 bit its file may be. apart:
     how much worse than LoRA's its quality may be; None for as much as the part says.
     """
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
         targets={"minilm": ["output.dense"], MODEL: ["o_proj", "down_proj"]},
         full={WHOLE: 1 / 2.5, SECONDS: 1 / 1.5},
     ),
-    "qwha": Method([{"qwha": QWHA}], without_data={"init": "zero"}, parts=("rounded",), apart=0.0),
+    "qwha": Method([{"qwha": QWHA}], without_data={"init": "zero", "original": None}, parts=("rounded",), apart=0.0),
     "l4q": Method([{"l4q": {"group_size": 64}}], {PEAK: 1.05}),
     "sketchtune": Method(
         [{"sketchtune": {"groups": 1, "target_modules": None}}],

@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     assets.install([MODEL, DATA])
     settings = {"model": MODEL, "data": DATA, "group_size": GROUP_SIZE}
-    settings |= {"r": options.r, "blocks": options.blocks, "rows": options.rows}
+    settings |= {"r": options.r, "blocks": options.blocks, "calibration_rows": options.rows}
     for bits in options.bits:
         found = errors_at(bits, options.r, options.blocks, options.rows)
         rows = [
