@@ -44,6 +44,14 @@ class MarkedYaml:
             path = path[:-1]
         return self.places.get(path, Place(self.source))
 
+    def below(self, *path: str | int) -> "MarkedYaml":
+        """What stands at `path`, which must exist, on its own."""
+        values = self.values
+        for key in path:
+            values = values[key]
+        places = {known[len(path) :]: place for known, place in self.places.items() if known[: len(path)] == path}
+        return MarkedYaml(self.source, values, places)
+
     def replace(self, path: KeyPath, part: "MarkedYaml") -> None:
         """Put `part` at `path`, whose parent must exist, with its places instead of those known below `path`."""
         parent = self.values

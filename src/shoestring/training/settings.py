@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shoestring import recipes
 from shoestring.errors import SettingError, did_you_mean
 
-from .marked_yaml import KeyPath, MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
+from .explained import Problem, Sections, explain, told
+from .marked_yaml import KeyPath, MarkedYaml, dump_yaml, parse_marked_yaml, read_marked_yaml
 from .overrides import apply_override
 from .quantised import NO_TRAINING, Quantization, check_adapters
 from .train_fields import field_types, read_train_field, shown
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from shoestring.recipe import Recipe
-
-Problem = tuple[Place, str]
 
 
 class _Section(BaseModel):
@@ -154,8 +153,18 @@ class RunSettings(_Section):
         run = parse_marked_yaml(dump_yaml(values), "run settings", lines=False)
         if not isinstance(run.values, dict):
             raise SettingError(f"Run settings must be a dict with model, task and data, got {shown(run.values)}.")
-        _expand_recipe(run, Path())
         run.values.setdefault("output_dir", "runs/run")
+        return cls.from_marked(run, Path())
+
+    @classmethod
+    def from_marked(cls, run: MarkedYaml, folder: Path) -> Self:
+        """The settings in what was read of a file or put together from several; output_dir must be there.
+
+        folder: where recipes named by file are looked for first.
+
+        Raises SettingError with all problems found.
+        """
+        _expand_recipe(run, folder)
         return cls._checked(run)
 
     @classmethod
@@ -168,12 +177,13 @@ class RunSettings(_Section):
         try:
             settings = cls.model_validate(run.values)
         except ValidationError as error:
-            problems += [_explain(found, run) for found in error.errors()]
+            sections: Sections = {(): cls, ("model",): ModelSettings, ("data",): DataSettings}
+            problems += [explain(found, run, sections, _known_elsewhere) for found in error.errors()]
         problems += _check_task(run)
         train, train_problems = _check_train(run)
         problems += train_problems + _check_recipe(run)
         if problems or settings is None:
-            raise SettingError(_told(problems, run.source))
+            raise SettingError(told(problems, run.source))
         settings.train = train
         return settings
 
@@ -230,7 +240,7 @@ def _expand_recipe(run: MarkedYaml, folder: Path) -> None:
             path = Path(recipe).expanduser() if is_file else recipes.path_of(recipe)
             inner = read_marked_yaml(folder / path if (folder / path).exists() else path)
             if isinstance(inner.values, dict) and inner.values.keys() == {"recipe"}:
-                inner = _below(inner, "recipe")
+                inner = inner.below("recipe")
             if not isinstance(inner.values, list):
                 raise SettingError(f"{inner.source} must hold a list of techniques (- lora: {{r: 8}}).")
             run.replace(("recipe",), inner)
@@ -243,11 +253,6 @@ def _expand_recipe(run: MarkedYaml, folder: Path) -> None:
                 recipe[index] = {entry: {}}
             elif isinstance(entry, dict):
                 recipe[index] = {name: {} if settings is None else settings for name, settings in entry.items()}
-
-
-def _below(marked: MarkedYaml, key: str) -> MarkedYaml:
-    places = {path[1:]: place for path, place in marked.places.items() if path[:1] == (key,)}
-    return MarkedYaml(marked.source, marked.values[key], places)
 
 
 def _arguments_class(task: Any) -> "type[TrainingArguments]":
@@ -342,65 +347,13 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(settings, dict) for settings in entry.values())
 
 
-def _explain(found: Any, run: MarkedYaml) -> Problem:
-    """One of pydantic's findings in our words, with its place."""
-    path: KeyPath = tuple(part for part in found["loc"] if part != "[key]")
-    key = ".".join(map(str, path))
-    kind, allowed = found["type"], found.get("ctx", {})
-    place = run.place(path)
-    if kind == "missing":
-        section = _section(path[:-1])
-        return run.place(path[:-1]), f"{key} is missing: {section.model_fields[str(path[-1])].description}."
-    if kind == "extra_forbidden":
-        return place, f"Unknown key {key}. {_where_known(path)}"
-    words = {
-        "string_type": "text",
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "model_type": "a mapping (key: value)",
-        "model_attributes_type": "a mapping (key: value)",
-        "dict_type": "a mapping (key: value)",
-        "list_type": "a list, each entry begun with '- '",
-        "greater_than_equal": f"at least {allowed.get('ge')}",
-        "literal_error": f"one of {allowed.get('expected', '')}".replace("'", "").replace(" or ", ", "),
-        "string_too_short": "not empty",
-    }
-    if kind not in words:
-        return place, f"{key}: {found['msg'].removeprefix('Value error, ')}, got {shown(found['input'])}."
-    if kind == "string_type" and place.text and found["input"] is not None:
-        return (
-            place,
-            f"{key} must be text, got {place.text}, which YAML reads as {_yaml_kind(found['input'])}; quote it.",
-        )
-    return place, f"{key} must be {words[kind]}, got {shown(found['input'])}."
+def _known_elsewhere(path: KeyPath) -> str:
+    """Where an unknown key at the top belongs."""
+    from transformers import TrainingArguments
 
-
-def _yaml_kind(value: Any) -> str:
-    return "true or false" if isinstance(value, bool) else "a number"
-
-
-def _section(path: KeyPath) -> type[_Section]:
-    sections: dict[KeyPath, type[_Section]] = {(): RunSettings, ("model",): ModelSettings, ("data",): DataSettings}
-    return sections[path]
-
-
-def _where_known(path: KeyPath) -> str:
-    """Where an unknown key belongs, or the known keys nearest to it."""
     name = str(path[-1])
-    if len(path) == 1:
-        from transformers import TrainingArguments
-
-        if name in DataSettings.model_fields:
-            return f"It belongs under data: data.{name}."
-        if name in field_types(TrainingArguments):
-            return f"It belongs under train: train.{name}."
-    return did_you_mean(name, _section(path[:-1]).model_fields)
-
-
-def _told(problems: list[Problem], source: str) -> str:
-    """One message of all problems, in the order of the file."""
-    problems = sorted(problems, key=lambda problem: problem[0].line)
-    lines = [f"{place.where}: {message}" for place, message in problems]
-    if len(lines) == 1:
-        return lines[0]
-    return "\n".join([f"{len(lines)} problems in {source}:", *(f"  {line}" for line in lines)])
+    if len(path) == 1 and name in DataSettings.model_fields:
+        return f"It belongs under data: data.{name}."
+    if len(path) == 1 and name in field_types(TrainingArguments):
+        return f"It belongs under train: train.{name}."
+    return ""
