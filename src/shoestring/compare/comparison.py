@@ -1,4 +1,4 @@
-"""A comparison as tables and pages show it: recipes with mean and spread over seeds, and how they stand to a baseline."""
+"""A comparison as tables and pages show it: recipes with mean and spread over seeds, beside a baseline."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import SettingError
-
 Better = Literal["higher", "lower"]
 Unit = Literal["", "bytes", "seconds", "share", "numbers", "tokens a second"]
 BACKBONE_PARAMETERS = 1e7  # C of PPT
@@ -29,17 +27,17 @@ class Measure:
 
 
 COSTS = (
-    Measure("trained_parameters", "trained parameters", "numbers"),
-    Measure("trained_share", "trained share of the parameters", "share"),
-    Measure("checkpoint_bytes", "saved weights", "bytes"),
     Measure("peak_bytes", "memory of a step", "bytes"),
+    Measure("step_seconds", "median step", "seconds"),
+    Measure("gpu_peak_bytes", "peak of the GPU", "bytes"),
+    Measure("trained_parameters", "trained parameters", "numbers"),
     Measure("kept_bytes", "kept for backward", "bytes"),
+    Measure("process_peak_bytes", "peak of the process", "bytes"),
     Measure("weights_bytes", "weights in memory", "bytes"),
     Measure("gradients_bytes", "gradients", "bytes"),
     Measure("optimizer_bytes", "optimizer state", "bytes"),
-    Measure("process_peak_bytes", "peak of the process", "bytes"),
-    Measure("gpu_peak_bytes", "peak of the GPU", "bytes"),
-    Measure("step_seconds", "median step", "seconds"),
+    Measure("checkpoint_bytes", "saved weights", "bytes"),
+    Measure("trained_share", "trained share of the parameters", "share"),
     Measure("step_seconds_p90", "90th percentile of steps", "seconds"),
     Measure("train_seconds", "training, evaluations included", "seconds"),
     Measure("tokens_a_second", "tokens a second", "tokens a second", "higher"),
@@ -51,6 +49,23 @@ COSTS = (
     Measure("pme", "PME: quality less share of memory", "", "higher"),
 )
 """Figures of every run that are no quality, those first that people ask for first."""
+
+
+QUALITIES: dict[str, tuple[Better | None, Unit]] = {
+    "accuracy": ("higher", "share"),
+    "f1_macro": ("higher", "share"),
+    "mean_token_accuracy": ("higher", "share"),
+    "loss": ("lower", ""),
+    "perplexity": ("lower", ""),
+    "majority_class": (None, "share"),
+}
+"""Which way measures of tasks are better, and their units; of others, such as those of techniques, neither way is."""
+
+
+def quality_measure(name: str) -> Measure:
+    """The measure of a task or of a technique."""
+    better, unit = QUALITIES.get(name, (None, ""))
+    return Measure(name, name.replace("_", " "), unit, better)
 
 
 def ppt(score: float, trained_parameters: float) -> float:
@@ -112,14 +127,3 @@ def _placed(point: Mapping[str, float | None], signs: Mapping[str, float]) -> tu
 def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
     pairs = list(zip(one, other, strict=True))
     return all(mine >= theirs for mine, theirs in pairs) and any(mine > theirs for mine, theirs in pairs)
-
-
-def need_measures(wanted: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse names of measures that are not among those known.
-
-    Raises SettingError with what there is.
-    """
-    known = list(known)
-    for name in wanted:
-        if name not in known:
-            raise SettingError(f"{where} names the measure {name!r}, which this suite does not have. It has {', '.join(known)}.")

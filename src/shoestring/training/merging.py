@@ -124,11 +124,7 @@ def merge(
         trained = _attached(whole, final, settings)
     say("Merging")
     layers = list(merge_layers(trained.model))
-    merged: Any = trained.base_model
-    if (wrapper := _outermost_adapters(trained.model)) is not None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="A.* already merged|Already .* were merged")
-            merged = wrapper.merge_and_unload()  # takes the wrappers away, and puts new heads in their places
+    merged = _without_wrappers(trained)
     beside = folder.with_name(f".{folder.name}-in-progress")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -161,6 +157,28 @@ def merge(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return report
+
+
+def merged_model(trained: Attached) -> Any:
+    """The model with what the recipe learned merged into its weights; `trained` cannot be used after.
+
+    Raises SettingError where something cannot be merged; what came before it in the model is merged then.
+    """
+    check_mergeable(trained.recipe)
+    if any(resolve_quantization_backend(layer) is not None for layer in trained.model.modules()):
+        raise SettingError("its base is packed")
+    for _ in merge_layers(trained.model):
+        pass
+    return _without_wrappers(trained)
+
+
+def _without_wrappers(trained: Attached) -> Any:
+    """The model once all its layers are merged."""
+    if (wrapper := _outermost_adapters(trained.model)) is None:
+        return trained.base_model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A.* already merged|Already .* were merged")
+        return wrapper.merge_and_unload()  # takes the wrappers away, and puts new heads in their places
 
 
 def merge_layers(model: nn.Module) -> Iterator[LayerError]:
@@ -217,7 +235,7 @@ def take_over(whole: nn.Module, model: nn.Module) -> None:
             parameter.copy_(values)
 
 
-def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def logits_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The logits of tokens that are no padding, one a row, in float32 and without dropout.
 
     Of a model without a head, its last hidden states.
@@ -225,7 +243,7 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     was_training = model.training
     device = next(model.parameters()).device
     with torch.no_grad():
-        outputs = model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        outputs = model.eval()(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()})
     model.train(was_training)
     values = (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float().cpu()
     if values.dim() == 3:
@@ -253,6 +271,15 @@ def _checked(settings: RunSettings, requantise: bool, dtype: str | None) -> Reci
         raise SettingError("--requantise writes packed weights and --dtype others; give one of them.")
     if requantise and settings.model.quantization is None:
         raise SettingError("--requantise packs as the run's base was packed, and this run has no model.quantization.")
+    check_mergeable(recipe)
+    return recipe
+
+
+def check_mergeable(recipe: Recipe) -> None:
+    """Refuse recipes of which not all that they learn are changes of weights.
+
+    Raises SettingError.
+    """
     for technique in recipe.techniques:
         if technique.phase in (Phase.PROMPT, Phase.PRUNING):
             what = "learned vectors in the sequence" if technique.phase == Phase.PROMPT else "weights of its own"
@@ -263,7 +290,6 @@ def _checked(settings: RunSettings, requantise: bool, dtype: str | None) -> Reci
     adapters = [technique.name for technique in recipe.techniques if technique.phase == Phase.ADAPTER]
     if len(adapters) > 1:
         raise SettingError(f"Recipes of one adapter can be merged; this run has {' and '.join(adapters)}.")
-    return recipe
 
 
 def _in_full(settings: RunSettings, dtype: torch.dtype) -> RunSettings:
@@ -283,13 +309,13 @@ def _attached(model: Any, final: Path, settings: RunSettings) -> Attached:
         raise SettingError(f"{final} cannot be read: {error}") from error
 
 
-def _probe(task: Task, data: DatasetDict, model: Any, processor: Any) -> dict[str, Tensor]:
+def _probe(task: Task, data: DatasetDict, model: Any, processor: Any) -> dict[str, Any]:
     """Rows of the training data as one batch."""
     few = type(data)({"train": data["train"].select(range(min(PROBE_ROWS, len(data["train"]))))})
     return task.probe(few, model, processor)
 
 
-def _logits_of_folder(folder: Path, task: Task, probe: dict[str, Tensor]) -> Tensor:
+def _logits_of_folder(folder: Path, task: Task, probe: dict[str, Any]) -> Tensor:
     written = task.auto_class().from_pretrained(folder)
     keep_training_layout(written)
     return logits_of(written, probe)

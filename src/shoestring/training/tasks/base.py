@@ -9,7 +9,6 @@ from ...errors import SettingError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from torch import Tensor
     from transformers import Trainer, TrainingArguments
 
     from ...recipe import Recipe
@@ -23,14 +22,16 @@ class Task(ABC):
     """One task of one run. `columns` and the class methods are known before anything is loaded.
 
     name: how run files call it.
-    peft_task_type: what peft calls it, so that heads are trained and saved with adapters.
+    peft_task_type: what peft calls it, so that heads are trained and saved with adapters; "" where it has no word.
     metric: the measure a best model is chosen by, as Trainer logs it; higher_is_better says which way.
+    measures: all that `quality` gives of every model.
     """
 
     name: ClassVar[str]
     peft_task_type: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    measures: ClassVar[tuple[str, ...]] = ("loss",)
     batch_extras: ClassVar[frozenset[str]] = frozenset()  # what batches hold beside the model's inputs
     takes_images: ClassVar[bool] = False  # and so no tokens
     limit: int | None = None  # the most tokens that the model takes, once known
@@ -77,7 +78,7 @@ class Task(ABC):
         """The prepared rows with the ids that the model will get, for techniques that read the data."""
         return data
 
-    def probe(self, data: DatasetDict, model: Any, processor: Any) -> dict[str, Tensor]:
+    def probe(self, data: DatasetDict, model: Any, processor: Any) -> dict[str, Any]:
         """The few rows of `data["train"]` as one batch of model inputs, to compare models with; of text by default."""
         rows = self.model_inputs(self.prepare(data, model, processor), processor)["train"]
         if processor.pad_token is None:
@@ -98,6 +99,13 @@ class Task(ABC):
             if name.startswith(f"{prefix}_")
             and not name.endswith(("_runtime", "_per_second", "_num_tokens", "_preparation_time"))
         }
+
+    def scores(self, loss: Any, predictions: Any, labels: Any) -> list[float]:
+        """How well each row of an evaluation batch is done, higher is better; by default one score for the batch.
+
+        loss, predictions, labels: what the trainer's `prediction_step` gives.
+        """
+        return [] if loss is None else [-float(loss)]
 
     def set_up_recipe(self, recipe: Recipe) -> None:
         """Tell the outermost technique that can train a new head what the task is; refuse what finds no data here."""

@@ -26,6 +26,7 @@ class CausalLM(Task):
     peft_task_type = "CAUSAL_LM"
     metric = "loss"
     higher_is_better = False
+    measures = ("loss", "perplexity", "mean_token_accuracy")
 
     @classmethod
     def auto_class(cls) -> Any:

@@ -63,6 +63,7 @@ class MultipleChoice(Task):
     peft_task_type = ""  # depends on the model, and peft needs none
     metric = "accuracy"
     higher_is_better = True
+    measures = ("accuracy", "loss")
     batch_extras = frozenset({"choices"})
 
     @classmethod
@@ -140,6 +141,9 @@ class MultipleChoice(Task):
             name: dataset.map(rows, batched=True, remove_columns=dataset.column_names) for name, dataset in data.items()
         }
         return type(data)(made)
+
+    def scores(self, loss: Any, predictions: Any, labels: Any) -> list[float]:
+        return [] if predictions is None else (predictions == labels).double().tolist()
 
     def trainer(self, **kwargs: Any) -> Trainer:
         from ..choice_trainer import ChoiceTrainer, rank_accuracy

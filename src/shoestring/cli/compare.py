@@ -1,0 +1,257 @@
+"""`shoestring compare`: several recipes on the same work, and which one was worth it."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..errors import RunFailed, SettingError
+from ..units import size
+
+if TYPE_CHECKING:
+    from ..compare.comparison import Comparison
+    from ..compare.runner import Event
+    from ..compare.suite import Case, Suite
+
+EXAMPLES = (
+    "[bold]Examples[/]\n\n"
+    "[cyan]shoestring compare examples/suite.yaml[/]   run what is not finished, then report\n\n"
+    "[cyan]shoestring compare suite.yaml --list[/]   what is finished, has failed, and is to do\n\n"
+    "[cyan]shoestring compare suite.yaml --jobs 2 seeds=\\[0] budget.steps=50[/]\n\n"
+    "[cyan]shoestring compare peft/method_comparison/MetaMathQA/results --output report[/]   results of peft"
+)
+HTML, MARKDOWN, CSV, JSON = "report.html", "report.md", "report.csv", "comparison.json"
+
+
+def compare(
+    suite: Annotated[
+        Path, typer.Argument(help="Suite file (YAML), or a folder of results, ours or peft's.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings put over those of the suite.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; they share the machine.")] = 1,
+    show: Annotated[bool, typer.Option("--list", help="Show what is finished and to do; run nothing.")] = False,
+    report_only: Annotated[bool, typer.Option("--report", help="Report what is finished; run nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what has failed.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Before the first run, load every recipe, so that all mistakes are told at once.")
+    ] = True,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--beside", help="Files or folders of other results to put into the same table.", show_default=False
+        ),
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option("--quality", help="Of a folder: the measure to rank by.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for the reports; by default the suite's output_dir.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON, and nothing else.")] = False,
+) -> None:
+    """Compare recipes by quality, memory and time, each run in a fresh process.
+
+    What is finished is kept and used again, also after ctrl-C or a kill. Ends with a ranking, and a report as HTML,
+    Markdown and CSV.
+    """
+    console = Console(stderr=as_json)
+    if suite.is_dir():
+        if overrides or show or retry_failed:
+            raise SettingError(f"{suite} is a folder of results; settings, --list and --retry-failed are for suites.")
+        found = _of_folder(suite, beside or [], quality)
+        _finish(console, found, output, as_json)
+        return
+    if quality is not None:
+        raise SettingError("--quality is for folders of results; of a suite set quality=NAME.")
+    with console.status("Importing torch and transformers"):
+        from ..compare.runner import comparison_of, run_suite
+        from ..compare.suite import Suite
+    made = Suite.load(suite, tuple(overrides or ()))
+    if show:
+        _list(console, made, as_json)
+        return
+    if not report_only:
+        with _Screen(console, made, jobs) as screen:
+            run_suite(made, jobs=jobs, retry_failed=retry_failed, check=check, on_event=screen.told)
+    command = " ".join(["shoestring compare", str(suite), *(overrides or ())])
+    comparison = comparison_of(made, command, others=_results_in(beside or []))
+    _finish(console, comparison, output or Path(made.output_dir), as_json)
+    if comparison.failures:
+        raise RunFailed(
+            f"{len(comparison.failures)} of {len(made.cases)} runs failed; the report has the reasons. Run them again "
+            "with --retry-failed."
+        )
+
+
+def _of_folder(folder: Path, beside: list[Path], quality: str | None) -> "Comparison":
+    """The comparison of results in files alone."""
+    from ..compare.summary import Asked, compare_results
+
+    results = _results_in([folder, *beside])
+    if not results:
+        raise SettingError(f"{folder} holds no results (*.json).")
+    own = next((result.shoestring for result in results if result.shoestring), None)
+    models = dict.fromkeys(str(result.run_info.train_config.get("model_id", "")) for result in results)
+    from ..training.tasks import TASKS
+
+    task = own.task if own else ""
+    metric = TASKS[task].metric if task in TASKS else "accuracy"
+    asked = Asked(folder.name, task, " and ".join(filter(None, models)), (), quality or metric, None)
+    return compare_results(asked, results)
+
+
+def _results_in(places: list[Path]) -> list[Any]:
+    from ..compare.results import Result, read_all
+
+    results: list[Any] = []
+    for place in places:
+        if not place.exists():
+            raise SettingError(f"There is no {place}.")
+        results += read_all(place) if place.is_dir() else [Result.read(place)]
+    return results
+
+
+def _list(console: Console, suite: "Suite", as_json: bool) -> None:
+    from ..compare.runner import state_of
+
+    state = state_of(suite)
+    rows = []
+    for case in suite.cases:
+        done, failed = case.digest in state.results, case.digest in state.failures
+        reason = state.failures[case.digest].run_info.error_msg if failed and not done else ""
+        word = "finished" if done else "failed" if failed else "to do"
+        rows.append({"recipe": case.name, "seed": case.seed, "state": word, "reason": reason})
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title=f"{suite.name}: {len(rows)} runs", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
+
+
+def _finish(console: Console, comparison: "Comparison", output: Path | None, as_json: bool) -> None:
+    """Write the reports and show the ranking."""
+    from ..compare.export import csv_text, markdown
+    from ..compare.page import page
+    from ..training.output import write
+    from .compare_tables import terminal_table
+
+    values = json.dumps(comparison.to_dict(), indent=1)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        made = {HTML: page(comparison), MARKDOWN: markdown(comparison), CSV: csv_text(comparison), JSON: values}
+        for name, text in made.items():
+            write(output / name, text)
+    if as_json:
+        typer.echo(values)
+        return
+    console.print(terminal_table(comparison))
+    for failure in comparison.failures:
+        console.print(f"failed: {failure.name}, seed {failure.seed}: {failure.reason}", style="red", soft_wrap=True)
+    if output is not None:
+        console.print(f"Report: {output / HTML} (beside it {MARKDOWN}, {CSV}, {JSON})", soft_wrap=True)
+
+
+class _Screen:
+    """A live table of runs on a terminal, a line for each elsewhere; with the time that is left."""
+
+    def __init__(self, console: Console, suite: "Suite", jobs: int):
+        self.console, self.suite, self.jobs = console, suite, jobs
+        self.running: dict[str, tuple[Case, str, float]] = {}
+        self.took: list[float] = []
+        self.ended = 0
+        self.total = 0
+        self.rows: dict[str, list[str]] = {name: [] for name in suite.names}
+        self.live: Live | None = None
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+
+    def __enter__(self) -> "_Screen":
+        from ..compare.runner import state_of
+
+        self.total = len(state_of(self.suite).to_do)
+        done = len(self.suite.cases) - self.total
+        if done:
+            self.console.print(f"{done} of {len(self.suite.cases)} runs are there already.", style="dim")
+        self.job = self.bar.add_task("runs", total=self.total, left="")
+        if self.console.is_terminal and self.total:
+            self.live = Live(self._drawn(), console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def told(self, event: "Event") -> None:
+        """Take up what happened."""
+        kind, case, *rest = event
+        if kind == "checking":
+            self._say(f"checking {case.name}")
+            self.bar.update(self.job, left=f"checking {case.name}")
+        elif kind == "started":
+            self.running[case.digest] = (case, "starting", time.monotonic())
+        elif kind in ("step", "stage") and case.digest in self.running:
+            text = f"step {rest[0]} of {rest[1]}" if kind == "step" else rest[0]
+            self.running[case.digest] = (case, text, self.running[case.digest][2])
+        elif kind in ("finished", "failed", "cancelled") and case.digest in self.running:
+            seconds = time.monotonic() - self.running.pop(case.digest)[2]
+            self.took.append(seconds)
+            self.ended += 1
+            text = self._of_values(rest[0]) if kind == "finished" else f"{kind}: {rest[0] if rest else ''}"
+            self.rows[case.name].append(text)
+            self.bar.update(self.job, completed=self.ended, left=self._left())
+            self._say(
+                f"[{self.ended}/{self.total}] {case.name}, seed {case.seed}: {text} ({seconds:.0f} s) {self._left()}"
+            )
+        if self.live is not None:
+            self.live.update(self._drawn())
+
+    def _say(self, text: str) -> None:
+        if self.live is None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _of_values(self, values: dict[str, float]) -> str:
+        quality = (
+            f"{self.suite.quality} {values[self.suite.quality]:.4f}" if self.suite.quality in values else "finished"
+        )
+        memory = f", {size(values['peak_bytes'])}" if "peak_bytes" in values else ""
+        step = f", {values['step_seconds']:.3g} s a step" if "step_seconds" in values else ""
+        return quality + memory + step
+
+    def _left(self) -> str:
+        if not self.took or self.ended == self.total:
+            return ""
+        mean = sum(self.took) / len(self.took)
+        gone = sum(min(time.monotonic() - began, mean) for _, _, began in self.running.values())
+        seconds = max(0.0, (self.total - self.ended) * mean - gone) / self.jobs
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+    def _drawn(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for column in ("recipe", "seeds", "state"):
+            table.add_column(column, overflow="ellipsis", no_wrap=True)
+        now = {case.name: f"seed {case.seed}: {text}" for case, text, _ in self.running.values()}
+        for name in sorted(self.rows, key=lambda name: (name not in now, not self.rows[name])):
+            if name in now or self.rows[name]:
+                ended = f"{len(self.rows[name])}"
+                table.add_row(name, ended, now.get(name) or self.rows[name][-1], style=None if name in now else "dim")
+        self.bar.update(self.job, left=self._left())
+        return Group(self.bar, table)

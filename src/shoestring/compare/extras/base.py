@@ -1,0 +1,58 @@
+"""The base of what a suite may measure beside training: settings, checks, and figures from the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from ..measures import Measure
+
+if TYPE_CHECKING:
+    from ...training.run import Ready
+    from ...training.settings import RunSettings
+
+
+class Extra(BaseModel, ABC):
+    """One thing to measure; its fields are its settings in a suite.
+
+    name: in a suite's `measure`. alters_model: whether `after` leaves another model behind, so that others go first.
+    notes: what is to be said of the figures of this run.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: ClassVar[str]
+    alters_model: ClassVar[bool] = False
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    @abstractmethod
+    def measures(self) -> tuple[Measure, ...]:
+        """The figures it gives."""
+
+    def check(self, run: RunSettings) -> None:
+        """Refuse what it cannot measure, before anything is loaded.
+
+        Raises SettingError.
+        """
+
+    def before(self, ready: Ready) -> None:
+        """Look at the model with its recipe, before the first step.
+
+        Raises SettingError where the data is not fit for it.
+        """
+
+    @abstractmethod
+    def after(self, ready: Ready) -> dict[str, float]:
+        """The figures, from the trained model."""
+
+    @property
+    def notes(self) -> list[str]:
+        return self._notes
+
+
+def device_of(model: Any) -> Any:
+    """Where a model's inputs go."""
+    return next(model.parameters()).device

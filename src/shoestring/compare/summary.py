@@ -1,0 +1,193 @@
+"""From results of runs to a comparison: mean and spread over seeds, ranks, fronts, and differences to the baseline."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import SettingError
+from ..training.tasks import TASKS
+from .comparison import Compared, Comparison, Difference, Failure
+from .measures import COSTS, QUALITIES, Better, Measure, front, pme, quality_measure
+from .results import Result, values_of_peft
+from .statistics import paired_difference, spread
+
+FULL = "[]\n"  # the recipe of full tuning, as YAML
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be compared. names: recipes in the order of the suite. extras: measures beside those of every run."""
+
+    name: str
+    task: str
+    model: str
+    names: tuple[str, ...]
+    quality: str
+    baseline: str | None
+    target: float | None = None
+    extras: tuple[Measure, ...] = ()
+    command: str = ""
+
+
+def compare_results(
+    asked: Asked, results: Sequence[Result], failures: Sequence[Failure] = (), missing: int = 0
+) -> Comparison:
+    """The comparison of results, the best recipe first; those without the quality to rank by last.
+
+    Raises SettingError if no result has that quality.
+    """
+    by_name: dict[str, list[Result]] = {name: [] for name in asked.names}
+    for result in results:
+        by_name.setdefault(result.name, []).append(result)
+    better = quality_measure(asked.quality).better or _way(asked.extras, asked.quality)
+    full = [_values(result, asked).get("peak_bytes") for result in results if _recipe(result) == FULL]
+    memory_of_full = max((peak for peak in full if peak), default=None)
+    recipes = [_compared(asked, name, runs, memory_of_full) for name, runs in by_name.items() if runs]
+    if recipes and not any(asked.quality in recipe.values for recipe in recipes):
+        known = sorted({name for recipe in recipes for name in recipe.values})
+        raise SettingError(f"No result has the measure {asked.quality!r} to rank by. They have {', '.join(known)}.")
+    recipes = _with_differences(asked, recipes, by_name, better)
+    measures = _measures(asked, recipes)
+    recipes = _with_fronts(asked.quality, better, recipes, measures)
+    sign = -1 if better == "higher" else 1
+    recipes.sort(key=lambda r: sign * r.values[asked.quality].mean if asked.quality in r.values else math.inf)
+    return Comparison(
+        name=asked.name,
+        task=asked.task,
+        model=asked.model,
+        quality=asked.quality,
+        baseline=asked.baseline,
+        measures=measures,
+        recipes=tuple(recipes),
+        failures=tuple(failures),
+        missing=missing,
+        machine=_all_of(result.meta_info.system_info for result in results),
+        versions=_all_of(_versions(result) for result in results),
+        command=asked.command,
+        made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _way(extras: Iterable[Measure], name: str) -> Better | None:
+    return next((measure.better for measure in extras if measure.name == name), None)
+
+
+def _recipe(result: Result) -> str:
+    return result.shoestring.recipe if result.shoestring else ""
+
+
+def _seed(result: Result) -> int:
+    return result.shoestring.seed if result.shoestring else int(result.run_info.train_config.get("seed") or 0)
+
+
+def _versions(result: Result) -> dict[str, str]:
+    info = result.meta_info.package_info
+    found = {key.removesuffix("-version"): value for key, value in info.items() if key.endswith("-version")}
+    return {key: str(value) for key, value in found.items() if value}
+
+
+def _all_of(found: Iterable[Mapping[str, object]]) -> dict[str, str]:
+    """What all runs say, or all that they say where they differ."""
+    said: dict[str, list[str]] = {}
+    for one in found:
+        for key, value in one.items():
+            if str(value) not in said.setdefault(key, []):
+                said[key].append(str(value))
+    return {key: " and ".join(values) for key, values in said.items()}
+
+
+def _values(result: Result, asked: Asked) -> dict[str, float]:
+    """The figures of one run, with those that need the suite."""
+    own = result.shoestring
+    if own is None:
+        return values_of_peft(result)
+    values = dict(own.values)
+    if asked.target is not None:
+        higher = TASKS[own.task].higher_is_better
+        reached = [s for _, s, value in own.curve if (value >= asked.target if higher else value <= asked.target)]
+        if reached:
+            values["seconds_to_target"] = reached[0]
+    return values
+
+
+def _compared(asked: Asked, name: str, runs: list[Result], memory_of_full: float | None) -> Compared:
+    runs = sorted(runs, key=_seed)
+    found = [_values(result, asked) for result in runs]
+    if memory_of_full is not None and QUALITIES.get(asked.quality, ("", ""))[1] == "share":
+        for values in found:
+            if asked.quality in values and "peak_bytes" in values:
+                values["pme"] = pme(values[asked.quality], values["peak_bytes"], memory_of_full)
+    everything = dict.fromkeys(key for values in found for key in values)
+    own = {_seed(result): result.shoestring for result in runs if result.shoestring is not None}
+    first = next(iter(own.values()), None)
+    notes = dict.fromkeys(note for one in own.values() for note in one.notes)
+    late = sum("seconds_to_target" not in values for values in found)
+    if asked.target is not None and late:
+        notes[f"the target was not reached by {late} of {len(found)} seeds"] = None
+    return Compared(
+        name=name,
+        recipe=first.recipe if first else "",
+        run_file=first.run_file if first else "",
+        seeds=tuple(_seed(result) for result in runs),
+        values={key: spread([values[key] for values in found if key in values]) for key in everything},
+        memory=first.memory if first else {},
+        losses={seed: list(one.losses) for seed, one in own.items()},
+        curve={seed: [(seconds, value) for _, seconds, value in one.curve] for seed, one in own.items()},
+        notes=tuple(notes),
+    )
+
+
+def _with_differences(
+    asked: Asked, recipes: list[Compared], by_name: Mapping[str, list[Result]], better: Better | None
+) -> list[Compared]:
+    """Each recipe with its difference to the baseline, in the units of the quality."""
+    scored = TASKS[asked.task].metric if asked.task in TASKS else None
+    baseline = asked.baseline
+    if baseline is None or baseline not in by_name or asked.quality != scored:
+        return recipes
+    sign = -1 if better == "lower" else 1
+
+    def scores(name: str) -> dict[int, list[float]]:
+        return {one.seed: one.scores for one in (result.shoestring for result in by_name[name]) if one is not None}
+
+    def difference(name: str) -> Difference | None:
+        found = paired_difference(scores(name), scores(baseline)) if name != baseline else None
+        if found is None or sign > 0:
+            return found
+        return replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+
+    return [replace(recipe, difference=difference(recipe.name)) for recipe in recipes]
+
+
+def _measures(asked: Asked, recipes: Sequence[Compared]) -> tuple[Measure, ...]:
+    """All that some recipe has: the quality first, then others of the task, of techniques, of extras, then costs."""
+    has = dict.fromkeys(name for recipe in recipes for name in recipe.values)
+    costs = {measure.name: measure for measure in COSTS}
+    extras = {measure.name: measure for measure in asked.extras}
+    task = [name for name in has if name not in costs and name not in extras and name != asked.quality]
+    known = {**costs, **extras}
+    first = [known.get(asked.quality) or quality_measure(asked.quality)] if asked.quality in has else []
+    rest = [m for name, m in {**extras, **costs}.items() if name in has and name != asked.quality]
+    return (*first, *(quality_measure(name) for name in task), *rest)
+
+
+def _with_fronts(
+    quality: str, better: Better | None, recipes: list[Compared], measures: Sequence[Measure]
+) -> list[Compared]:
+    """Each recipe with the costs for which no other is as good at less."""
+    fronts: dict[str, list[str]] = {recipe.name: [] for recipe in recipes}
+    for measure in measures:
+        if measure.name == quality or measure.better is None or better is None:
+            continue
+        points = [
+            {name: recipe.values[name].mean for name in (quality, measure.name) if name in recipe.values}
+            for recipe in recipes
+        ]
+        on = front(points, {quality: better, measure.name: measure.better})
+        for recipe, is_on in zip(recipes, on, strict=True):
+            if is_on:
+                fronts[recipe.name].append(measure.name)
+    return [replace(recipe, front=tuple(fronts[recipe.name])) for recipe in recipes]

@@ -1,0 +1,459 @@
+"""One run of a suite, in a process of its own: training as `shoestring train` does it, and what else is measured."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+import shutil
+import statistics
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import RunFailed, SettingError
+from ..recipe import Recipe
+from ..training.marked_yaml import dump_yaml
+from ..training.observe import StepTimes
+from ..training.report import Report
+from ..training.run import Ready, prepare, train, versions
+from ..training.settings import RunSettings
+from .extras import Extra
+from .measures import QUALITIES, ppe, ppt
+from .results import SCHEMA_VERSION, MetaInfo, Own, Result, RunInfo, TrainInfo, finite
+from .suite import Budget, Case
+
+TRIAL_STEPS, WARM_UP = 8, 3  # to time steps by, for a budget in seconds
+Tell = Callable[[tuple[Any, ...]], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process is to do. fits_only: only prepare the runs, and say of each what is wrong with it."""
+
+    cases: tuple[Case, ...]
+    budget: Budget | None
+    extras: tuple[Extra, ...]
+    folder: str
+    keep_weights: bool
+    threads: int | None = None
+    fits_only: bool = False
+
+
+def work(order: Order, connection: Connection) -> None:
+    """The whole of a process. Sends ("stage", text), ("step", number, of), and at the end of each run ("done", case,
+    result as JSON values) or ("failed", case, reason); of runs that fit ("fits", case).
+    """
+    os.setsid()  # ctrl-C is for the one who started this process, and who ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    from ..cli.progress import quiet
+
+    quiet()
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    for case in order.cases:
+        try:
+            if order.fits_only:
+                check(case, order)
+                connection.send(("fits", case.digest))
+            else:
+                connection.send(("done", case.digest, run_case(case, order, connection.send).to_dict()))
+        except (SettingError, RunFailed) as error:
+            connection.send(("failed", case.digest, str(error)))
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(where.filename).name}, line {where.lineno}"
+            text = (str(error).strip().splitlines() or ["no message"])[0]
+            connection.send(("failed", case.digest, f"unexpected {type(error).__name__}: {text} ({place})"))
+    connection.close()
+
+
+def _end_with_parent() -> None:
+    """A run whose starter was killed would go on for nobody."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def check(case: Case, order: Order) -> None:
+    """Load data and model and attach the recipe, as the run will; nothing is trained.
+
+    Raises SettingError for what does not fit together.
+    """
+    folder = Path(order.folder) / f".{case.file}"
+    try:
+        ready = prepare(case.settings.model_copy(update={"output_dir": str(folder)}))
+        for extra in order.extras:
+            extra.before(ready)
+        _steps_of(order.budget, ready, case.settings, timed=False)
+        Recipe.remove(ready.attached.model)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_case(case: Case, order: Order, tell: Tell) -> Result:
+    """Train and measure one run.
+
+    Raises SettingError and RunFailed as `train` does.
+    """
+    began, created = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    settings = case.settings.model_copy(update={"output_dir": str(Path(order.folder) / case.file)})
+    seconds_a_step = _trial(settings, order) if order.budget is not None and order.budget.seconds else None
+    watch = _Watch(tell)
+    prepared: list[Ready] = []
+
+    def on_ready(ready: Ready) -> None:
+        prepared.append(ready)
+        steps = _steps_of(order.budget, ready, settings, seconds_a_step=seconds_a_step)
+        if steps is not None:
+            ready.trainer.args.max_steps = steps
+        for extra in order.extras:
+            tell(("stage", f"{extra.name} before"))
+            extra.before(ready)
+        watch.follow(ready)
+
+    report = train(
+        settings, overwrite=True, callbacks=[watch], say=lambda text: tell(("stage", text)), on_ready=on_ready
+    )
+    (ready,) = prepared
+    values = _values(report, ready, watch)
+    notes = list(watch.notes)
+    for extra in sorted(order.extras, key=lambda extra: extra.alters_model):
+        tell(("stage", extra.name))
+        values |= extra.after(ready)
+        notes += extra.notes
+    result = _result(case, settings, report, ready, watch, values, notes)
+    result.run_info.created_at, result.run_info.total_time = created, time.monotonic() - began
+    if not order.keep_weights:
+        shutil.rmtree(settings.output_dir, ignore_errors=True)
+    return result
+
+
+def _steps_of(
+    budget: Budget | None,
+    ready: Ready,
+    settings: RunSettings,
+    *,
+    seconds_a_step: float | None = None,
+    timed: bool = True,
+) -> int | None:
+    """Optimizer steps for a budget in seconds or tokens; None where the run file says it."""
+    if budget is None or budget.steps is not None:
+        return None
+    if budget.seconds is not None:
+        return max(1, round(budget.seconds / seconds_a_step)) if timed and seconds_a_step else None
+    rows: Any = ready.trainer.train_dataset
+    if "input_ids" not in (rows.column_names or ()):
+        raise SettingError(f"budget.tokens: the training data of {settings.task} has no tokens; give steps or seconds.")
+    mean = statistics.fmean(map(len, rows["input_ids"]))
+    arguments = ready.trainer.args
+    a_step = mean * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return max(1, round((budget.tokens or 0) / a_step))
+
+
+def _trial(settings: RunSettings, order: Order) -> float:
+    """Median seconds of a few steps, on a model that is thrown away."""
+    times = _Seconds()
+    folder = f"{settings.output_dir}-trial"
+    short = {"max_steps": TRIAL_STEPS, "save_strategy": "no", "eval_strategy": "no"}
+    fields = {key: value for key, value in settings.train.items() if key != "load_best_model_at_end"} | short
+    try:
+        trial = settings.model_copy(update={"output_dir": folder, "train": fields, "early_stopping_patience": None})
+        ready = prepare(trial, callbacks=[times])
+        ready.trainer.train()
+        Recipe.remove(ready.attached.model)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return statistics.median(times.seconds[WARM_UP:])
+
+
+class _Seconds(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+class _Watch(TrainerCallback):
+    """What happens in a run: steps, evaluations on the way, scores of the last one, and memory of the accelerator."""
+
+    def __init__(self, tell: Tell):
+        self.curve: list[tuple[int, float, float]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.scores: dict[str, list[float]] = {}
+        self.reserved: list[int] = []
+        self.notes: list[str] = []
+        self._tell = tell
+        self._times: StepTimes | None = None
+        self._metric = ""
+
+    def follow(self, ready: Ready) -> None:
+        """Note what the trainer's evaluations give row by row, by the split they are of."""
+        trainer: Any = ready.trainer
+        self._times = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StepTimes))
+        self._metric = f"eval_{ready.task.metric}"
+        evaluate, step, split = trainer.evaluate, trainer.prediction_step, ["eval"]
+
+        def evaluating(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            split[0] = metric_key_prefix
+            self.scores[metric_key_prefix] = []
+            return evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+        def predicting(*args: Any, **kwargs: Any) -> Any:
+            loss, predictions, labels = step(*args, **kwargs)
+            self.scores[split[0]] += ready.task.scores(loss, predictions, labels)
+            return loss, predictions, labels
+
+        trainer.evaluate, trainer.prediction_step = evaluating, predicting
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell of the step."""
+        self._tell(("step", state.global_step, state.max_steps))
+        if torch.cuda.is_available():
+            self.reserved.append(torch.cuda.memory_reserved())
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep a point of the curve."""
+        if metrics is not None and self._metric in metrics and self._times is not None:
+            seconds = sum(self._times.seconds)
+            self.curve.append((state.global_step, seconds, float(metrics[self._metric])))
+            self.evaluations.append({"step": state.global_step, "train time": seconds, **metrics})
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step, but for the one that was counted by the ledger."""
+        return self._times.seconds if self._times is not None else []
+
+
+def scored_split(splits: Any) -> str | None:
+    """The split that runs are compared on: "test" where there is one, as "validation" may have chosen the weights."""
+    return next((name for name in ("test", "validation") if name in splits), None)
+
+
+def _values(report: Report, ready: Ready, watch: _Watch) -> dict[str, float]:
+    """The figures of every run."""
+    memory = report.memory or {}
+    largest = memory.get("largest", {})
+    split = scored_split(report.quality)
+    qualities = report.quality.get(split or "", {})
+    cuda = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    values = finite(
+        {
+            **qualities,
+            "trained_parameters": report.trained_parameters,
+            "trained_share": report.trained_parameters / report.total_parameters,
+            "checkpoint_bytes": _weights_in(Path(report.saved["weights"])) if "weights" in report.saved else None,
+            "peak_bytes": memory.get("peak_bytes"),
+            "kept_bytes": memory.get("saved_bytes"),
+            "weights_bytes": largest.get("weights"),
+            "gradients_bytes": largest.get("gradients"),
+            "optimizer_bytes": largest.get("optimizer_state"),
+            "process_peak_bytes": report.process_peak_bytes,
+            "gpu_peak_bytes": cuda,
+            "step_seconds": report.step_seconds,
+            "step_seconds_p90": _percentile(watch.seconds, 0.9),
+            "train_seconds": report.train_seconds,
+            "tokens_a_second": report.tokens_a_second,
+        }.items()
+    )
+    score = values.get(ready.task.metric)
+    if score is not None and QUALITIES.get(ready.task.metric, ("", ""))[1] == "share":
+        values["ppt"] = ppt(score, _trained_in_backbone(ready))
+        values["ppe"] = ppe(score, 100 * values["trained_share"])
+    return values
+
+
+def _percentile(values: list[float], share: float) -> float | None:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
+
+
+def _weights_in(folder: Path) -> int:
+    """Bytes of the tensors' files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _trained_in_backbone(ready: Ready) -> int:
+    """Trained numbers but for those of the head, as V-PETL Bench counts them."""
+    base: Any = ready.attached.base_model
+    inside = {id(p) for p in getattr(base, "base_model", base).parameters()}
+    head = {id(p) for p in base.parameters()} - inside
+    return sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad and id(p) not in head)
+
+
+def _result(
+    case: Case,
+    settings: RunSettings,
+    report: Report,
+    ready: Ready,
+    watch: _Watch,
+    values: dict[str, float],
+    notes: list[str],
+) -> Result:
+    """The run in the fields of its file."""
+    split = scored_split(report.quality)
+    steps = {name: [*rows] for name, rows in watch.scores.items()}
+    own = Own(
+        schema_version=SCHEMA_VERSION,
+        task=settings.task,
+        name=case.name,
+        seed=case.seed,
+        digest=case.digest,
+        run_file=case.settings.model_copy(update={"output_dir": f"runs/{case.file}"}).to_yaml(),
+        recipe=dump_yaml(case.settings.recipe),
+        values=values,
+        quality=report.quality,
+        memory=(report.memory or {}).get("at_peak", {}),
+        losses=[(step, loss) for step, loss in report.losses if math.isfinite(loss)],
+        curve=watch.curve,
+        scores=steps.get(split or "", []),
+        notes=notes,
+    )
+    last = report.losses[-1][1] if report.losses else None
+    final: dict[str, float | None] = {
+        f"{part} {name}": value for part, found in report.quality.items() for name, value in found.items()
+    }
+    ways = [_as_peft(entry, ready.task.metric) for entry in watch.evaluations]
+    final |= {"step": report.steps, "train loss": last, "train samples": report.steps * _rows_a_step(ready)}
+    if report.tokens_a_second and watch.seconds:
+        final["train total tokens"] = round(report.tokens_a_second * sum(watch.seconds))
+    if "forgetting" in values:
+        final["forgetting"] = values["forgetting"]
+    return Result(
+        run_info=RunInfo(
+            created_at="",
+            total_time=0.0,
+            experiment_name=f"{case.name}/seed{case.seed}",
+            train_config=_train_config(settings, ready),
+            peft_config=_peft_config(ready),
+        ),
+        train_info=TrainInfo(
+            accelerator_memory_reserved_avg=round(statistics.fmean(watch.reserved)) if watch.reserved else 0,
+            accelerator_memory_max=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+            accelerator_memory_reserved_99th=int(_percentile([*map(float, watch.reserved)], 0.99) or 0),
+            train_time=sum(watch.seconds),
+            file_size=int(values.get("checkpoint_bytes", 0)),
+            num_trainable_params=report.trained_parameters,
+            num_total_params=report.total_parameters,
+            metrics=[*ways, final],
+        ),
+        meta_info=MetaInfo(
+            model_info={"name": settings.model.name, "revision": settings.model.revision},
+            dataset_info={
+                "train": settings.data.train,
+                "validation": settings.data.validation,
+                "test": settings.data.test,
+            },
+            package_info={f"{name}-version": version for name, version in versions().items()},
+            system_info=machine(),
+            pytorch_info=torch.__config__.show(),
+        ),
+        shoestring=own,
+    )
+
+
+def _as_peft(entry: dict[str, Any], metric: str) -> dict[str, Any]:
+    """An evaluation on the way, in the words of peft's method comparison."""
+    return {
+        "step": entry["step"],
+        f"valid {metric}": entry.get(f"eval_{metric}"),
+        "train time": entry["train time"],
+        "eval time": entry.get("eval_runtime"),
+    }
+
+
+def _rows_a_step(ready: Ready) -> int:
+    arguments = ready.trainer.args
+    return int(arguments.train_batch_size * arguments.gradient_accumulation_steps)
+
+
+def _train_config(settings: RunSettings, ready: Ready) -> dict[str, Any]:
+    """The run in the words of peft's method comparison."""
+    arguments: Any = ready.trainer.args
+    return {
+        "model_id": settings.model.name,
+        "dtype": settings.model.dtype,
+        "max_seq_length": settings.data.max_length,
+        "batch_size": arguments.per_device_train_batch_size,
+        "batch_size_eval": arguments.per_device_eval_batch_size,
+        "max_steps": ready.trainer.state.max_steps,
+        "eval_steps": arguments.eval_steps,
+        "compile": arguments.torch_compile,
+        "use_gc": arguments.gradient_checkpointing,
+        "seed": arguments.seed,
+        "grad_norm_clip": arguments.max_grad_norm,
+        "optimizer_type": str(getattr(arguments.optim, "value", arguments.optim)),
+        "optimizer_kwargs": {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay},
+        "lr_scheduler": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        "use_amp": arguments.bf16 or arguments.fp16,
+        "attn_implementation": settings.model.attn_implementation,
+    }
+
+
+def _peft_config(ready: Ready) -> dict[str, Any] | None:
+    """Of the first adapter, where peft's own or ours is in the recipe."""
+    configs = getattr(ready.attached.model, "peft_config", None)
+    if not configs:
+        return None
+    found = next(iter(configs.values())).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(getattr(value, "value", value))
+
+
+def machine() -> dict[str, str]:
+    """What the run ran on, in the words of peft's method comparison."""
+    found = platform.uname()
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "N/A"
+    return {
+        "system": found.system,
+        "release": found.release,
+        "version": found.version,
+        "machine": found.machine,
+        "processor": _processor() or found.processor,
+        "cores": str(os.cpu_count()),
+        "accelerator": accelerator,
+    }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
