@@ -4,18 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-
-def size(number_of_bytes: float) -> str:
-    """Bytes as people read them, in binary units.
-
-    >>> size(1536)
-    '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number_of_bytes) < 1024 or unit == "GiB":
-            break
-        number_of_bytes /= 1024
-    return f"{number_of_bytes:.0f} {unit}" if unit == "B" else f"{number_of_bytes:.1f} {unit}"
+from ..units import size
 
 
 def share_bar(count: float, whole: float) -> str:
