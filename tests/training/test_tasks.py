@@ -84,6 +84,14 @@ def test_weights_that_would_train_in_float16_are_refused(run_file, tiny_decoder_
         ready(path)
 
 
+@pytest.mark.parametrize("others", [["norm_tuning"], ["bitfit"], ["recompute"], ["norm_tuning", "lean_mlp"]], ids=str)
+def test_a_new_head_trains_with_lora_whatever_stands_beside_it(others, run_file):
+    recipe = [{"lora": {"r": 2, "target_modules": ["query", "value"]}}, *others]
+    model = ready(run_file(recipe=recipe)).attached.model
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad and "classif" in name}
+    assert trained == {"weight", "bias"}
+
+
 @pytest.mark.slow
 def test_a_gguf_file_trains(run_file):
     need("smollm2")

@@ -44,7 +44,7 @@ class Selection(Technique, ABC):
 
     def set_task(self, peft_task_type: str) -> bool:
         """Whether a new head trains because of this technique."""
-        return self.train_head
+        return self.train_head and not self._others_decided()
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
