@@ -244,7 +244,7 @@ class Technique(Events):
         """Read what `save` wrote into the attached model."""
 
     def set_task(self, peft_task_type: str) -> bool:
-        """Learn what the run's task is in peft's words; True if that makes a new head of the model train with it."""
+        """Learn the run's task in peft's word, or "" where it has none; True if a new head then trains with it."""
         return False
 
     def settings(self) -> dict[str, Any]:

@@ -95,6 +95,19 @@ def tiny_decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def image_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DINOv2 of three blocks of 24, for pictures of 15 x 15 pixels in patches of 5 x 5, with its image processor."""
+    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("image-encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 15, "patch_size": 5}
+    Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 15, "width": 15}).save_pretrained(folder)
+    return folder
+
+
 def reviews(count: int) -> list[dict[str, str]]:
     """Rows of text and label, in which one word tells the label; of different lengths, labels in turn."""
     rows = []

@@ -129,6 +129,10 @@ class TestData:
                 "Row 1 of train has the label 7 in 'label', out of range",
             ),
             ("text,label\na film,0.5\nthe plot,1\n", "must hold names or whole numbers"),
+            (
+                "text,label\na film,good\nthe plot,good\n",
+                "All rows of train have the label 'good' in 'label', but there must be at least two classes",
+            ),
             ("text,label\n,good\nthe plot,bad\n", "Row 0 of train holds no text in 'text'"),
             ("text,label\n" + "film " * 40 + ",good\nplot,bad\n", "more than the 32 positions of this model"),
         ],

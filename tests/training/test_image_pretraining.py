@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModel, Dinov2Model, ViTConfig, ViTImageProcessor
 
 from shoestring.cli import main
 from shoestring.errors import SettingError
@@ -41,24 +41,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DINOv2 of three blocks of 24, for pictures of 15 x 15 pixels."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 15, "patch_size": 5}
-    Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 15, "width": 15}).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def image_run(pictures, encoder, tmp_path):
+def image_run(pictures, image_encoder_folder, tmp_path):
     """Writes a run file and gives its path."""
 
     def written(name: str = "run", **rest) -> Path:
         run = {
-            "model": str(encoder),
+            "model": str(image_encoder_folder),
             "task": "image-pretraining",
             "recipe": EXPLORA,
             "output_dir": str(tmp_path / name),
@@ -103,10 +92,10 @@ def keep_the_first_checkpoint(run: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", [EXPLORA, EXPLORA[1:], EXPLORA[2:]], ids=["explora", "unfreeze", "full"])
-def test_merged_the_run_is_an_ordinary_encoder(recipe, image_run, encoder, tmp_path):
+def test_merged_the_run_is_an_ordinary_encoder(recipe, image_run, image_encoder_folder, tmp_path):
     train(RunSettings.load(image_run(recipe=recipe, data={"image_size": 20})))
     report = merge(tmp_path / "run", tmp_path / "merged")
-    source, merged = (load_file(folder / "model.safetensors") for folder in (encoder, tmp_path / "merged"))
+    source, merged = (load_file(folder / "model.safetensors") for folder in (image_encoder_folder, tmp_path / "merged"))
     assert {name: value.shape for name, value in merged.items()} == {n: value.shape for n, value in source.items()}
     assert report.logits_error < 1e-5 < report.logits_change
     assert type(AutoModel.from_pretrained(tmp_path / "merged")) is Dinov2Model

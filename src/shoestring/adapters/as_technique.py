@@ -1,6 +1,7 @@
 """A peft config, peft's own or ours, as a technique of a recipe."""
 
 import copy
+import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
 from ..technique import Events, Moment, Phase, Technique, settings_of
+from .placement import task_head
 
 # What peft fills in itself, and what names the method rather than a setting of it.
 FILLED_BY_PEFT = frozenset(
@@ -37,6 +39,7 @@ class PeftTechnique(Technique):
         self.config = config
         self.name = method_name(config.peft_type)  # type: ignore[misc]
         self.adapter_name = "default"
+        self._names_head = False
         if config.is_prompt_learning:
             self.phase = Phase.PROMPT  # type: ignore[misc]
             self.alone_in_phase = True  # type: ignore[misc]
@@ -45,9 +48,12 @@ class PeftTechnique(Technique):
     def attach(self, model: nn.Module) -> Iterator[PeftModel]:
         """Wrap the model in a `PeftModel`; around one that is there already, under an adapter name of its own.
 
-        Raises SettingError if target_modules names a module that the model does not have.
+        Raises SettingError if target_modules names a module that the model does not have, or no head is found that
+        it should train.
         """
         _check_targets(self.config, model)
+        if self._names_head:
+            self._name_head(model)
         stacked = isinstance(model, PeftModel)
         # a word that is part of no method's prefix, since peft tells adapters by it in the names of weights
         self.adapter_name = f"nested{len(model.peft_config)}" if isinstance(model, PeftModel) else "default"
@@ -98,10 +104,29 @@ class PeftTechnique(Technique):
             set_peft_model_state_dict(self.wrapped, weights, adapter_name=self.adapter_name)
 
     def set_task(self, peft_task_type: str) -> bool:
-        """Fill in the config's task_type where it is open, so that peft trains and saves the head."""
+        """Fill in the config's task_type where it is open, so that peft trains and saves the head.
+
+        For a task that peft has no word for, the head is named in modules_to_save once the model is there.
+        """
         if self.config.task_type is None:
-            self.config.task_type = peft_task_type
+            self.config.task_type = peft_task_type or None
+        self._names_head = not peft_task_type
         return True
+
+    def _name_head(self, model: nn.Module) -> None:
+        """Put the names of the new head's modules into modules_to_save, beside what is there."""
+        inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = {id(p) for p in task_head(inner)}
+        names = [name for name, child in inner.named_children() if any(id(p) in head for p in child.parameters())]
+        if not hasattr(self.config, "modules_to_save"):
+            raise SettingError(f"{self.name} cannot train the new head of {type(inner).__name__}; use another adapter.")
+        given = list(self.config.modules_to_save or [])
+        if not names and not given:
+            raise SettingError(
+                f"{self.name} finds no new head in {type(inner).__name__} that it could train; name its modules in "
+                "modules_to_save."
+            )
+        self.config.modules_to_save = [*given, *(name for name in names if name not in given)]
 
     def settings(self) -> dict[str, Any]:
         """The config's fields that differ from peft's defaults."""
@@ -128,7 +153,10 @@ class PeftTechnique(Technique):
         self._events.see_data(splits, processor)
 
     def see_saved(self, folder: Path) -> None:
-        """Pass on to the config."""
+        """Take over which modules were saved whole beside the adapter, as a new head is; and pass on to the config."""
+        file = folder / "adapter_config.json"
+        if self.config.task_type is None and hasattr(self.config, "modules_to_save") and file.is_file():
+            self.config.modules_to_save = json.loads(file.read_text(encoding="utf-8")).get("modules_to_save")
         self._events.see_saved(folder)
 
     def on_attached(self, model: nn.Module) -> None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import SettingError
 from ..memory import configurations
-from ..training.models import KNOWN, source_of
+from ..training.models import KNOWN, freeze_mask_token, options_for_images, source_of
 from ..training.quantised import Quantization, quantization_config
 from . import quantised
 
@@ -120,6 +120,7 @@ def make_model(
     if getattr(config, "scale_decoder_outputs", None) is False:  # its files hold a head of its own, as T5's do not
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight))
+    freeze_mask_token(model)
     if quantization is not None:
         if packed is not None:
             raise SettingError(f"The files of this {config.model_type!r} are quantised already; set no quantization.")
@@ -129,21 +130,24 @@ def make_model(
     return model.train()
 
 
-def make_batch(model: nn.Module, rows: int, length: int, side: int | None = None) -> Mapping[str, Tensor]:
+def make_batch(model: nn.Module, rows: int, length: int, side: int | None = None) -> Mapping[str, Any]:
     """Inputs and labels in the shapes that the model takes; sequences of full length.
 
     rows: sequences, or images, or recordings. length: tokens of a sequence; of the labels where inputs are audio.
     side: pixels of a side of images, in place of the configuration's.
+
+    Raises SettingError if no batch is known, or images are no whole number of the model's patches.
     """
     config: Any = model.config
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ids = torch.zeros(rows, length, dtype=torch.long)
-    batch: dict[str, Tensor] = {}
+    batch: dict[str, Any] = {}
     main, name = inner.main_input_name, type(inner).__name__
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         side = side or (vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0])
         batch[main] = torch.zeros(rows, getattr(vision, "num_channels", 3), side, side)
+        batch |= options_for_images(inner, side, side)
     elif main == "input_features":
         frames = 2 * config.max_source_positions  # the first layers halve them
         batch[main] = torch.zeros(rows, config.num_mel_bins, frames)

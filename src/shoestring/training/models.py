@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def load_pretrained(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(f"The model {model.name!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
     keep_training_layout(loaded)
+    freeze_mask_token(loaded)
     return loaded, processor
 
 
@@ -100,6 +102,36 @@ def _opened_gguf(file: Path) -> Path:
             with cache.folder_written_whole(folder, made_from) as new:
                 gguf.convert(file, new)
     return folder
+
+
+def freeze_mask_token(model: Any) -> None:
+    """Freeze what stands for hidden patches in encoders of images: no loss here depends on it."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] == "mask_token":
+            parameter.requires_grad_(False)
+
+
+def options_for_images(model: Any, height: int, width: int) -> dict[str, Any]:
+    """What a model has to be told with images of this size, where its positions are for another.
+
+    Raises SettingError if the images are no whole number of its patches, for the rest would not be seen.
+    """
+    from torch import nn
+
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.kernel_size == first.stride:
+        rows, columns = first.kernel_size
+        if height % rows or width % columns:
+            fits = height - height % rows, height - height % rows + rows
+            raise SettingError(
+                f"This model cuts images into patches of {rows} x {columns} pixels, and images of {height} x {width} "
+                f"are no whole number of them; set data.image_size to {' or '.join(str(n) for n in fits if n)}."
+            )
+    vision = getattr(model.config, "vision_config", model.config)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    own = getattr(vision, "image_size", None)
+    fixed = own is None or (height, width) == (tuple(own) if isinstance(own, (list, tuple)) else (own, own))
+    return {"interpolate_pos_encoding": True} if interpolates and not fixed else {}
 
 
 def max_positions(model: Any, tokenizer: Any) -> int | None:

@@ -2,12 +2,21 @@
 
 from .base import Task
 from .causal_lm import CausalLM
+from .image_classification import ImageClassification
 from .image_pretraining import ImagePretraining
 from .multiple_choice import MultipleChoice
 from .text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextClassification, CausalLM, MultipleChoice, ImagePretraining)
+    task.name: task for task in (TextClassification, CausalLM, MultipleChoice, ImageClassification, ImagePretraining)
 }
 
-__all__ = ["TASKS", "CausalLM", "ImagePretraining", "MultipleChoice", "Task", "TextClassification"]
+__all__ = [
+    "TASKS",
+    "CausalLM",
+    "ImageClassification",
+    "ImagePretraining",
+    "MultipleChoice",
+    "Task",
+    "TextClassification",
+]

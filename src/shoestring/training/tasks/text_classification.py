@@ -8,6 +8,7 @@ from ...errors import SettingError
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
 from .base import Task
+from .labels import CLASS_MEASURES, Classes, accuracy_and_f1, hits
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -21,8 +22,9 @@ class TextClassification(Task):
     peft_task_type = "SEQ_CLS"
     metric = "accuracy"
     higher_is_better = True
+    measures = CLASS_MEASURES
 
-    labels: list[str]
+    classes: Classes
 
     @classmethod
     def auto_class(cls) -> Any:
@@ -38,14 +40,8 @@ class TextClassification(Task):
                 raise SettingError(f"Row {row} of {split} holds no text in {name!r}, but {dataset[row][name]!r}.")
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
-        self.labels = self._label_names(data["train"])
-        model, tokenizer = load_pretrained(
-            self.settings.model,
-            self.auto_class(),
-            num_labels=len(self.labels),
-            id2label=dict(enumerate(self.labels)),
-            label2id={name: index for index, name in enumerate(self.labels)},
-        )
+        self.classes = Classes.of(data["train"], self.data.label)
+        model, tokenizer = load_pretrained(self.settings.model, self.auto_class(), **self.classes.config)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -59,17 +55,10 @@ class TextClassification(Task):
         def encode(rows: dict[str, list]) -> dict[str, Any]:
             texts = [rows[name] for name in (self.data.text, self.data.text_pair) if name is not None]
             encoded = processor(*texts, truncation=length is not None, max_length=length)
-            return {**encoded, "labels": [self._index(value) for value in rows[self.data.label]]}
+            return {**encoded, "labels": [self.classes.number(value) for value in rows[self.data.label]]}
 
         for split, dataset in data.items():
-            known = set(dataset.unique(self.data.label))
-            for value in known:
-                if not self._is_known(value):
-                    row = dataset[self.data.label].index(value)
-                    raise SettingError(
-                        f"Row {row} of {split} has the label {value!r} in {self.data.label!r}, which is out of range: "
-                        f"the training data has {', '.join(self.labels[:20])}."
-                    )
+            self.classes.check(split, dataset)
             data[split] = dataset.map(
                 encode, batched=True, remove_columns=dataset.column_names, desc=f"tokens of {split}"
             )
@@ -82,6 +71,9 @@ class TextClassification(Task):
                 )
         return data
 
+    def scores(self, loss: Any, predictions: Any, labels: Any) -> list[float]:
+        return hits(predictions, labels)
+
     def trainer(self, **kwargs: Any) -> Trainer:
         from transformers import DataCollatorWithPadding
 
@@ -89,48 +81,3 @@ class TextClassification(Task):
 
         collator = DataCollatorWithPadding(kwargs["processing_class"])
         return RecipeTrainer(data_collator=collator, compute_metrics=accuracy_and_f1, **kwargs)
-
-    def _label_names(self, train: Dataset) -> list[str]:
-        from datasets import ClassLabel
-
-        feature = train.features[self.data.label]
-        if isinstance(feature, ClassLabel):
-            return list(feature.names)
-        values = train.unique(self.data.label)
-        if any(isinstance(value, float) or value is None for value in values):
-            raise SettingError(f"data.label {self.data.label!r} must hold names or whole numbers, got {values[0]!r}.")
-        if all(isinstance(value, int) for value in values):
-            wrong = [value for value in values if not 0 <= value < len(values)]
-            if wrong:
-                raise SettingError(
-                    f"Row {train[self.data.label].index(wrong[0])} of train has the label {wrong[0]} in "
-                    f"{self.data.label!r}, out of range: {len(values)} classes are numbered 0 to {len(values) - 1}."
-                )
-            return [str(value) for value in sorted(values)]
-        return sorted(str(value) for value in values)
-
-    def _is_known(self, value: Any) -> bool:
-        return 0 <= value < len(self.labels) if isinstance(value, int) else str(value) in self.labels
-
-    def _index(self, value: Any) -> int:
-        return value if isinstance(value, int) else self.labels.index(str(value))
-
-
-def accuracy_and_f1(prediction: Any) -> dict[str, float]:
-    """Accuracy, macro F1, and the share of the most frequent class, each in [0, 1].
-
-    prediction: `predictions` logits [rows, classes] and `label_ids` [rows].
-    """
-    import numpy as np
-
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted, labels = logits.argmax(-1), prediction.label_ids
-    scores = []
-    for label in np.unique(labels):
-        hit = ((predicted == label) & (labels == label)).sum()
-        scores.append(2 * hit / ((predicted == label).sum() + (labels == label).sum()))
-    return {
-        "accuracy": float((predicted == labels).mean()),
-        "f1_macro": float(np.mean(scores)),
-        "majority_class": float(np.bincount(labels).max() / len(labels)),
-    }
