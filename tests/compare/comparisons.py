@@ -29,7 +29,7 @@ def make(recipes=25, seeds=3, *, steps=160, failures=2, missing=4, names=(), see
     chance = random.Random(seed)
     names = [*names, *(_name(place) for place in range(recipes))][:recipes]
     made = [_recipe(name, place, seeds, steps, chance) for place, name in enumerate(names)]
-    made = [_with(recipe, front=_fronts(made)[place]) for place, recipe in enumerate(made)]
+    made = [_with(recipe, front=found) for recipe, found in zip(made, _fronts(made), strict=True)]
     made.sort(key=lambda recipe: -recipe.values["accuracy"].mean)
     baseline = names[0] if names else None
     made = [_with(recipe, difference=_difference(recipe, made, baseline)) for recipe in made]
@@ -119,7 +119,7 @@ def _recipe(name, place, seeds, steps, chance):
 
 def _fronts(made):
     found = [[] for _ in made]
-    for cost in COSTS:
+    for cost in MEASURES[1:]:
         points = [{name: spread.mean for name, spread in recipe.values.items()} for recipe in made]
         if any(cost.name in point for point in points):
             for place, on in enumerate(front(points, {"accuracy": "higher", cost.name: cost.better})):

@@ -32,7 +32,8 @@ def terminal_table(comparison: Comparison) -> Table:
     for cost in main_costs(comparison):
         if cost.name != LEFT_OUT:
             columns[cost.label] = [spread_text(each.values.get(cost.name), cost.unit) for each in comparison.recipes]
-    table = Table(title=_text(f"{comparison.name}: {state_of(comparison)}"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title = _text(f"{comparison.name}: {state_of(comparison)}")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=min(title.cell_len, WIDTH))
     table.title_justify = table.caption_justify = "left"
     table.add_column("#", justify="right", min_width=3)
     table.add_column("", min_width=1)

@@ -24,7 +24,7 @@ def front_section(comparison: Comparison) -> str:
         f'<select id="cost">{options}</select></label></p>\n'
         '<div class="beside"><div><div class="chart needs-script" id="front-chart"></div>'
         '<p class="note needs-script" id="front-note"></p>'
-        '<noscript><p class="note">The charts, sorting and the filter need JavaScript.</p></noscript></div>\n'
+        '<p class="note no-script">The charts, sorting and the filter need JavaScript.</p></div>\n'
         f"<div>{fronts}</div></div></section>"
     )
 

@@ -119,7 +119,8 @@ def _place(name: str, order: tuple[str, ...]) -> int:
 def on_front(comparison: Comparison, cost: Measure) -> list[int]:
     """Places of the recipes on the front of the quality and this cost, the cheapest first."""
     sign = -1 if cost.better == "higher" else 1
-    places = [place for place, recipe in enumerate(comparison.recipes) if cost.name in recipe.front]
+    recipes = enumerate(comparison.recipes)
+    places = [place for place, recipe in recipes if cost.name in recipe.front and cost.name in recipe.values]
     return sorted(places, key=lambda place: sign * comparison.recipes[place].values[cost.name].mean)
 
 
