@@ -27,7 +27,7 @@ from . import optimizers as _optimizers  # noqa: F401  registers its techniques
 from . import pruning as _pruning  # noqa: F401  registers its methods
 from . import recipes
 from . import selection as _selection  # noqa: F401  registers its techniques
-from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, peft_configs
+from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, described_by_peft, peft_configs
 from .errors import SettingError, did_you_mean
 from .fakes import has_values
 from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique
@@ -473,7 +473,8 @@ def known_techniques() -> dict[str, TechniqueInfo]:
             kind, exact = ("prompts" if issubclass(cls, PromptLearningConfig) else "adapters"), None
         else:
             kind, exact = (cls.__module__.split(".")[-2] if ours else cls.phase.name.lower()), cls.exact
-        summary = next((line.strip() for line in doc.splitlines() if line.strip()), "")
+        summary = "" if ours else described_by_peft(name)
+        summary = summary or next((line.strip() for line in doc.splitlines() if line.strip()), "")
         known[name] = TechniqueInfo(name, kind, "shoestring" if ours else "peft", summary, cls, doc, exact)
     return known
 

@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import shoestring
+from shoestring import Recipe, recipes
 from shoestring.adapters.hut import HUTConfig
 from shoestring.cli import app, main
 from shoestring.cli.methods import read_labels, read_settings
@@ -224,10 +225,35 @@ class TestMethods:
     def test_names_are_found_in_any_case_and_with_dashes(self):
         assert self.run("S2-LoRA") == self.run("s2_lora")
 
+    @pytest.mark.parametrize("name", recipes.names())
+    def test_a_recipe_by_name_is_shown_with_what_is_in_it(self, name):
+        purpose, text = recipes.parts(name)
+        shown = self.run(name)
+        assert shown.startswith(f"{name}   a recipe")
+        assert " ".join(purpose.split()) in " ".join(shown.split())
+        assert Recipe.from_yaml(text) == Recipe.named(name)
+        assert all(line in shown for line in text.splitlines())
+        rows = {line.split()[0] for line in shown.partition("\ntechnique")[2].splitlines()[1:] if line[:1] > " "}
+        assert rows == {technique.name for technique in Recipe.named(name).techniques}
+
+    def test_a_recipe_as_json_is_data(self):
+        found = json.loads(self.run("exact_small", "--json"))
+        assert (found["name"], found["kind"], found["exact"]) == ("exact_small", "recipe", True)
+        assert found["summary"] == found["doc"].splitlines()[0] == recipes.summary("exact_small")
+        assert Recipe.from_list(found["recipe"]) == Recipe.from_yaml(found["yaml"]) == Recipe.named("exact_small")
+        assert [row["name"] for row in found["techniques"]] == ["lora", "token_windows", "chunked_loss"]
+        assert found["techniques"][0]["summary"].startswith("Creates Low Rank Adapter (LoRA) model")
+
+    def test_recipes_are_found_in_any_case_and_are_of_no_kind(self, capsys):
+        assert self.run("T_FEW") == self.run("t-few")
+        assert main(["methods", "qlora", "--kind", "adapters"]) == 2
+        assert "Unknown method 'qlora' of kind adapters." in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["loar"], "Unknown method 'loar'. Did you mean 'lora'"),
+            (["exact_smal"], "Unknown method 'exact_smal'. Did you mean 'exact_small'"),
             (["hut", "--kind", "prompts"], "Unknown method 'hut' of kind prompts."),
             (["--kind", "adapter"], "Unknown kind 'adapter'. Did you mean 'adapters'?"),
         ],

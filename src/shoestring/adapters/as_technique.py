@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, match_target_against_key
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -253,6 +253,13 @@ def method_name(peft_type: Any) -> str:
 def peft_configs() -> dict[str, type[PeftConfig]]:
     """Every config class peft knows, ours included, by the name run files use."""
     return {method_name(kind): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def described_by_peft(name: str) -> str:
+    """The first sentence that peft says about one of its methods; empty where it says nothing."""
+    docs = {method_name(kind): tuner.__doc__ for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    paragraph = " ".join((docs.get(name) or "").strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", paragraph)[0]
 
 
 def _check_targets(config: PeftConfig, model: nn.Module) -> None:

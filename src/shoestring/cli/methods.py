@@ -1,4 +1,4 @@
-"""`shoestring methods [NAME]`: the techniques there are, or one of them with its equation, cost and settings."""
+"""`shoestring methods [NAME]`: the techniques and named recipes there are, or one of them whole."""
 
 import dataclasses
 import inspect
@@ -25,6 +25,8 @@ EXAMPLES = """[bold]Examples[/]
 
 [cyan]shoestring methods lora[/]   one, with its settings
 
+[cyan]shoestring methods qlora[/]   a recipe by name, with what is in it
+
 [cyan]shoestring methods --kind blocks[/]   those that change how a block runs
 
 [cyan]shoestring methods --json[/]   for other programs"""
@@ -33,7 +35,9 @@ LABELS = ("Source", "Code", "Update", "Shapes", "Start", "Trains", "Costs", "Dif
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A technique, as in a recipe.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A technique, as in a recipe, or a recipe by name.", show_default=False)
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="Only techniques of this kind.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -49,11 +53,20 @@ def methods(
     if name is None:
         _show_all(known, as_json)
         return
-    key = name if name in known else name.lower().replace("-", "_")
-    if key not in known:
+    named = recipes.names() if kind is None else []  # which are of no kind
+    key = next((each for each in (*known, *named) if _plain(each) == _plain(name)), None)
+    if key is None:
         of_kind = f" of kind {kind}" if kind else ""
-        raise SettingError(f"Unknown method {name!r}{of_kind}. {did_you_mean(key, known)}")
-    _show_one(known[key], as_json)
+        raise SettingError(f"Unknown method {name!r}{of_kind}. {did_you_mean(_plain(name), [*known, *named])}")
+    if key in known:
+        _show_one(known[key], as_json)
+    else:
+        _show_recipe(key, known, as_json)
+
+
+def _plain(name: str) -> str:
+    """A name in any case, with dashes or underscores, as one word."""
+    return name.lower().replace("-", "_")
 
 
 def read_labels(doc: str) -> dict[str, str]:
@@ -193,7 +206,9 @@ def _show_all(known: "dict[str, TechniqueInfo]", as_json: bool) -> None:
     console = _console()
     console.print(table)
     console.print(f"\n{len(order)} methods; `shoestring methods NAME` shows one with its settings.", highlight=False)
-    console.print("\nRecipes by name, as `recipe: NAME` in a run file:", highlight=False)
+    console.print(
+        "\nRecipes by name, `recipe: NAME` in a run file; `shoestring methods NAME` shows one:", highlight=False
+    )
     for name in recipes.names():
         console.print(f"  [cyan]{name}[/]  {recipes.summary(name)}", highlight=False)
 
@@ -225,4 +240,31 @@ def _show_one(info: "TechniqueInfo", as_json: bool) -> None:
         default = "required" if item["default"] is None else item["default"]
         table.add_row(Text(item["name"] or ""), Text(item["type"] or ""), Text(default), Text(item["doc"] or ""))
     console.print()
+    console.print(table)
+
+
+def _show_recipe(name: str, known: "dict[str, TechniqueInfo]", as_json: bool) -> None:
+    from shoestring.recipe import Recipe
+
+    recipe = Recipe.named(name)
+    purpose, text = recipes.parts(name)
+    inside = [_summary(known[technique.name]) for technique in recipe.techniques]
+    if as_json:
+        values: dict[str, Any] = {"name": name, "kind": "recipe", "summary": recipes.summary(name), "doc": purpose}
+        values |= {"exact": recipe.exact, "yaml": text, "recipe": recipe.to_list(), "techniques": inside}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    exact = "; exact: gradients unchanged" if recipe.exact else ""
+    console.print(Text.assemble((name, "bold cyan"), f"   a recipe, `recipe: {name}` in a run file{exact}\n"))
+    console.print(Text(f"{purpose}\n\n{text}\n"), highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("technique", style="cyan", no_wrap=True)
+    for column in ("kind", "what it does"):
+        table.add_column(column)
+    for row in inside:
+        table.add_row(row["name"], row["kind"], Text(row["summary"]))
     console.print(table)

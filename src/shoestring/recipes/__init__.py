@@ -1,8 +1,10 @@
 """Recipes that come with the package, by name: `recipe: exact_small` in a run file, or `Recipe.named("exact_small")`.
 
-Each is a file of this folder, a list of techniques as a run file's `recipe` has it; its first line says what it is for.
+Each is a file of this folder: a comment that says what it is for, in short in its first line, and a list of techniques
+as a run file's `recipe` has it.
 """
 
+from itertools import takewhile
 from pathlib import Path
 
 from ..errors import SettingError, did_you_mean
@@ -25,6 +27,16 @@ def path_of(name: str) -> Path:
     return FOLDER / f"{name}.yaml"
 
 
+def parts(name: str) -> tuple[str, str]:
+    """What a recipe is for, the comment its file begins with; and its techniques, as YAML.
+
+    Raises SettingError as `path_of` does.
+    """
+    lines = path_of(name).read_text(encoding="utf-8").splitlines()
+    comment = list(takewhile(lambda line: line.startswith("#"), lines))
+    return "\n".join(line.removeprefix("#").strip() for line in comment), "\n".join(lines[len(comment) :])
+
+
 def summary(name: str) -> str:
-    """What a recipe is for: the first line of its file."""
-    return path_of(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    """What a recipe is for, in one line."""
+    return parts(name)[0].splitlines()[0]
