@@ -97,6 +97,14 @@ class TestLoading:
         assert opened.locator("#front-chart circle, #front-chart path").count() >= recipes
         assert opened.locator(".failures tbody tr").count() == 1
 
+    def test_a_quality_without_a_cost_is_no_error(self, shown):
+        compared = comparisons.make(4)
+        bare = [replace(each, values={"accuracy": each.values["accuracy"]}, front=()) for each in compared.recipes]
+        opened = shown(replace(compared, measures=compared.measures[:1], recipes=tuple(bare)))
+        opened.fill("#where", "accuracy > 0")
+        opened.get_by_role("button", name="front of the chart above").click()
+        assert len(names(opened)) == 4
+
     def test_hostile_names_are_read_as_they_are(self, shown):
         compared = comparisons.make(8, names=comparisons.HOSTILE)
         opened = shown(compared)
@@ -210,7 +218,7 @@ class TestFilter:
             ("accuracy >", "At the end a measure or a number is missing"),
             ("accuracy = 1", "Write == for equal"),
             ("accuracy > 1 && accuracy < 2", "Write and, or"),
-            ("0 < accuracy < 1", "compare two at a time"),
+            ("0 < accuracy < 1", "two at a time"),
             ("(accuracy > 0", "At the end “and”, “or” or “)” is missing"),
             ("accuracy > 0)", "Here should stand “and” or “or”, not “)” at character 13"),
             ("accuracy > 'a'", "“'” at character 12 cannot stand here"),
@@ -383,6 +391,13 @@ class TestCurves:
         opened = shown(comparisons.make(12))
         assert opened.locator("#loss-chart g.line").count() == opened.locator("#time-chart g.line").count() == 6
         assert opened.locator("#loss-chart g.line").first.locator("path.seed").count() == 3
+        opened.locator("#time-chart").scroll_into_view_if_needed()
+        x, y = opened.locator("#time-chart path.mean").first.evaluate(
+            "p => [p.getPointAtLength(0), p.ownerSVGElement.getBoundingClientRect()]"
+            ".reduce((at, box) => [at.x + box.x, at.y + box.y])"
+        )
+        opened.mouse.move(x, y)
+        assert re.search(r"time of training [\d.]+ s\naccuracy [\d.]+ %$", opened.inner_text("#tip"))
         opened.get_by_role("button", name="none", exact=True).click()
         assert opened.locator("#loss-chart g.line").count() == 0
         opened.locator("#lines input").nth(4).check()
@@ -463,7 +478,8 @@ class TestLook:
         for k in range(8):
             inks = opened.evaluate(
                 f"""() => {{ const box = document.body.appendChild(document.createElement('i'));
-                box.className = 'part-{k}'; box.style.cssText = 'background: var(--part); color: var(--on)'; const style = getComputedStyle(box);
+                box.className = 'part-{k}'; box.style.cssText = 'background: var(--part); color: var(--on)';
+                const style = getComputedStyle(box);
                 return [style.backgroundColor, style.color]; }}"""
             )
             light, dark = sorted(map(_brightness, inks), reverse=True)

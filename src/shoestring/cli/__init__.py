@@ -17,6 +17,8 @@ from shoestring import __version__
 from shoestring.errors import RunFailed, SettingError
 
 from .assets import app as assets
+from .compare import EXAMPLES as COMPARE_EXAMPLES
+from .compare import compare
 from .measure import EXAMPLES as MEASURE_EXAMPLES
 from .measure import measure
 from .merge import EXAMPLES as MERGE_EXAMPLES
@@ -41,6 +43,7 @@ app = typer.Typer(
 app.command(epilog=TRAIN_EXAMPLES)(train)
 app.command(epilog=MEASURE_EXAMPLES)(measure)
 app.command(epilog=PLAN_EXAMPLES)(plan)
+app.command(epilog=COMPARE_EXAMPLES)(compare)
 app.command(epilog=METHODS_EXAMPLES)(methods)
 app.command(epilog=MERGE_EXAMPLES)(merge)
 app.add_typer(assets, name="assets")

@@ -40,7 +40,7 @@ def _front(comparison: Comparison, cost: Measure, place: int) -> str:
         marked.append(("□", comparison.recipes.index(baseline)))
     rows = "".join(_row(comparison, index, cost, mark) for mark, index in marked)
     compared = baseline and any(_times(comparison.recipes[index], baseline, cost) for index in found)
-    times = f" ×: of what {isolated(baseline.name)} takes." if baseline and compared else ""
+    times = f" ×: compared with {isolated(baseline.name)}." if baseline and compared else ""
     return (
         f"{opened}{_advice(comparison, cost)}"
         f"<p>On the front ◆: no other recipe is better in one of the two and as good in the other.{times}</p>"
@@ -64,7 +64,9 @@ def _times(recipe: Compared, baseline: Compared | None, cost: Measure) -> str:
     mine, theirs = recipe.values.get(cost.name), baseline.values.get(cost.name)
     if not mine or not theirs or not theirs.mean > 0 or not math.isfinite(mine.mean / theirs.mean):
         return ""
-    return f' <span class="note">{mine.mean / theirs.mean:.2g} ×</span>'
+    ratio = mine.mean / theirs.mean
+    text = f"{ratio:.2g}" if ratio >= 0.01 or not ratio else f"1/{float(f'{1 / ratio:.2g}'):,.0f}"
+    return f' <span class="note">{text} ×</span>'
 
 
 def _advice(comparison: Comparison, cost: Measure) -> str:

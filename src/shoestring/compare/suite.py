@@ -37,7 +37,7 @@ from ..recipe import Recipe
 from ..technique import plain
 from ..training.data import READERS
 from ..training.explained import Problem, Sections, explain, told
-from ..training.marked_yaml import MarkedYaml, dump_yaml, parse_marked_yaml, read_marked_yaml
+from ..training.marked_yaml import MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
 from ..training.overrides import apply_override
 from ..training.settings import RunSettings
 from ..training.tasks import TASKS
@@ -169,8 +169,8 @@ class Suite:
                 except SettingError as error:
                     refused.setdefault(str(error), []).append(variant)
         for text, variants in refused.items():  # one of the base is all recipes'
-            place = marked.place(("recipes", *(variants if len(variants) == 1 else ())))
-            problems.append((place, f"{', '.join(variants)}: {text}"))
+            line = marked.place(("recipes", *(variants if len(variants) == 1 else ()))).line
+            problems.append((Place(", ".join(variants), line), text))  # the text says where
         tasks = {run.task for run in runs.values()}
         for run in runs.values() if not problems else ():
             problems += _fits(run, file, extras, marked)

@@ -39,6 +39,9 @@ def compare_results(
 
     Raises SettingError if no result has that quality.
     """
+    failed = [result for result in results if result.train_info.status != "success"]
+    failures = [*failures, *(Failure(r.name, _seed(r), r.run_info.error_msg) for r in failed)]
+    results = [result for result in results if result not in failed]
     by_name: dict[str, list[Result]] = {name: [] for name in asked.names}
     for result in results:
         by_name.setdefault(result.name, []).append(result)
@@ -170,7 +173,7 @@ def _measures(asked: Asked, recipes: Sequence[Compared]) -> tuple[Measure, ...]:
     task = [name for name in has if name not in costs and name not in extras and name != asked.quality]
     known = {**costs, **extras}
     first = [known.get(asked.quality) or quality_measure(asked.quality)] if asked.quality in has else []
-    rest = [m for name, m in {**extras, **costs}.items() if name in has and name != asked.quality]
+    rest = [known[name] for name in dict.fromkeys((*extras, *costs)) if name in has and name != asked.quality]
     return (*first, *(quality_measure(name) for name in task), *rest)
 
 

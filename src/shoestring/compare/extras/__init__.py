@@ -4,7 +4,8 @@ from .base import Extra
 from .forgetting import Forgetting
 from .generation import Generation
 from .latency import Latency
+from .lm_eval import LmEval
 
-EXTRAS: dict[str, type[Extra]] = {extra.name: extra for extra in (Forgetting, Generation, Latency)}
+EXTRAS: dict[str, type[Extra]] = {extra.name: extra for extra in (Forgetting, Generation, Latency, LmEval)}
 
-__all__ = ["EXTRAS", "Extra", "Forgetting", "Generation", "Latency"]
+__all__ = ["EXTRAS", "Extra", "Forgetting", "Generation", "Latency", "LmEval"]

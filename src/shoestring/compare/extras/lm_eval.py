@@ -1,0 +1,87 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, on the model as it was trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from ...errors import SettingError, did_you_mean
+from ...training.tasks import TASKS
+from ..measures import Better, Measure
+from .base import Extra
+
+if TYPE_CHECKING:
+    from ...training.run import Ready
+    from ...training.settings import RunSettings
+
+LESS_IS_BETTER = ("perplexity", "bits_per_byte", "ter", "brier_score")
+
+
+class LmEval(Extra):
+    """The figures `metrics` of `tasks`, as task/metric; of the metrics a task must have one.
+
+    limit: rows of each task. include_path: a folder of task files of one's own.
+    """
+
+    name: ClassVar[str] = "lm_eval"
+
+    tasks: list[str] = Field(min_length=1, description="names of tasks")
+    metrics: list[str] = Field(default_factory=lambda: ["acc"], min_length=1)
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    batch: int = Field(8, ge=1)
+    include_path: str | None = Field(None, min_length=1)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        pairs = [(task, metric) for task in self.tasks for metric in self.metrics]
+        return tuple(Measure(f"{task}/{metric}", f"{metric} of {task}", "", way_of(metric)) for task, metric in pairs)
+
+    def check(self, run: RunSettings) -> None:
+        if TASKS[run.task].peft_task_type != "CAUSAL_LM":
+            raise SettingError(f"it is for language models, which {run.task} does not train.")
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise SettingError("it needs lm_eval, which is missing: pip install 'shoestring[lm-eval]'") from None
+        known = TaskManager(include_path=self.include_path).all_tasks
+        if unknown := [task for task in self.tasks if task not in known]:
+            raise SettingError(f"unknown task {unknown[0]!r}. {did_you_mean(unknown[0], known)}")
+
+    def after(self, ready: Ready) -> dict[str, float]:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        model: Any = ready.attached.model
+        was_training = model.training
+        model.eval()
+        try:
+            harness = HFLM(pretrained=model, tokenizer=ready.trainer.processing_class, batch_size=self.batch)
+            found: Any = simple_evaluate(
+                model=harness,
+                tasks=self.tasks,
+                num_fewshot=self.num_fewshot,
+                limit=self.limit,
+                task_manager=TaskManager(include_path=self.include_path),
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        finally:
+            model.train(was_training)
+        figures = {}
+        for task in self.tasks:
+            has = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
+            if not any(metric in has for metric in self.metrics):
+                known = ", ".join(sorted(has.keys() - {"alias"}))
+                raise SettingError(f"measure.lm_eval: {task} has none of {', '.join(self.metrics)}; it has {known}.")
+            figures |= {f"{task}/{metric}": float(has[metric]) for metric in self.metrics if metric in has}
+        return figures
+
+
+def way_of(metric: str) -> Better:
+    """Which way a metric of the harness is better."""
+    return "lower" if any(part in metric for part in LESS_IS_BETTER) else "higher"

@@ -1,0 +1,285 @@
+"""Suites that really run, each run in a process of its own: what is kept, what fails, and what a kill leaves."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shoestring.compare import runner
+from shoestring.compare.results import Result
+from shoestring.compare.runner import Store, comparison_of, run_suite, state_of
+from shoestring.compare.suite import Suite
+from shoestring.errors import SettingError
+from tiny_runs import reviews
+
+LORA = [{"lora": {"r": 2, "target_modules": ["query"]}}]
+MEASURED_TIME = ("seconds", "_a_second", "process_peak", "latency")  # what no two runs share
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, run_file: Callable[..., Path], review_csv: Path) -> Callable[..., Path]:
+    """Write a suite of the tiny classifier: three steps of full tuning and of LoRA, evaluated on the way."""
+
+    def write(name: str = "suite", train: dict[str, Any] | None = None, **changes: Any) -> Path:
+        evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        data = {"validation": str(review_csv), "test": str(review_csv)}
+        run = yaml.safe_load(run_file("base", data=data, train=evaluated | (train or {})).read_text())
+        del run["recipe"], run["output_dir"]
+        suite = {
+            "base": run,
+            "recipes": {"full tuning": [], "lora": LORA},
+            "seeds": [0],
+            "budget": {"steps": 3},
+            "baseline": "lora",
+            "output_dir": str(tmp_path / name),
+            **changes,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(suite, sort_keys=False))
+        return path
+
+    return write
+
+
+def numbers_of(suite: Suite) -> dict[str, Any]:
+    """What must be the same whenever a suite is run."""
+    found = {}
+    for digest, result in state_of(suite).results.items():
+        own = result.shoestring
+        assert own is not None
+        values = {name: value for name, value in own.values.items() if not any(part in name for part in MEASURED_TIME)}
+        curve = [(step, value) for step, _, value in own.curve]
+        found[digest] = (values, own.losses, curve, own.scores, own.memory, own.quality)
+    return found
+
+
+def test_a_suite_runs_and_says_what_each_recipe_cost(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file(seeds=[0, 1], target=0.1, measure=["latency"]))
+    heard: list[Any] = []
+    run_suite(suite, on_event=heard.append)
+    assert [event[0] for event in heard if event[0] in ("checking", "started", "finished")] == [
+        *["checking"] * 2,
+        *["started", "finished"] * 4,
+    ]
+    assert {event[2:] for event in heard if event[0] == "step"} == {(1, 3), (2, 3), (3, 3)}
+    found = comparison_of(suite)
+    full, lora = sorted(found.recipes, key=lambda recipe: recipe.name)
+    assert full.seeds == lora.seeds == (0, 1)
+    assert lora.values["trained_parameters"].mean < full.values["trained_parameters"].mean
+    assert lora.values["optimizer_bytes"].mean < full.values["optimizer_bytes"].mean
+    assert lora.values["checkpoint_bytes"].mean < full.values["checkpoint_bytes"].mean
+    for name in ("accuracy", "f1_macro", "peak_bytes", "kept_bytes", "step_seconds", "latency_seconds", "ppt", "pme"):
+        assert name in full.values, name
+    assert sum(lora.memory.values()) == lora.values["peak_bytes"].values[0]
+    assert [step for step, _ in lora.losses[0]] == [1, 2, 3]
+    assert len(lora.curve[0]) == 2  # after step 2, and at the end
+    assert "seconds_to_target" in lora.values
+    assert full.difference is not None
+    assert found.missing == 0
+    assert not (Path(suite.output_dir) / runner.RUNS).exists()
+    (result,) = [r for r in state_of(suite).results.values() if r.run_info.experiment_name == "lora/seed1"]
+    assert len(result.shoestring.scores) == 24
+    assert sum(result.shoestring.scores) / 24 == pytest.approx(result.shoestring.values["accuracy"])
+    assert result.run_info.peft_config["peft_type"] == "LORA"
+    assert result.run_info.train_config["seed"] == 1
+    assert result.train_info.metrics[-1]["test accuracy"] == result.shoestring.values["accuracy"]
+
+
+def test_what_is_finished_is_used_again_also_under_another_name(suite_file: Callable[..., Path]) -> None:
+    run_suite(Suite.load(suite_file(recipes={"lora": LORA})), check=False)
+    wide = [{"lora": {"r": 3, "target_modules": ["query"]}}]
+    suite = Suite.load(suite_file(recipes={"renamed": LORA, "wide": wide}, baseline="renamed"))
+    assert state_of(suite).to_do == suite.cases[1:]
+    kept = {path: path.read_bytes() for path in (Path(suite.output_dir) / "results").iterdir()}
+    heard: list[Any] = []
+    run_suite(suite, on_event=heard.append)
+    assert {event[1].name for event in heard} == {"wide"}
+    assert all(path.read_bytes() == held for path, held in kept.items())
+    assert {recipe.name for recipe in comparison_of(suite).recipes} == {"renamed", "wide"}
+
+
+def test_the_same_suite_gives_the_same_numbers(suite_file: Callable[..., Path]) -> None:
+    first, second = Suite.load(suite_file("one")), Suite.load(suite_file("two"))
+    run_suite(first, check=False)
+    run_suite(second, check=False, jobs=2)
+    assert numbers_of(first) == numbers_of(second)
+
+
+def test_a_run_in_a_suite_is_a_run_of_shoestring_train(suite_file: Callable[..., Path], tmp_path: Path) -> None:
+    from shoestring.training.run import train
+    from shoestring.training.settings import RunSettings
+
+    suite = Suite.load(suite_file(recipes={"lora": LORA}))
+    run_suite(suite, check=False)
+    (result,) = state_of(suite).results.values()
+    path = tmp_path / "alone.yaml"
+    path.write_text(result.shoestring.run_file)
+    report = train(RunSettings.load(path, [f"output_dir={tmp_path / 'alone'}"]))
+    assert report.quality == result.shoestring.quality
+    assert [list(row) for row in report.losses] == [list(row) for row in result.shoestring.losses]
+    assert report.memory["at_peak"] == result.shoestring.memory
+
+
+def test_what_cannot_run_is_told_before_the_first_run(suite_file: Callable[..., Path]) -> None:
+    recipes = {
+        "good": LORA,
+        "no such layer": [{"lora": {"target_modules": ["nowhere"]}}],
+        "no such column": {"recipe": LORA, "data": {"text": "review"}},
+        "no linear layer": [{"hut": {"target_modules": ["LayerNorm"]}}],
+    }
+    suite = Suite.load(suite_file(recipes=recipes, baseline="good"))
+    heard: list[Any] = []
+    with pytest.raises(SettingError) as error:
+        run_suite(suite, on_event=heard.append)
+    text = str(error.value)
+    assert text.startswith("3 of 4 recipes cannot run; nothing was started:")
+    assert "no such layer: " in text
+    assert "no such column: The train data has no column 'review'" in text
+    assert "no linear layer: " in text
+    assert "started" not in [event[0] for event in heard]
+    assert not list(Path(suite.output_dir).rglob("*.json"))
+
+
+def test_a_failure_is_kept_with_its_reason_and_stops_no_other(suite_file: Callable[..., Path]) -> None:
+    recipes = {"wild": {"recipe": [], "train": {"learning_rate": 1e30}}, "lora": LORA}
+    suite = Suite.load(suite_file(recipes=recipes, train={"max_grad_norm": 0.0}))
+    run_suite(suite)
+    found = comparison_of(suite)
+    assert [recipe.name for recipe in found.recipes] == ["lora"]
+    (failure,) = found.failures
+    assert (failure.name, failure.seed) == ("wild", 0)
+    assert "The loss became" in failure.reason
+    assert state_of(suite).to_do == ()  # what failed is tried again only if asked
+    run_suite(suite, retry_failed=True)
+    assert len(list((Path(suite.output_dir) / runner.FAILED).iterdir())) == 2  # nothing is overwritten
+
+
+def test_a_process_that_dies_is_a_failure_with_its_signal(
+    suite_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = Suite.load(suite_file(recipes={"lora": LORA}, train={"max_steps": None}, budget={"steps": 500}))
+    start, started = runner._start, []
+    monkeypatch.setattr(runner, "_start", lambda *args, **kw: started.append(start(*args, **kw)) or started[-1])
+
+    def kill(event: Any) -> None:
+        if event[0] == "step" and event[2] == 2:
+            os.kill(started[-1].process.pid, signal.SIGKILL)
+
+    run_suite(suite, check=False, on_event=kill)
+    (failure,) = comparison_of(suite).failures
+    assert failure.reason == "The process was ended by SIGKILL; the system may have run out of memory."
+
+
+def test_an_interrupted_run_is_written_down_and_run_again(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file(recipes={"lora": LORA}))
+
+    def interrupt(event: Any) -> None:
+        if event[0] == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite, check=False, on_event=interrupt)
+    (path,) = (Path(suite.output_dir) / runner.CANCELLED).iterdir()
+    assert Result.read(path).train_info.status == "cancelled"
+    assert state_of(suite).to_do == suite.cases
+    run_suite(suite, check=False)
+    assert len(state_of(suite).results) == 1
+
+
+def test_two_comparisons_do_not_share_a_folder(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file())
+    with (
+        Store(suite.output_dir).locked(),
+        pytest.raises(SettingError, match="Another comparison runs in"),
+    ):
+        run_suite(suite)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(suite_file: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingError, match="is a file, or lies inside one"):
+        run_suite(Suite.load(suite_file(output_dir=str(tmp_path / "file" / "inner"))))
+    with pytest.raises(SettingError, match="jobs must be at least 1, got 0"):
+        run_suite(Suite.load(suite_file()), jobs=0)
+
+
+def test_an_edited_result_is_refused_before_anything_runs(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file(recipes={"lora": LORA}))
+    run_suite(suite, check=False)
+    (path,) = (Path(suite.output_dir) / runner.RESULTS).iterdir()
+    values = json.loads(path.read_text())
+    values["shoestring"]["values"]["accuracy"] = 1.0
+    path.write_text(json.dumps(values))
+    with pytest.raises(SettingError, match="was changed since it was written"):
+        run_suite(suite)
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 170}, {"seconds": 0.5}])
+def test_budgets_in_tokens_and_seconds_become_steps(suite_file: Callable[..., Path], budget: dict[str, Any]) -> None:
+    train = {"eval_strategy": "no", "save_strategy": "no"}
+    suite = Suite.load(suite_file(recipes={"lora": LORA}, budget=budget, train=train))
+    run_suite(suite)
+    (result,) = state_of(suite).results.values()
+    made = result.run_info.train_config["max_steps"]
+    assert made == result.train_info.metrics[-1]["step"]
+    if "tokens" in budget:
+        a_row = sum(len(row["text"].split()) + 2 for row in reviews(24)) / 24
+        assert made == round(170 / (4 * a_row))
+    else:
+        assert made > 3
+        assert 0.1 < result.train_info.train_time < 2.5  # a few milliseconds a step, on a machine that does other work
+
+
+def test_the_peak_of_a_process_is_its_own(suite_file: Callable[..., Path]) -> None:
+    """Memory that the starting process holds is not counted: a gigabyte more here changes nothing there."""
+    suite = Suite.load(suite_file("one", recipes={"lora": LORA}))
+    run_suite(suite, check=False)
+    ballast = bytearray(os.urandom(1024)) * 2**20
+    other = Suite.load(suite_file("two", recipes={"lora": LORA}))
+    run_suite(other, check=False)
+    peaks = [r.shoestring.values["process_peak_bytes"] for s in (suite, other) for r in state_of(s).results.values()]
+    one, two = peaks
+    assert len(ballast) == 2**30
+    assert abs(two - one) < 2**27
+
+
+def killed_and_resumed(path: Path, kills: int, seed: int) -> int:
+    """Run a suite by the command line, killed at random moments; how often it was killed before it finished."""
+    draw, killed = random.Random(seed), 0
+    command = [sys.executable, "-m", "shoestring", "compare", str(path), "--no-check"]
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if killed < kills:
+            try:
+                process.wait(draw.uniform(2, 14))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                killed += 1
+                time.sleep(0.5)
+                continue
+        _, said = process.communicate()
+        assert process.returncode == 0, said.decode()
+        return killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "seed"), [(20, 0)])
+def test_a_killed_suite_comes_to_the_same_numbers(suite_file: Callable[..., Path], kills: int, seed: int) -> None:
+    recipes = {"full tuning": [], "lora": LORA, "bitfit": ["bitfit"]}
+    changes = {"recipes": recipes, "seeds": [0, 1, 2, 3], "budget": {"steps": 60}}
+    whole, cut = Suite.load(suite_file("whole", **changes)), suite_file("cut", **changes)
+    run_suite(whole, check=False)
+    killed = killed_and_resumed(cut, kills, seed)
+    assert killed >= 5  # of those that came before the end
+    assert numbers_of(Suite.load(cut)) == numbers_of(whole)
+    assert len(numbers_of(whole)) == 12

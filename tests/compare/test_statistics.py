@@ -1,0 +1,63 @@
+"""The paired bootstrap: what it finds where the answer is known."""
+
+import numpy as np
+import pytest
+
+from shoestring.compare.statistics import paired_difference, spread
+
+
+def scores(seed: int, accuracy: float, rows: int = 400) -> list[float]:
+    return (np.random.default_rng(seed).random(rows) < accuracy).astype(float).tolist()
+
+
+def test_equal_scores_do_not_differ() -> None:
+    same = {seed: scores(seed, 0.8) for seed in range(3)}
+    found = paired_difference(same, same)
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.p, found.clear) == (0, 0, 0, 1, False)
+
+
+def test_a_large_difference_is_clear_and_its_interval_is_that_of_theory() -> None:
+    ours, theirs = scores(0, 0.9, 2000), scores(1, 0.7, 2000)
+    found = paired_difference({0: ours}, {0: theirs})
+    assert found is not None
+    apart = np.subtract(ours, theirs)
+    error = apart.std() / np.sqrt(len(apart))
+    assert found.mean == pytest.approx(apart.mean())
+    assert found.low == pytest.approx(apart.mean() - 1.96 * error, abs=0.15 * error)
+    assert found.high == pytest.approx(apart.mean() + 1.96 * error, abs=0.15 * error)
+    assert found.clear
+    assert found.p < 1e-3
+
+
+def test_pairing_finds_what_is_hidden_in_the_rows() -> None:
+    easy = np.random.default_rng(0).normal(size=300)  # rows differ a hundred times more than recipes
+    better = {0: (easy + 0.01).tolist()}
+    assert paired_difference(better, {0: easy.tolist()}).clear
+    shuffled = np.random.default_rng(1).permutation(easy)
+    assert not paired_difference(better, {0: shuffled.tolist()}).clear
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    base = {seed: [0.5] * 100 for seed in range(3)}
+    agree = paired_difference({seed: [0.6] * 100 for seed in range(3)}, base)
+    disagree = paired_difference({0: [0.9] * 100, 1: [0.5] * 100, 2: [0.4] * 100}, base)
+    assert agree.clear
+    assert not disagree.clear
+    assert disagree.low < 0 < disagree.high
+
+
+def test_noise_is_called_a_difference_no_more_often_than_it_should() -> None:
+    found = [paired_difference({0: scores(2 * k, 0.8)}, {0: scores(2 * k + 1, 0.8)}) for k in range(100)]
+    assert sum(one.clear for one in found) <= 12
+
+
+def test_scores_of_other_rows_are_not_compared() -> None:
+    assert paired_difference({0: [1.0, 0.0]}, {0: [1.0]}) is None
+    assert paired_difference({0: [1.0]}, {1: [1.0]}) is None
+    assert paired_difference({0: []}, {0: []}) is None
+
+
+def test_a_spread_of_one_has_no_deviation() -> None:
+    assert spread([0.5]).std is None
+    assert spread([0.25, 0.75]).std == pytest.approx(np.std([0.25, 0.75], ddof=1))

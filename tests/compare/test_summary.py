@@ -1,0 +1,155 @@
+"""From results to a comparison: ranks, spreads, fronts, differences, and what needs several runs."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from results_made import made_result, of_peft
+
+from shoestring.compare.measures import Measure, pme
+from shoestring.compare.results import Result
+from shoestring.compare.summary import Asked, compare_results
+from shoestring.errors import SettingError
+
+ASKED = Asked("suite", "text-classification", "tiny", ("full", "lora", "small"), "accuracy", "lora")
+
+
+def runs_of(
+    name: str, accuracies: list[float], peak: float, seconds: float, recipe: str = "- lora: {}\n"
+) -> list[Result]:
+    return [
+        made_result(
+            name,
+            seed,
+            recipe,
+            values={"accuracy": accuracy, "peak_bytes": peak, "step_seconds": seconds},
+            scores=[1.0] * round(100 * accuracy) + [0.0] * round(100 - 100 * accuracy),
+        )
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+RESULTS = [
+    *runs_of("lora", [0.80, 0.82, 0.78], 500.0, 0.5),
+    *runs_of("full", [0.90, 0.91, 0.92], 1000.0, 1.0, "[]\n"),
+    *runs_of("small", [0.70, 0.70, 0.70], 600.0, 0.4),
+]
+
+
+def test_recipes_are_ranked_by_their_mean() -> None:
+    found = compare_results(ASKED, RESULTS)
+    assert [recipe.name for recipe in found.recipes] == ["full", "lora", "small"]
+    lora = found.recipes[1].values["accuracy"]
+    assert lora.mean == pytest.approx(0.8)
+    assert lora.std == pytest.approx(0.02)
+    assert lora.values == (0.80, 0.82, 0.78)
+    assert found.recipes[1].seeds == (0, 1, 2)
+
+
+def test_lower_is_first_where_lower_is_better() -> None:
+    asked = replace(ASKED, task="causal-lm", quality="loss")
+    results = [
+        made_result(name, values={"loss": loss}) for name, loss in (("full", 1.2), ("lora", 1.1), ("small", 1.3))
+    ]
+    assert [recipe.name for recipe in compare_results(asked, results).recipes] == ["lora", "full", "small"]
+
+
+def test_a_recipe_is_on_the_front_of_the_costs_at_which_none_is_better() -> None:
+    fronts = {recipe.name: recipe.front for recipe in compare_results(ASKED, RESULTS).recipes}
+    assert fronts["full"] == ("peak_bytes", "step_seconds", "pme")
+    assert fronts["lora"] == ("peak_bytes", "step_seconds")
+    assert fronts["small"] == ("step_seconds",)
+
+
+def test_differences_are_to_the_baseline_in_units_of_the_quality() -> None:
+    found = {recipe.name: recipe.difference for recipe in compare_results(ASKED, RESULTS).recipes}
+    assert found["lora"] is None
+    assert found["full"].mean == pytest.approx(0.11)
+    assert found["full"].clear
+    assert found["small"].mean == pytest.approx(-0.10)
+
+
+def test_a_difference_of_losses_is_that_of_losses() -> None:
+    asked = replace(ASKED, task="causal-lm", quality="loss", names=("lora", "other"))
+    results = [
+        made_result("lora", values={"loss": 1.0}, scores=[-1.0] * 20),
+        made_result("other", values={"loss": 1.5}, scores=[-1.5] * 20),
+    ]
+    other = compare_results(asked, results).recipes[1]
+    assert other.difference.mean == other.difference.low == other.difference.high == pytest.approx(0.5)
+
+
+def test_there_is_no_difference_where_scores_are_of_something_else() -> None:
+    found = compare_results(replace(ASKED, quality="peak_bytes"), RESULTS)
+    assert all(recipe.difference is None for recipe in found.recipes)
+
+
+def test_memory_is_weighed_against_that_of_full_tuning() -> None:
+    found = {recipe.name: recipe for recipe in compare_results(ASKED, RESULTS).recipes}
+    assert found["lora"].values["pme"].values[0] == pytest.approx(pme(0.80, 500, 1000))
+    without = compare_results(ASKED, [result for result in RESULTS if result.name != "full"])
+    assert all("pme" not in recipe.values for recipe in without.recipes)
+
+
+def test_time_to_the_target_is_that_of_the_first_evaluation_that_reaches_it() -> None:
+    curve = [(5, 1.0, 0.5), (10, 2.0, 0.75), (15, 3.0, 0.72), (20, 4.0, 0.8)]
+    results = [made_result("lora", 0, curve=curve), made_result("lora", 1, curve=curve[:1])]
+    (lora,) = compare_results(replace(ASKED, target=0.74), results).recipes
+    assert lora.values["seconds_to_target"].values == (2.0,)
+    assert lora.notes == ("the target was not reached by 1 of 2 seeds",)
+
+
+def test_measures_are_the_quality_then_others_of_the_task_then_costs() -> None:
+    extra = Measure("latency_seconds", "a forward of 4 rows", "seconds")
+    values = {"f1_macro": 0.7, "accuracy": 0.8, "density": 0.3, "step_seconds": 0.5, "latency_seconds": 0.1}
+    found = compare_results(replace(ASKED, extras=(extra,)), [made_result(values=values)])
+    assert [measure.name for measure in found.measures] == [
+        "accuracy",
+        "f1_macro",
+        "density",
+        "latency_seconds",
+        "step_seconds",
+    ]
+    assert found.measure("latency_seconds").label == "a forward of 4 rows"
+    assert found.measure("density").better is None
+
+
+def test_results_of_peft_stand_in_the_same_table() -> None:
+    found = compare_results(ASKED, [*RESULTS, Result.model_validate(of_peft("theirs", 0.95))])
+    theirs = found.recipes[0]
+    assert (theirs.name, theirs.values["accuracy"].mean) == ("theirs", 0.95)
+    assert theirs.values["gpu_peak_bytes"].mean == 22e9
+    assert theirs.difference is None
+
+
+def test_runs_that_came_to_nothing_are_told_and_not_ranked() -> None:
+    theirs = Result.model_validate(of_peft("theirs"))
+    theirs.train_info.status, theirs.run_info.error_msg = "failed", "out of memory"
+    found = compare_results(ASKED, [*RESULTS, theirs])
+    assert [failure.reason for failure in found.failures] == ["out of memory"]
+    assert "theirs" not in [recipe.name for recipe in found.recipes]
+
+
+def test_versions_that_differ_are_all_named() -> None:
+    other = made_result("full")
+    other.meta_info.package_info["torch-version"] = "2.14.0"
+    assert compare_results(ASKED, [made_result(), other]).versions == {"torch": "2.13.0 and 2.14.0"}
+
+
+def test_a_quality_that_no_result_has_is_refused() -> None:
+    with pytest.raises(
+        SettingError, match=r"No result has the measure 'f1_macro' to rank by\. They have accuracy, peak"
+    ):
+        compare_results(replace(ASKED, quality="f1_macro"), RESULTS)
+
+
+def test_a_recipe_without_the_quality_comes_last_and_on_no_front() -> None:
+    found = compare_results(ASKED, [made_result("small", values={"peak_bytes": 1.0}), *RESULTS[:1]])
+    assert [recipe.name for recipe in found.recipes] == ["lora", "small"]
+    assert found.recipes[1].front == ()
+    assert not any(math.isnan(v.mean) for recipe in found.recipes for v in recipe.values.values())
+
+
+def test_nothing_finished_is_a_comparison_too() -> None:
+    found = compare_results(ASKED, [], missing=6)
+    assert (found.recipes, found.measures, found.missing) == ((), (), 6)
