@@ -1,0 +1,156 @@
+"""`shoestring compare` as a user runs it: what it prints, writes and refuses, and with which exit code."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from results_made import made_result, of_peft
+from rich.console import Console
+
+from shoestring.cli import main
+from shoestring.cli.compare import _Screen
+from shoestring.compare.suite import Suite
+
+LORA = [{"lora": {"r": 2, "target_modules": ["query"]}}]
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, run_file: Callable[..., Path], review_csv: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        run = yaml.safe_load(run_file("base", data={"test": str(review_csv)}).read_text())
+        del run["recipe"], run["output_dir"]
+        suite = {"base": run, "recipes": {"full tuning": [], "lora": LORA}, "seeds": [0], "budget": {"steps": 2}}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**suite, "output_dir": str(tmp_path / "out"), **changes}, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_a_comparison_from_a_suite_to_its_reports(
+    suite_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(suite_file())
+    assert main(["compare", path, "--list"]) == 0
+    assert capsys.readouterr().out.count("to do") == 2
+    assert main(["compare", path]) == 0
+    said = capsys.readouterr().out
+    assert "checking lora" in said
+    assert "[1/2] full tuning, seed 0: accuracy" in said
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in said.replace("\n", "")
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_file() and p.name != ".lock"} == {
+        "report.html",
+        "report.md",
+        "report.csv",
+        "comparison.json",
+    }
+    assert main(["compare", path]) == 0
+    assert "2 of 2 runs are there already." in capsys.readouterr().out
+    assert main(["compare", path, "--report", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {recipe["name"] for recipe in found["recipes"]} == {"full tuning", "lora"}
+    assert found["command"] == f"shoestring compare {path}"
+    assert main(["compare", path, "--list", "--json"]) == 0
+    assert {row["state"] for row in json.loads(capsys.readouterr().out)} == {"finished"}
+
+
+def test_a_failure_ends_with_code_1_and_a_report(
+    suite_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes = {"wild": {"recipe": [], "train": {"learning_rate": 1e30, "max_grad_norm": 0.0}}, "lora": LORA}
+    assert main(["compare", str(suite_file(recipes=recipes, budget={"steps": 3})), "--no-check"]) == 1
+    heard = capsys.readouterr()
+    assert "wild, seed 0: failed: The loss became" in heard.out
+    assert "1 of 2 runs failed; the report has the reasons" in heard.err
+    assert "The loss became" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_results_of_peft_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name, accuracy in (("lora--rank8", 0.4), ("miss--default", 0.5)):
+        (folder / f"{name}.json").write_text(json.dumps(of_peft(name, accuracy)))
+    assert main(["compare", str(folder), "--output", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert said.index("miss--default") < said.index("lora--rank8")
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert {path.suffix for path in folder.iterdir()} == {".json"}
+    assert main(["compare", str(folder), "--quality", "forgetting", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quality"] == "forgetting"
+
+
+def test_results_of_others_beside_a_suite(
+    suite_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(of_peft("theirs", 0.99)))
+    assert main(["compare", str(suite_file()), "--report", "--beside", str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [recipe["name"] for recipe in found["recipes"]] == ["theirs"]
+    assert found["missing"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{suite}", "--quality", "loss"], "--quality is for folders of results; of a suite set quality=NAME"),
+        (["{folder}", "--list"], "is a folder of results; settings, --list and --retry-failed are for suites"),
+        (["{folder}/none"], "There is no file"),
+        (["{empty}"], "holds no results"),
+        (["{suite}", "seeds=[]"], "seeds"),
+        (["{suite}", "--report", "--beside", "nowhere.json"], "There is no nowhere.json"),
+        (["{suite}", "output_dir={file}"], "is a file, or lies inside one"),
+    ],
+)
+def test_bad_input_ends_with_code_2(
+    arguments: list[str],
+    said: str,
+    suite_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"suite": suite_file(), "folder": tmp_path / "folder", "empty": tmp_path / "empty", "file": tmp_path / "f"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "f").write_text("")
+    made_result().write(tmp_path / "folder" / "a.json")
+    assert main(["compare", *(argument.format(**places) for argument in arguments)]) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_on_a_terminal_what_runs_is_shown_with_the_time_left(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file(seeds=[0, 1]))
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
+    first, second, third, _ = suite.cases
+
+    def shown() -> str:
+        with console.capture() as capture:
+            console.print(screen._drawn())
+        return capture.get()
+
+    with _Screen(console, suite, jobs=1) as screen:
+        screen.told(("started", first))
+        screen.told(("stage", first, "Loading model"))
+        assert "seed 0: Loading model" in shown()
+        screen.told(("step", first, 1, 2))
+        assert "seed 0: step 1 of 2" in shown()
+        screen.told(("finished", first, {"accuracy": 0.5, "peak_bytes": 2048.0, "step_seconds": 0.25}))
+        assert "accuracy 0.5000, 2.0 KiB, 0.25 s a step" in shown()
+        screen.told(("started", second))
+        text = shown()
+        assert "1/4" in text
+        assert "s left" in text
+        screen.told(("failed", second, "out of memory"))
+        assert "failed: out of memory" in shown()
+        screen.told(("started", third))
+        assert shown().index("lora") < shown().index("full tuning")  # what runs comes first
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "shoestring compare examples/suite.yaml" in said
+    assert "--retry-failed" in said
