@@ -7,7 +7,7 @@ import torch
 from datasets import load_dataset
 
 from shoestring.cli import main
-from shoestring.errors import SettingError
+from shoestring.errors import RunFailed, SettingError
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
 from shoestring.training.run import prepare
@@ -49,6 +49,16 @@ def test_prompts_can_be_written_as_chats(run_file):
     assert "<s> user" in text
     assert "<s> assistant" in text
     assert all(0 < len(row) <= 4 for row in labels_of(prepared))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_whose_completions_are_all_cut_off_is_named(split, run_file, tmp_path):
+    row = {"prompt": " ".join(["film"] * 20), "completion": " good"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    path = run_file(task="causal-lm", data={split: str(tmp_path / "long.jsonl"), "max_length": 16})
+    told = f"No row of {split} has a token that the loss counts among its first 16; raise data.max_length."
+    with pytest.raises(RunFailed if split == "test" else SettingError, match=told):
+        train(RunSettings.load(path, ["train.eval_strategy=no"] if split == "validation" else []))
 
 
 def test_chats_are_learned_whole(run_file, tmp_path):

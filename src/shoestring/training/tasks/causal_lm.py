@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from ...errors import SettingError
+from ...errors import RunFailed, SettingError
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
 from .base import Task
@@ -115,11 +116,24 @@ class CausalLM(Task):
     def trainer(self, **kwargs: Any) -> Trainer:
         from ..trainer import recipe_sft_trainer
 
-        return recipe_sft_trainer()(**kwargs)
+        trainer: Any = recipe_sft_trainer()(**kwargs)
+        for split, rows in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+            if isinstance(rows, Sized) and len(rows) == 0:
+                raise SettingError(self._nothing_counts(split))
+        return trainer
+
+    def _nothing_counts(self, split: str) -> str:
+        """What to tell where TRL has left out all rows of a split."""
+        return (
+            f"No row of {split} has a token that the loss counts among its first "
+            f"{self.argument_defaults()['max_length']}; raise data.max_length."
+        )
 
     def quality(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         found = super().quality(metrics, prefix)
         found.pop("entropy", None)
+        if "loss" not in found:
+            raise RunFailed(self._nothing_counts(prefix))
         return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
 
 
