@@ -762,10 +762,10 @@
   filter();
   drawCurves();
   let width = document.body.clientWidth;
-  addEventListener("resize", () => {
+  new ResizeObserver(() => {
     if (document.body.clientWidth === width) return;
     width = document.body.clientWidth;
     drawFront();
     drawCurves();
-  });
+  }).observe(document.body);
 })();
