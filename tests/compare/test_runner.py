@@ -158,9 +158,10 @@ def test_a_failure_is_kept_with_its_reason_and_stops_no_other(suite_file: Callab
     (failure,) = found.failures
     assert (failure.name, failure.seed) == ("wild", 0)
     assert "The loss became" in failure.reason
+    assert {p.suffix for p in (Path(suite.output_dir) / runner.FAILED).iterdir()} == {".json", ".log"}
     assert state_of(suite).to_do == ()  # what failed is tried again only if asked
     run_suite(suite, retry_failed=True)
-    assert len(list((Path(suite.output_dir) / runner.FAILED).iterdir())) == 2  # nothing is overwritten
+    assert len(list((Path(suite.output_dir) / runner.FAILED).glob("*.json"))) == 2  # nothing is overwritten
 
 
 def test_a_process_that_dies_is_a_failure_with_its_signal(
@@ -188,7 +189,7 @@ def test_an_interrupted_run_is_written_down_and_run_again(suite_file: Callable[.
 
     with pytest.raises(KeyboardInterrupt):
         run_suite(suite, check=False, on_event=interrupt)
-    (path,) = (Path(suite.output_dir) / runner.CANCELLED).iterdir()
+    (path,) = (Path(suite.output_dir) / runner.CANCELLED).glob("*.json")
     assert Result.read(path).train_info.status == "cancelled"
     assert state_of(suite).to_do == suite.cases
     run_suite(suite, check=False)

@@ -2,8 +2,8 @@
 
 Process  A server process imports torch and transformers once; every run is forked from it, so that it starts at once
          and its memory is its own. Where there is no fork, each run imports them anew.
-Folder   results/ one file a finished run, failed/ and cancelled/ those that came to nothing, with the reason; all are
-         named by recipe, seed and a digest of what shapes the run. runs/ what is being trained.
+Folder   results/ one file a finished run, failed/ and cancelled/ those that came to nothing, with the reason and all
+         that was printed; files are named by recipe, seed and a digest of the run. runs/ what is being trained.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class Store:
         while place.exists():
             count += 1
             place = folder / f"{case.file}--{count}.json"
+        log = self.folder / RUNS / f"{case.file}.log"
+        if log.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(log, place.with_suffix(".log"))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         settings = case.settings
         Result(

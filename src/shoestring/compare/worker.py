@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -54,7 +55,13 @@ def work(order: Order, connection: Connection) -> None:
     """The whole of a process. Sends ("stage", text), ("step", number, of), and at the end of each run ("done", case,
     result as JSON values) or ("failed", case, reason); of runs that fit ("fits", case).
     """
-    os.setsid()  # ctrl-C is for the one who started this process, and who ends it
+    if hasattr(os, "setsid"):
+        os.setsid()  # ctrl-C is for the one who started this process, and who ends it
+    log = Path(order.folder, f"{order.cases[0].file}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:  # warnings and progress bars of libraries, which would break into a live table
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from ..cli.progress import quiet
 
@@ -71,6 +78,7 @@ def work(order: Order, connection: Connection) -> None:
         except (SettingError, RunFailed) as error:
             connection.send(("failed", case.digest, str(error)))
         except Exception as error:
+            traceback.print_exc()
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}, line {where.lineno}"
             text = (str(error).strip().splitlines() or ["no message"])[0]
@@ -97,7 +105,8 @@ def check(case: Case, order: Order) -> None:
         for extra in order.extras:
             extra.before(ready)
         _steps_of(order.budget, ready, case.settings, timed=False)
-        Recipe.remove(ready.attached.model)
+        with suppress(ValueError):  # peft replaces weights for some adapters
+            Recipe.remove(ready.attached.model)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,7 +181,8 @@ def _trial(settings: RunSettings, order: Order) -> float:
         trial = settings.model_copy(update={"output_dir": folder, "train": fields, "early_stopping_patience": None})
         ready = prepare(trial, callbacks=[times])
         ready.trainer.train()
-        Recipe.remove(ready.attached.model)
+        with suppress(ValueError):
+            Recipe.remove(ready.attached.model)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return statistics.median(times.seconds[WARM_UP:])
