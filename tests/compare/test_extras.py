@@ -181,8 +181,8 @@ def test_the_harness_gives_what_a_plain_ranking_gives(ready: Callable[..., Ready
         scores = model(input_ids=ids).logits[0, -1].log_softmax(-1)
         good, bad = (scores[tokenizer.convert_tokens_to_ids(word)] for word in ("good", "bad"))
         hits += int(good > bad) == row["answer"]
-    assert extra.after(run) == {"tiny_reviews/acc": hits / 8}
-    assert [(measure.name, measure.better) for measure in extra.measures] == [("tiny_reviews/acc", "higher")]
+    assert extra.after(run) == {"tiny_reviews_acc": hits / 8}
+    assert [(measure.name, measure.better) for measure in extra.measures] == [("tiny_reviews_acc", "higher")]
     with pytest.raises(SettingError, match="tiny_reviews has none of perplexity; it has acc"):
         LmEval(tasks=["tiny_reviews"], metrics=["perplexity"], include_path=str(harness_task)).after(run)
     with pytest.raises(SettingError, match="unknown task 'tiny_review'"):

@@ -5,7 +5,6 @@ Commands import torch and transformers inside their functions, so that `--help` 
 """
 
 import json
-import logging
 import sys
 import traceback
 from typing import Annotated
@@ -15,6 +14,7 @@ from typer.exceptions import TyperException
 
 from shoestring import __version__
 from shoestring.errors import RunFailed, SettingError
+from shoestring.quiet import quiet_imports
 
 from .assets import app as assets
 from .compare import EXAMPLES as COMPARE_EXAMPLES
@@ -90,11 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug, as_json = "--debug" in options, "--json" in options
     arguments = [option for option in options if option != "--debug"] + rest
     if not debug:
-        # It warns of a kernel for 4-bit layers on CPU, on every import, whether or not the run has such layers.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        # It warns of kernels for GPUs that it cannot load, and torch of how it is written, each on every import too.
-        for name in ("torchao", "torch.utils._pytree"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quiet_imports()
     try:
         code = app(arguments, prog_name="shoestring", standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the KeyboardInterrupt

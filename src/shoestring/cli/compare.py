@@ -26,6 +26,7 @@ EXAMPLES = (
     "[cyan]shoestring compare suite.yaml --jobs 2 seeds=\\[0] budget.steps=50[/]\n\n"
     "[cyan]shoestring compare peft/method_comparison/MetaMathQA/results --output report[/]   results of peft"
 )
+WIDTH = 100  # where there is no terminal to fill
 HTML, MARKDOWN, CSV, JSON = "report.html", "report.md", "report.csv", "comparison.json"
 
 
@@ -64,6 +65,8 @@ def compare(
     Markdown and CSV.
     """
     console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     if suite.is_dir():
         if overrides or show or retry_failed:
             raise SettingError(f"{suite} is a folder of results; settings, --list and --retry-failed are for suites.")

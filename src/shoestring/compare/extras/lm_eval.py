@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -20,7 +21,7 @@ LESS_IS_BETTER = ("perplexity", "bits_per_byte", "ter", "brier_score")
 
 
 class LmEval(Extra):
-    """The figures `metrics` of `tasks`, as task/metric; of the metrics a task must have one.
+    """The figures `metrics` of `tasks`, as task_metric; of the metrics a task must have one.
 
     limit: rows of each task. include_path: a folder of task files of one's own.
     """
@@ -37,7 +38,7 @@ class LmEval(Extra):
     @property
     def measures(self) -> tuple[Measure, ...]:
         pairs = [(task, metric) for task in self.tasks for metric in self.metrics]
-        return tuple(Measure(f"{task}/{metric}", f"{metric} of {task}", "", way_of(metric)) for task, metric in pairs)
+        return tuple(Measure(_name(task, metric), f"{metric} of {task}", "", way_of(metric)) for task, metric in pairs)
 
     def check(self, run: RunSettings) -> None:
         if TASKS[run.task].peft_task_type != "CAUSAL_LM":
@@ -72,14 +73,19 @@ class LmEval(Extra):
             )
         finally:
             model.train(was_training)
-        figures = {}
+        figures: dict[str, float] = {}
         for task in self.tasks:
             has = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
             if not any(metric in has for metric in self.metrics):
                 known = ", ".join(sorted(has.keys() - {"alias"}))
                 raise SettingError(f"measure.lm_eval: {task} has none of {', '.join(self.metrics)}; it has {known}.")
-            figures |= {f"{task}/{metric}": float(has[metric]) for metric in self.metrics if metric in has}
+            figures |= {_name(task, metric): float(has[metric]) for metric in self.metrics if metric in has}
         return figures
+
+
+def _name(task: str, metric: str) -> str:
+    """A name that filters of reports can read."""
+    return re.sub(r"\W+", "_", f"{task}_{metric}")
 
 
 def way_of(metric: str) -> Better:

@@ -1,0 +1,118 @@
+"""What `shoestring compare` takes beside the training itself.
+
+    python benchmarks/compare_overhead.py --json docs/results/compare_overhead.json
+
+The same runs one after the other, by turns: in a suite, each in a process of its own, and in this process, where
+everything is imported already. A suite's overhead is what it takes more, in shares of the training. And the report.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+
+from result import Row, at_most, print_table, write
+from shoestring import assets
+from shoestring.compare.page import page
+from shoestring.compare.runner import run_suite, state_of
+from shoestring.compare.suite import Suite
+from shoestring.compare.summary import Asked, compare_results
+from shoestring.training.run import train
+from shoestring.training.settings import RunSettings
+
+RECIPES_OF_REPORT = 100
+RECIPES: dict[str, Any] = {
+    "full tuning": [],
+    "lora": [{"lora": {"r": 8, "target_modules": ["query", "value"]}}],
+    "bitfit": ["bitfit"],
+}
+
+
+def suite_of(steps: int, folder: Path, seeds: list[int]) -> Suite:
+    base = {
+        "model": "packaged:minilm",
+        "task": "text-classification",
+        "data": {"train": "packaged:rotten-tomatoes", "max_length": 40, "max_eval_rows": 200},
+        "train": {"per_device_train_batch_size": 32, "bf16": True, "eval_strategy": "no", "save_strategy": "no"},
+    }
+    made = {"base": base, "recipes": RECIPES, "seeds": seeds, "budget": {"steps": steps}, "output_dir": str(folder)}
+    return Suite.from_dict(made)
+
+
+def seconds_of(suite: Suite) -> tuple[float, float]:
+    """Of the whole suite, and of the steps in it."""
+    began = time.perf_counter()
+    run_suite(suite)
+    whole = time.perf_counter() - began
+    return whole, sum(result.train_info.train_time for result in state_of(suite).results.values())
+
+
+def seconds_alone(suite: Suite, folder: Path) -> float:
+    """Of the same runs in this process."""
+    began = time.perf_counter()
+    for case in suite.cases:
+        path = folder / f"{case.file}.yaml"
+        path.write_text(case.settings.to_yaml())
+        train(RunSettings.load(path, [f"output_dir={folder / case.file}"]))
+    return time.perf_counter() - began
+
+
+def of_report(suite: Suite) -> list[Row]:
+    """Size and loading time of a report of a hundred recipes in three runs each, made of copies of the suite's."""
+    results = list(state_of(suite).results.values())
+    copies = []
+    for number in range(RECIPES_OF_REPORT):
+        own = results[number % len(results)].shoestring
+        assert own is not None
+        for seed in range(3):
+            copy = own.model_copy(update={"name": f"{own.name} {number}", "seed": seed})
+            copies.append(results[number % len(results)].model_copy(update={"shoestring": copy}))
+    names = tuple(dict.fromkeys(copy.name for copy in copies))
+    made = page(compare_results(Asked("copies", suite.task, "minilm", names, suite.quality, names[0]), copies))
+    rows = [at_most(f"bytes of a report of {len(names)} recipes beside 3 MB", len(made.encode()), 3e6, 1.0)]
+    if (browser := shutil.which("chromium")) is None:
+        print("No Chromium here: how long the report takes to open is left out.")
+        return rows
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        path = Path(folder) / "report.html"
+        path.write_text(made)
+        opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        tab = opened.new_page()
+        tab.goto(path.as_uri())
+        milliseconds = tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        opened.close()
+    return [*rows, at_most("seconds until it is open beside 1", milliseconds / 1000, 1.0, 1.0)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", metavar="FILE", default="compare_overhead.json")
+    options = parser.parse_args()
+    assets.install(["minilm", "rotten-tomatoes"])
+    whole = alone = steps = 0.0
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(options.rounds):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            suite = suite_of(options.steps, folder / "suite", [number])
+            in_suite, of_steps = seconds_of(suite)
+            whole, steps = whole + in_suite, steps + of_steps
+            alone += seconds_alone(suite, folder)
+        runs = f"{options.rounds * len(RECIPES)} runs of {options.steps} steps"
+        rows = [
+            Row(f"{runs}: seconds in a suite beside one process", whole, alone),
+            at_most(f"{runs}: seconds more in a suite beside seconds of training", whole - alone, steps, 0.05),
+            *of_report(suite),
+        ]
+    write(rows, options.json, list(range(options.rounds)), {}, steps=options.steps)
+    print_table(rows, "What comparing takes")
+
+
+if __name__ == "__main__":
+    main()

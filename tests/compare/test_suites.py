@@ -1,0 +1,72 @@
+"""The project's own suites: together they have every method, and each really runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.cli import main
+from shoestring.compare.suite import Suite
+from shoestring.recipe import known_techniques
+from shoestring.testing.assets import need
+from shoestring.training.marked_yaml import dump_yaml, read_marked_yaml
+
+SUITES = sorted(Path("benchmarks/suites").glob("*.yaml"))
+OF_PEFT = {"lora", "ia3", "ln_tuning", "vera", "prompt_tuning", "prefix_tuning", "miss", "shira"}
+SHORT = ["base.data.max_train_rows=64", "base.data.max_eval_rows=16", "budget.steps=2", "seeds=[0]"]
+SMOKE = ("full tuning", "lora", "bitfit", "token_tune")
+
+
+def used_in(suite: Suite) -> set[str]:
+    """Names of the techniques in a suite."""
+    return {name for case in suite.cases for entry in case.settings.recipe for name in entry}
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_every_suite_is_read(path: Path) -> None:
+    suite = Suite.load(path)
+    assert suite.seeds == (0, 1, 2)
+    assert suite.name == path.stem
+    assert path.read_text().count(f"shoestring compare {path}") == 1  # it says how to run it
+
+
+def test_the_suites_have_every_method_of_ours_and_those_of_peft_that_people_know() -> None:
+    used: set[str] = set().union(*(used_in(Suite.load(path)) for path in SUITES))
+    ours = {name for name, about in known_techniques().items() if about.origin == "shoestring"}
+    assert ours - used == set()
+    assert OF_PEFT - used == set()
+
+
+def run(path: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    code = main(["compare", str(path), f"output_dir={folder}", *SHORT, *overrides, "--no-check"])
+    found: dict[str, Any] = json.loads((folder / "comparison.json").read_text())
+    assert (code, found["failures"], found["missing"]) == (0, [], 0)
+    return found
+
+
+def test_a_smoke_version_of_the_encoder_suite(tmp_path: Path) -> None:
+    need("minilm", "rotten-tomatoes")
+    values = read_marked_yaml(Path("benchmarks/suites/encoder.yaml")).values
+    del values["measure"]
+    values["recipes"] = {name: values["recipes"][name] for name in SMOKE}
+    path = tmp_path / "smoke.yaml"
+    path.write_text(dump_yaml(values))
+    found = run(path, tmp_path / "out")
+    recipes = {recipe["name"]: recipe["values"] for recipe in found["recipes"]}
+    assert set(recipes) == set(SMOKE)
+    peaks = {name: values["peak_bytes"]["mean"] for name, values in recipes.items()}
+    assert max(peaks, key=lambda name: peaks[name]) == "full tuning"
+    assert peaks["token_tune"] < peaks["lora"]
+    assert recipes["bitfit"]["trained_parameters"]["mean"] < recipes["lora"]["trained_parameters"]["mean"]
+    for name in ("report.html", "report.md", "report.csv"):
+        assert "bitfit" in (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_every_recipe_of_every_suite_runs(path: Path, tmp_path: Path) -> None:
+    need("minilm", "rotten-tomatoes", "smollm2", "gsm8k-test", "xsum", "dinov2-small", "fashion-mnist", "flan-t5-small")
+    suite = Suite.load(path)
+    found = run(path, tmp_path / "out")
+    assert {recipe["name"] for recipe in found["recipes"]} == set(suite.names)
