@@ -2,8 +2,7 @@
 
 import logging
 
-# bitsandbytes warns of a kernel for 4-bit layers on CPU, torchao of kernels for GPUs that it cannot load, and torch of how
-# torchao is written
+# of a kernel for 4-bit layers on CPU, of kernels for GPUs that cannot be loaded, and of how torchao is written
 TALKATIVE = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
 
 
