@@ -254,7 +254,7 @@ class _Screen:
         now = {case.name: f"seed {case.seed}: {text}" for case, text, _ in self.running.values()}
         for name in sorted(self.rows, key=lambda name: (name not in now, not self.rows[name])):
             if name in now or self.rows[name]:
-                ended = f"{len(self.rows[name])}"
+                ended = f"{len(self.rows[name])} of {len(self.suite.seeds)}"
                 table.add_row(name, ended, now.get(name) or self.rows[name][-1], style=None if name in now else "dim")
         self.bar.update(self.job, left=self._left())
         return Group(self.bar, table)
