@@ -3,19 +3,30 @@
     python benchmarks/selection.py --json docs/results/selection.json
     python benchmarks/selection.py --only quality --methods id3 --seeds 0 --json selection.json
 
+cost: short runs on the packaged encoder, of which one step is counted by the ledger once the method is at work (after
+pruning, for example). Bytes are the same on every run; seconds are the processor's, least of the steps after that one.
 quality: the packaged encoder on reviews, equal numbers of steps, learning rates looked for as `quality.py` says. Each
 method stands beside the baseline that it claims to beat or to equal, with as many trained numbers where both choose
 numbers. Every run is written to the JSON file when it ends, and not run again when it is there.
 """
 
 import argparse
+import functools
+import gc
+import json
+import tempfile
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from quality import FIRST_RATES, REVIEWS, SEEDS, Contestant, Runs, compared, train_all
-from result import Row, print_table, read_rows, read_runs, rows_beside, write
-from shoestring import assets
+from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
+from shoestring import Ledger, Recipe, assets
+from shoestring.memory import MemoryReport
+from shoestring.training import RunSettings, train
 
 TARGETS = ["query", "key", "value", "dense"]
 COUNT = 337_920  # what LoRA r=8 trains on these layers
@@ -44,9 +55,120 @@ CONTESTANTS = {
     "spt": Contestant([{"spt": {"budget": COUNT, "calibration_rows": 64}}], "LoRA r=8", apart=0.0),
     "random layers": Contestant([lora(8), {"ist": {"active_layers": 0.5, "importance": False}}], "LoRA r=8"),
     "ist": Contestant([lora(8), {"ist": {"active_layers": 0.5}}], "LoRA r=8", apart=0.0),
-    "density_loss": Contestant([lora(8), "density_loss"], "LoRA r=8", apart=0.01),
+    "density_loss": Contestant([lora(8), {"density_loss": {"weight": 0.05, "epsilon": 0.01}}], "LoRA r=8", apart=0.01),
     "light_peft": Contestant([lora(8), {"light_peft": {"estimation_steps": 30}}], "LoRA r=8"),
 }
+
+
+HALF, ONE = {"ist": {"active_layers": 0.5}}, {"ist": {"active_layers": 1}}
+PRUNED = [lora(8), {"light_peft": {"estimation_steps": 2}}]
+
+
+class LaterStep(TrainerCallback):
+    """The ledger over one step that comes late, and the processor's seconds of those after it."""
+
+    def __init__(self, counted: int):
+        self.counted = counted
+        self.seconds: list[float] = []
+        self.report: MemoryReport | None = None
+        self.model: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model = kwargs["model"]
+        if state.global_step + 1 == self.counted:
+            self.ledger = Ledger(self.model, getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
+            self.ledger.start()
+        self.began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.counted:
+            self.ledger.stop()
+            self.report = self.ledger.report()
+        elif state.global_step > self.counted:
+            self.seconds.append(time.process_time() - self.began)
+
+
+@dataclass(frozen=True)
+class Short:
+    """What a short run came to. seconds: the least of a step. measured: what techniques say of the last evaluation."""
+
+    peak: int
+    kept: int
+    state: int
+    weights: int
+    seconds: float
+    measured: dict[str, float]
+    trained: int
+
+
+@functools.cache
+def _short(recipe: str, steps: int, counted: int) -> Short:
+    later = LaterStep(counted)
+    data = {"train": "packaged:rotten-tomatoes", "max_length": 40, "max_train_rows": 640, "max_eval_rows": 64}
+    train_fields = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 1e-4,
+        "bf16": True,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        made = {"model": "packaged:minilm", "task": "text-classification", "data": data, "recipe": json.loads(recipe)}
+        report = train(RunSettings.from_dict({**made, "train": train_fields, "output_dir": folder}), callbacks=[later])
+    gc.collect()
+    assert later.report is not None
+    largest = later.report.largest
+    return Short(
+        later.report.peak_bytes,
+        later.report.saved_bytes,
+        largest["optimizer_state"],
+        largest["weights"],
+        min(later.seconds),
+        report.quality["test"],
+        report.trained_parameters,
+    )
+
+
+def short(recipe: list[Any], steps: int = 12, counted: int = 6) -> Short:
+    return _short(json.dumps(recipe), steps, counted)
+
+
+def cost() -> list[Row]:
+    """The rows of all methods whose claim is about bytes, updates or seconds."""
+    one, eight, full = short([lora(1)]), short([lora(8)]), short([])
+    fixed, growing = (short([{"id3": {"count": FEW, "strategy": name}}]) for name in ("static", "increment"))
+    sparse, pruned, halves, block = short(["sparse_grad"]), short(PRUNED), short([lora(8), HALF]), short([lora(8), ONE])
+    updates = [run.measured["id3_updates"] for run in (growing, fixed)]
+    forward = inference_peak()
+    return [
+        at_most("id3: bytes of optimizer state beside 8 a trained number", growing.state, 8 * growing.trained, 1.01),
+        at_most("id3: updates beside those of all numbers from the first step on", *updates, 0.6),
+        Row("id3 beside LoRA r=1: bytes kept for backward", growing.kept, one.kept),
+        Row("id3 beside full tuning: peak bytes", growing.peak, full.peak),
+        at_most("sparse_grad beside full tuning: peak bytes", sparse.peak, full.peak, 0.80),
+        Row("sparse_grad beside full tuning: seconds", sparse.seconds, full.seconds),
+        at_most("ist, half of the blocks, beside LoRA r=8: bytes kept for backward", halves.kept, eight.kept, 0.999),
+        at_most("ist, one block, beside half of them: bytes kept for backward", block.kept, halves.kept, 0.999),
+        Row("ist, half of the blocks, beside LoRA r=8: seconds", halves.seconds, eight.seconds),
+        at_most("light_peft beside LoRA r=8: peak bytes after pruning", pruned.peak, eight.peak, 0.65),
+        at_most("light_peft beside LoRA r=8: seconds after pruning", pruned.seconds, eight.seconds, 0.7),
+        Row("light_peft beside LoRA r=8: bytes of weights after pruning", pruned.weights, eight.weights),
+        at_most("zeroth_order beside a forward: peak bytes", short([lora(8), "zeroth_order"]).peak, forward, 1.05),
+    ]
+
+
+def inference_peak() -> int:
+    """Of a forward of the encoder with LoRA r=8, of as many rows as a step has."""
+    model = Recipe.from_list([lora(8)]).apply(
+        AutoModelForSequenceClassification.from_pretrained(assets.model_folder("minilm"), num_labels=2)
+    )
+    ids = torch.randint(0, 1000, (32, 40), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(32, dtype=torch.long)}
+    with Ledger(model) as ledger, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.eval()(**inputs)
+    return ledger.report().peak_bytes
 
 
 def chosen(names: list[str]) -> dict[str, Contestant]:
@@ -57,7 +179,7 @@ def chosen(names: list[str]) -> dict[str, Contestant]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["quality"]
+    parts = ["cost", "quality"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
@@ -81,6 +203,8 @@ def work(options: argparse.Namespace) -> None:
         settings = {"threads": options.threads, "first_learning_rates": FIRST_RATES, "methods": recipes}
         write([*kept, *rows, *quality], options.json, SEEDS, runs, **settings)
 
+    if "cost" in options.only:
+        keep(cost())
     for seed in options.seeds if "quality" in options.only else ():
         train_all(REVIEWS, chosen(options.methods), runs.setdefault("quality", {}), seed, lambda: keep([]))
 

@@ -137,7 +137,7 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
     )
     (ready,) = prepared
     values = _values(report, ready, watch)
-    notes = list(watch.notes)
+    notes: list[str] = []
     for extra in sorted(order.extras, key=lambda extra: extra.alters_model):
         tell(("stage", extra.name))
         values |= extra.after(ready)
@@ -214,7 +214,6 @@ class _Watch(TrainerCallback):
         self.evaluations: list[dict[str, Any]] = []
         self.scores: dict[str, list[float]] = {}
         self.reserved: list[int] = []
-        self.notes: list[str] = []
         self._tell = tell
         self._times: StepTimes | None = None
         self._metric = ""
@@ -330,7 +329,6 @@ def _result(
 ) -> Result:
     """The run in the fields of its file."""
     split = scored_split(report.quality)
-    steps = {name: [*rows] for name, rows in watch.scores.items()}
     own = Own(
         schema_version=SCHEMA_VERSION,
         task=settings.task,
@@ -344,7 +342,7 @@ def _result(
         memory=(report.memory or {}).get("at_peak", {}),
         losses=[(step, loss) for step, loss in report.losses if math.isfinite(loss)],
         curve=watch.curve,
-        scores=steps.get(split or "", []),
+        scores=watch.scores.get(split or "", []),
         notes=notes,
     )
     last = report.losses[-1][1] if report.losses else None
