@@ -104,7 +104,7 @@ def check(case: Case, order: Order) -> None:
         ready = prepare(case.settings.model_copy(update={"output_dir": str(folder)}))
         for extra in order.extras:
             extra.before(ready)
-        _steps_of(order.budget, ready, case.settings, timed=False)
+        _steps_of(order.budget, ready, case.settings)
         with suppress(ValueError):  # peft replaces weights for some adapters
             Recipe.remove(ready.attached.model)
     finally:
@@ -140,7 +140,7 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
     notes: list[str] = []
     for extra in sorted(order.extras, key=lambda extra: extra.alters_model):
         tell(("stage", extra.name))
-        values |= extra.after(ready)
+        values |= finite(extra.after(ready).items())
         notes += extra.notes
     result = _result(case, settings, report, ready, watch, values, notes)
     result.run_info.created_at, result.run_info.total_time = created, time.monotonic() - began
@@ -150,18 +150,13 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
 
 
 def _steps_of(
-    budget: Budget | None,
-    ready: Ready,
-    settings: RunSettings,
-    *,
-    seconds_a_step: float | None = None,
-    timed: bool = True,
+    budget: Budget | None, ready: Ready, settings: RunSettings, *, seconds_a_step: float | None = None
 ) -> int | None:
-    """Optimizer steps for a budget in seconds or tokens; None where the run file says it."""
+    """Optimizer steps for a budget in tokens, or in seconds where it is known what a step takes; None otherwise."""
     if budget is None or budget.steps is not None:
         return None
     if budget.seconds is not None:
-        return max(1, round(budget.seconds / seconds_a_step)) if timed and seconds_a_step else None
+        return max(1, round(budget.seconds / seconds_a_step)) if seconds_a_step else None
     rows: Any = ready.trainer.train_dataset
     if "input_ids" not in (rows.column_names or ()):
         raise SettingError(f"budget.tokens: the training data of {settings.task} has no tokens; give steps or seconds.")
