@@ -275,6 +275,13 @@ def test_a_column_that_is_not_there_is_refused(image_run):
         ready(image_run(data={"label": "lable"}))
 
 
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(image_run, monkeypatch):
+    path = image_run()
+    monkeypatch.setattr("shoestring.assets.extras.find_spec", lambda module: None)
+    with pytest.raises(SettingError, match=r"Reading pictures needs PIL, .* pip install \"shoestring\[demo\]\""):
+        ready(path)
+
+
 def test_a_column_without_pictures_is_refused(image_run, kinds, tmp_path):
     data = {"train": str(parquet(tmp_path, kinds, ["a", "b"], pictures=False)), "label": "kind"}
     with pytest.raises(SettingError, match=r"data.image 'image' of train must hold pictures, but it holds"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...assets.extras import need_packages
 from ...errors import SettingError
 from ...technique import Phase
 from ..data import need_columns
@@ -16,7 +16,6 @@ from .base import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import Trainer
 
     from ...recipe import Recipe
     from ..settings import RunSettings
@@ -55,6 +54,7 @@ class ImageTask(Task):
     def check_columns(self, split: str, dataset: Dataset) -> None:
         from datasets import Image
 
+        need_packages(("PIL",), "Reading pictures")
         need_columns(split, dataset, *self.columns)
         if not isinstance(feature := dataset.features[self.data.image], Image):
             raise SettingError(
@@ -94,9 +94,6 @@ class ImageTask(Task):
     def probe(self, data: DatasetDict, model: Any, processor: Any) -> dict[str, Any]:
         rows = self.prepare(data, model, processor)["train"]
         return {"pixel_values": torch.stack(rows[:]["pixel_values"]), **self.options}
-
-    @abstractmethod
-    def trainer(self, **kwargs: Any) -> Trainer: ...
 
 
 def of_size(processor: Any, side: int) -> Any:
