@@ -224,6 +224,19 @@ def test_an_edited_result_is_refused_before_anything_runs(suite_file: Callable[.
         run_suite(suite)
 
 
+def test_recipes_are_compared_on_the_split_that_is_wanted(suite_file: Callable[..., Path], tmp_path: Path) -> None:
+    few = tmp_path / "few.csv"
+    few.write_text("text,label\na lovely film,good\na dull film,bad\na warm plot,good\n")
+    path = suite_file(recipes={"lora": LORA}, split="validation")
+    suite = Suite.load(path, (f"base.data.validation={few}",))
+    run_suite(suite, check=False)
+    (result,) = state_of(suite).results.values()
+    assert len(result.shoestring.scores) == 3
+    assert result.shoestring.values["loss"] == result.shoestring.quality["validation"]["loss"]
+    with pytest.raises(SettingError, match=r"split: this run has no validation data; name it as data\.validation"):
+        run_suite(Suite.load(path, ("base.data.validation=", "base.train.eval_strategy=no")))
+
+
 @pytest.mark.parametrize("budget", [{"tokens": 170}, {"seconds": 0.5}])
 def test_budgets_in_tokens_and_seconds_become_steps(suite_file: Callable[..., Path], budget: dict[str, Any]) -> None:
     train = {"eval_strategy": "no", "save_strategy": "no"}

@@ -110,10 +110,11 @@ def test_the_digest_is_of_what_shapes_the_run(tmp_path: Path) -> None:
         digest(seeds=[1]),
         digest(budget={"steps": 4}),
         digest(measure=["latency"]),
+        digest(split="validation"),
         digest(base={**suite_of()["base"], "data": {"train": str(data), "max_length": 4}}),
     ]
     data.write_text("text,label\nbad,0\n")
-    assert len({first, *others, digest()}) == 7
+    assert len({first, *others, digest()}) == 8
 
 
 def test_files_of_runs_have_names_that_every_system_takes() -> None:
@@ -164,6 +165,7 @@ def test_a_mistake_of_the_base_is_told_once() -> None:
         ({"recipes": {}}, "recipes"),
         ({"recipe": LORA}, "Unknown key recipe. Did you mean 'recipes'?"),
         ({"seeds": []}, "seeds"),
+        ({"split": "train"}, "split must be one of validation, test, got 'train'"),
         ({"seeds": [1, 1]}, "seeds must be different whole numbers from 0"),
         ({"budget": {"steps": 3, "seconds": 4.0}}, "give one of steps, seconds and tokens; 2 are given"),
         ({"budget": {"steps": 0}}, "budget.steps must be at least 1, got 0"),

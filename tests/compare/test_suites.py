@@ -13,6 +13,7 @@ from shoestring.testing.assets import need
 from shoestring.training.marked_yaml import dump_yaml, read_marked_yaml
 
 SUITES = sorted(Path("benchmarks/suites").glob("*.yaml"))
+RATES = sorted(Path("benchmarks/suites/rates").glob("*.yaml"))  # learning rates for some of them
 OF_PEFT = {"lora", "ia3", "ln_tuning", "vera", "prompt_tuning", "prefix_tuning", "miss", "shira"}
 SHORT = ["base.data.max_train_rows=64", "base.data.max_eval_rows=16", "budget.steps=2", "seeds=[0]"]
 SMOKE = ("full tuning", "lora", "bitfit", "token_tune")
@@ -23,12 +24,20 @@ def used_in(suite: Suite) -> set[str]:
     return {name for case in suite.cases for entry in case.settings.recipe for name in entry}
 
 
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*SUITES, *RATES], ids=str)
 def test_every_suite_is_read(path: Path) -> None:
     suite = Suite.load(path)
-    assert suite.seeds == (0, 1, 2)
-    assert suite.name == path.stem
+    assert suite.seeds == ((0,) if path in RATES else (0, 1, 2))
     assert path.read_text().count(f"shoestring compare {path}") == 1  # it says how to run it
+
+
+@pytest.mark.parametrize("path", RATES, ids=lambda path: path.stem)
+def test_rates_are_looked_for_with_the_recipes_that_they_are_for(path: Path) -> None:
+    of_suite = {case.name: case.settings for case in Suite.load(path.parents[1] / path.name).cases}
+    for case in Suite.load(path).cases:
+        name = case.name.split(", ")[0]
+        assert case.settings.recipe == of_suite[name].recipe, name
+        assert case.settings.data == of_suite[name].data
 
 
 def test_the_suites_have_every_method_of_ours_and_those_of_peft_that_people_know() -> None:

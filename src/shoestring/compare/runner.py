@@ -194,6 +194,7 @@ def _start(
         budget=suite.budget,
         extras=suite.extras,
         folder=str(Path(suite.output_dir, RUNS).absolute()),
+        split=suite.split,
         keep_weights=suite.keep_weights,
         threads=threads,
         fits_only=fits_only,

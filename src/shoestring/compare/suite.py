@@ -28,7 +28,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -78,6 +78,9 @@ class _SuiteFile(BaseModel):
     budget: Budget | None = Field(None, description="steps, seconds or tokens of each run; empty: as the base says")
     baseline: str | None = Field(None, description="the recipe that differences are told to; empty: the first one")
     quality: str | None = Field(None, description="measure to rank by; empty: what the task is chosen by")
+    split: Literal["validation", "test"] | None = Field(
+        None, description="rows to compare on; empty: test where there is such a split, or else validation"
+    )
     target: float | None = Field(None, description="quality that the time to reach it is told for")
     measure: list[Any] = Field(default_factory=list, description="what else to measure, by name or {name: settings}")
     keep_weights: bool = Field(False, description="keep what each run has trained, and its checkpoints")
@@ -117,6 +120,7 @@ class Suite:
     quality: str
     output_dir: str
     budget: Budget | None = None
+    split: str | None = None
     target: float | None = None
     extras: tuple[Extra, ...] = field(default_factory=tuple)
     keep_weights: bool = False
@@ -190,6 +194,7 @@ class Suite:
             quality=file.quality or TASKS[tasks.pop()].metric,
             output_dir=os.path.expanduser(file.output_dir or f"comparisons/{name}"),
             budget=file.budget,
+            split=file.split,
             target=file.target,
             extras=tuple(extras),
             keep_weights=file.keep_weights,
@@ -346,6 +351,7 @@ def _case(name: str, run: RunSettings, seed: int, file: _SuiteFile, extras: list
         "train": {key: plain(value) for key, value in settings.train.items()},
         "early_stopping_patience": settings.early_stopping_patience,
         "budget": file.budget.model_dump(exclude_none=True) if file.budget else None,
+        "split": file.split,
         "measure": {extra.name: extra.model_dump() for extra in extras},
         "sources": {source: _content(source) for source in _sources(settings)},
     }

@@ -46,6 +46,7 @@ class Order:
     budget: Budget | None
     extras: tuple[Extra, ...]
     folder: str
+    split: str | None
     keep_weights: bool
     threads: int | None = None
     fits_only: bool = False
@@ -102,6 +103,7 @@ def check(case: Case, order: Order) -> None:
     folder = Path(order.folder) / f".{case.file}"
     try:
         ready = prepare(case.settings.model_copy(update={"output_dir": str(folder)}))
+        scored_split(ready.data, order.split)
         for extra in order.extras:
             extra.before(ready)
         _steps_of(order.budget, ready, case.settings)
@@ -136,13 +138,15 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
         settings, overwrite=True, callbacks=[watch], say=lambda text: tell(("stage", text)), on_ready=on_ready
     )
     (ready,) = prepared
-    values = _values(report, ready, watch)
+    split = scored_split(report.quality, order.split)
+    values = _values(report, ready, watch, split)
     notes: list[str] = []
     for extra in sorted(order.extras, key=lambda extra: extra.alters_model):
         tell(("stage", extra.name))
         values |= finite(extra.after(ready).items())
         notes += extra.notes
-    result = _result(case, settings, report, ready, watch, values, notes)
+    scores = watch.scores.get(split or "", [])
+    result = _result(case, settings, report, ready, watch, values, scores, notes)
     result.run_info.created_at, result.run_info.total_time = created, time.monotonic() - began
     if not order.keep_weights:
         shutil.rmtree(settings.output_dir, ignore_errors=True)
@@ -258,16 +262,20 @@ class _Watch(TrainerCallback):
         return self._times.seconds if self._times is not None else []
 
 
-def scored_split(splits: Any) -> str | None:
-    """The split that runs are compared on: "test" where there is one, as "validation" may have chosen the weights."""
-    return next((name for name in ("test", "validation") if name in splits), None)
+def scored_split(splits: Any, wanted: str | None) -> str | None:
+    """The split that runs are compared on: "test" where there is one, as "validation" may have chosen the weights.
+
+    Raises SettingError if another one is wanted that is not there.
+    """
+    if wanted is not None and wanted not in splits:
+        raise SettingError(f"split: this run has no {wanted} data; name it as data.{wanted}.")
+    return wanted or next((name for name in ("test", "validation") if name in splits), None)
 
 
-def _values(report: Report, ready: Ready, watch: _Watch) -> dict[str, float]:
+def _values(report: Report, ready: Ready, watch: _Watch, split: str | None) -> dict[str, float]:
     """The figures of every run."""
     memory = report.memory or {}
     largest = memory.get("largest", {})
-    split = scored_split(report.quality)
     qualities = report.quality.get(split or "", {})
     cuda = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
     values = finite(
@@ -320,10 +328,10 @@ def _result(
     ready: Ready,
     watch: _Watch,
     values: dict[str, float],
+    scores: list[float],
     notes: list[str],
 ) -> Result:
     """The run in the fields of its file."""
-    split = scored_split(report.quality)
     own = Own(
         schema_version=SCHEMA_VERSION,
         task=settings.task,
@@ -337,7 +345,7 @@ def _result(
         memory=(report.memory or {}).get("at_peak", {}),
         losses=[(step, loss) for step, loss in report.losses if math.isfinite(loss)],
         curve=watch.curve,
-        scores=watch.scores.get(split or "", []),
+        scores=scores,
         notes=notes,
     )
     last = report.losses[-1][1] if report.losses else None
