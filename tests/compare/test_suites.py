@@ -15,7 +15,7 @@ from shoestring.training.marked_yaml import dump_yaml, read_marked_yaml
 SUITES = sorted(Path("benchmarks/suites").glob("*.yaml"))
 RATES = sorted(Path("benchmarks/suites/rates").glob("*.yaml"))  # learning rates for some of them
 OF_PEFT = {"lora", "ia3", "ln_tuning", "vera", "prompt_tuning", "prefix_tuning", "miss", "shira"}
-SHORT = ["base.data.max_train_rows=64", "base.data.max_eval_rows=16", "budget.steps=2", "seeds=[0]"]
+SHORT = ["base.data.max_train_rows=128", "base.data.max_eval_rows=16", "budget.steps=2", "seeds=[0]"]
 SMOKE = ("full tuning", "lora", "bitfit", "token_tune")
 
 
