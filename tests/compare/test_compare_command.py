@@ -102,7 +102,8 @@ def test_results_of_others_beside_a_suite(
         (["{folder}/none"], "There is no file"),
         (["{empty}"], "holds no results"),
         (["{suite}", "seeds=[]"], "seeds"),
-        (["{suite}", "--report", "--beside", "nowhere.json"], "There is no nowhere.json"),
+        (["{suite}", "--beside", "nowhere.json"], "There is no nowhere.json"),
+        (["{suite}", "--output", "{file}"], "File exists"),
         (["{suite}", "output_dir={file}"], "is a file, or lies inside one"),
     ],
 )
@@ -118,7 +119,9 @@ def test_bad_input_ends_with_code_2(
     (tmp_path / "f").write_text("")
     made_result().write(tmp_path / "folder" / "a.json")
     assert main(["compare", *(argument.format(**places) for argument in arguments)]) == 2
-    assert said in capsys.readouterr().err.replace("\n", " ")
+    heard = capsys.readouterr()
+    assert said in heard.err.replace("\n", " ")
+    assert "checking" not in heard.out  # told before anything is loaded
 
 
 def test_on_a_terminal_what_runs_is_shown_with_the_time_left(suite_file: Callable[..., Path]) -> None:

@@ -82,11 +82,14 @@ def compare(
     if show:
         _list(console, made, as_json)
         return
+    others = _results_in(beside or [])  # what is wrong with them, and with the folder, is told before hours of training
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
     if not report_only:
         with _Screen(console, made, jobs) as screen:
             run_suite(made, jobs=jobs, retry_failed=retry_failed, check=check, on_event=screen.told)
     command = " ".join(["shoestring compare", str(suite), *(overrides or ())])
-    comparison = comparison_of(made, command, others=_results_in(beside or []))
+    comparison = comparison_of(made, command, others=others)
     _finish(console, comparison, output or Path(made.output_dir), as_json)
     if comparison.failures:
         raise RunFailed(
