@@ -67,6 +67,11 @@ def test_a_failure_ends_with_code_1_and_a_report(
     assert "wild, seed 0: failed: The loss became" in heard.out
     assert "1 of 2 runs failed; the report has the reasons" in heard.err
     assert "The loss became" in (tmp_path / "out" / "report.html").read_text()
+    again = ["compare", str(tmp_path / "tiny.yaml"), "--no-check", "--retry-failed"]
+    assert main(again) == 1
+    heard = capsys.readouterr()
+    assert "1 of 2 runs are there already." in heard.out
+    assert "[1/1] wild, seed 0: failed" in heard.out
 
 
 def test_results_of_peft_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

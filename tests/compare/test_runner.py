@@ -107,6 +107,15 @@ def test_what_is_finished_is_used_again_also_under_another_name(suite_file: Call
     assert {recipe.name for recipe in comparison_of(suite).recipes} == {"renamed", "wide"}
 
 
+def test_what_stands_under_two_names_is_run_once(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file(recipes={"lora": LORA, "again": LORA}))
+    assert state_of(suite).to_do == suite.cases[:1]
+    run_suite(suite, check=False)
+    first, second = comparison_of(suite).recipes
+    assert {first.name, second.name} == {"lora", "again"}
+    assert first.values == second.values
+
+
 def test_the_same_suite_gives_the_same_numbers(suite_file: Callable[..., Path]) -> None:
     first, second = Suite.load(suite_file("one")), Suite.load(suite_file("two"))
     run_suite(first, check=False)

@@ -86,7 +86,7 @@ def compare(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     if not report_only:
-        with _Screen(console, made, jobs) as screen:
+        with _Screen(console, made, jobs, retry_failed) as screen:
             run_suite(made, jobs=jobs, retry_failed=retry_failed, check=check, on_event=screen.told)
     command = " ".join(["shoestring compare", str(suite), *(overrides or ())])
     comparison = comparison_of(made, command, others=others)
@@ -173,8 +173,8 @@ def _finish(console: Console, comparison: "Comparison", output: Path | None, as_
 class _Screen:
     """A live table of runs on a terminal, a line for each elsewhere; with the time that is left."""
 
-    def __init__(self, console: Console, suite: "Suite", jobs: int):
-        self.console, self.suite, self.jobs = console, suite, jobs
+    def __init__(self, console: Console, suite: "Suite", jobs: int, retry_failed: bool = False):
+        self.console, self.suite, self.jobs, self.retry_failed = console, suite, jobs, retry_failed
         self.running: dict[str, tuple[Case, str, float]] = {}
         self.took: list[float] = []
         self.ended = 0
@@ -192,8 +192,10 @@ class _Screen:
     def __enter__(self) -> "_Screen":
         from ..compare.runner import state_of
 
-        self.total = len(state_of(self.suite).to_do)
-        done = len(self.suite.cases) - self.total
+        state = state_of(self.suite, retry_failed=self.retry_failed)
+        self.total = len(state.to_do)
+        known = state.results.keys() | (set() if self.retry_failed else state.failures.keys())
+        done = sum(case.digest in known for case in self.suite.cases)
         if done:
             self.console.print(f"{done} of {len(self.suite.cases)} runs are there already.", style="dim")
         self.job = self.bar.add_task("runs", total=self.total, left="")

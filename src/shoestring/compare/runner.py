@@ -138,11 +138,12 @@ class State:
 
 
 def state_of(suite: Suite, *, retry_failed: bool = False) -> State:
-    """What is finished, has failed and is to do. A run that failed is tried again only if asked."""
+    """What is finished, has failed, and is to do: what failed only if asked, what stands under two names once."""
     store = Store(suite.output_dir)
     results, failures = store.results(), store.failures()
     known = results.keys() | (set() if retry_failed else failures.keys())
-    return State(results, failures, tuple(case for case in suite.cases if case.digest not in known))
+    to_do = {case.digest: case for case in reversed(suite.cases) if case.digest not in known}
+    return State(results, failures, tuple(case for case in suite.cases if to_do.get(case.digest) is case))
 
 
 def run_suite(
