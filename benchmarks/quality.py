@@ -8,7 +8,7 @@ steps of 4 as long as that falls. The other seeds are trained with the best one.
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from result import Row
@@ -63,18 +63,20 @@ class Contestant:
     """A recipe, and the name of the contestant that it stands beside.
 
     beside: empty for one that is a baseline only. model: as in a run file; None for that of the part. apart: as in the
-    part; None for the part's own.
+    part; None for the part's own. train: over the settings of the part.
     """
 
     recipe: list[Any]
     beside: str = ""
     model: Callable[[], Any] | None = None
     apart: float | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
 
 
 def settings_of(part: Part, contestant: Contestant, learning_rate: float, seed: int) -> dict[str, Any]:
     """The run file of one training."""
     train = {**part.train, "learning_rate": learning_rate, "bf16": True, "eval_strategy": "no", "seed": seed}
+    train |= contestant.train
     model = f"packaged:{part.model}" if contestant.model is None else contestant.model()
     return {"model": model, "task": part.task, "data": part.data(), "recipe": contestant.recipe, "train": train}
 
@@ -122,7 +124,7 @@ def train_all(
     finish(_planned(part, contestants, done, seed), done, measured, keep)
 
 
-def _results(part: Part, done: Mapping[str, Outcome], name: str) -> dict[int, float]:
+def results_of(part: Part, done: Mapping[str, Outcome], name: str) -> dict[int, float]:
     """What the finished seeds came to, each at the best learning rate."""
     rate, found = rate_to_use(done, name)
     outcomes = {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in SEEDS} if found else {}
@@ -138,7 +140,7 @@ def compared(title: str, part: Part, contestants: Mapping[str, Contestant], done
     rows = []
     for name, contestant in contestants.items():
         base = contestant.beside
-        ours, theirs = (_results(part, done, one) for one in (name, base))
+        ours, theirs = (results_of(part, done, one) for one in (name, base))
         if not (common := [seed for seed in SEEDS if seed in ours and seed in theirs]):
             continue
         values = [[some[seed] for seed in common] for some in (ours, theirs)]

@@ -7,22 +7,30 @@ cost: short runs on the packaged encoder, of which one step is counted by the le
 pruning, for example). Bytes are the same on every run; seconds are the processor's, least of the steps after that one.
 quality: the packaged encoder on reviews, equal numbers of steps, learning rates looked for as `quality.py` says. Each
 method stands beside the baseline that it claims to beat or to equal, with as many trained numbers where both choose
-numbers. Every run is written to the JSON file when it ends, and not run again when it is there.
+numbers. density_loss and its baseline train an encoder with ReLU in place of GELU, which has few exact zeros; the share
+of activations that are not zero is a row of its own.
+forwards: the loss that bilevel_zofo comes to with at most half of the forwards of zeroth_order, where a backward counts
+as two. Both train LoRA on queries and values; the one moves all other weights, too.
+Every run is written to the JSON file when it ends, and not run again when it is there.
 """
 
 import argparse
 import functools
 import gc
 import json
+import shutil
+import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from quality import FIRST_RATES, REVIEWS, SEEDS, Contestant, Runs, compared, train_all
+from quality import FIRST_RATES, REVIEWS, SEEDS, Contestant, Runs, compared, results_of, train_all
 from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
 from shoestring import Ledger, Recipe, assets
 from shoestring.memory import MemoryReport
@@ -55,10 +63,33 @@ CONTESTANTS = {
     "spt": Contestant([{"spt": {"budget": COUNT, "calibration_rows": 64}}], "LoRA r=8", apart=0.0),
     "random layers": Contestant([lora(8), {"ist": {"active_layers": 0.5, "importance": False}}], "LoRA r=8"),
     "ist": Contestant([lora(8), {"ist": {"active_layers": 0.5}}], "LoRA r=8", apart=0.0),
-    "density_loss": Contestant([lora(8), {"density_loss": {"weight": 0.05, "epsilon": 0.01}}], "LoRA r=8", apart=0.01),
+    "LoRA r=8 with ReLU": Contestant([lora(8), {"density_loss": {"weight": 0.0}}], model=lambda: with_relu()),
+    "density_loss": Contestant(
+        [lora(8), {"density_loss": {"weight": 0.05, "epsilon": 0.01}}],
+        "LoRA r=8 with ReLU",
+        model=lambda: with_relu(),
+        apart=0.01,
+    ),
     "light_peft": Contestant([lora(8), {"light_peft": {"estimation_steps": 30}}], "LoRA r=8"),
 }
 
+STEPS, INNER_STEPS = 400, 3
+FORWARDS, FORWARDS_OF_ROUND = 2 * STEPS, 3 * INNER_STEPS + 2 * 3 + 6
+BILEVEL_STEPS = FORWARDS // 2 // FORWARDS_OF_ROUND * (INNER_STEPS + 1)
+OF_VALUES = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}}
+WITH_FORWARDS = {
+    "zeroth_order": Contestant([OF_VALUES, {"zeroth_order": {"eps": 1e-2}}]),
+    "bilevel_zofo": Contestant(
+        [OF_VALUES, {"bilevel_zofo": {"inner_steps": INNER_STEPS}}],
+        "zeroth_order",
+        apart=0.0,
+        train={"max_steps": BILEVEL_STEPS},
+    ),
+}
+TRAININGS = {
+    "quality": (REVIEWS, CONTESTANTS),
+    "forwards": (replace(REVIEWS, train={**REVIEWS.train, "max_steps": STEPS}, measure="loss"), WITH_FORWARDS),
+}
 
 HALF, ONE = {"ist": {"active_layers": 0.5}}, {"ist": {"active_layers": 1}}
 PRUNED = [lora(8), {"light_peft": {"estimation_steps": 2}}]
@@ -171,17 +202,43 @@ def inference_peak() -> int:
     return ledger.report().peak_bytes
 
 
-def chosen(names: list[str]) -> dict[str, Contestant]:
-    """The contestants of these names, and the baselines they need, before them."""
-    wanted = {base for name in names for base in (name, CONTESTANTS[name].beside)}
-    return {name: contestant for name, contestant in CONTESTANTS.items() if name in wanted}
+@functools.cache
+def with_relu() -> str:
+    """A folder of the encoder, with ReLU in place of GELU."""
+    folder = tempfile.mkdtemp()
+    shutil.copytree(assets.model_folder("minilm"), folder, dirs_exist_ok=True)
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "relu"}))
+    return folder
+
+
+def chosen(contestants: Mapping[str, Contestant], names: list[str]) -> dict[str, Contestant]:
+    """Those of these names, and the baselines they need, before them."""
+    wanted = {base for name in names if name in contestants for base in (name, contestants[name].beside)}
+    return {name: contestant for name, contestant in contestants.items() if name in wanted}
+
+
+def of_trainings(runs: Runs) -> list[Row]:
+    """The rows of finished trainings."""
+    rows = [row for part, (how, names) in TRAININGS.items() for row in compared(part, how, names, runs.get(part, {}))]
+    base = CONTESTANTS["density_loss"].beside
+    of_seed = [
+        results_of(replace(REVIEWS, measure="density"), runs.get("quality", {}), one) for one in ("density_loss", base)
+    ]
+    if common := of_seed[0].keys() & of_seed[1].keys():
+        means = [statistics.mean(some[seed] for seed in common) for some in of_seed]
+        rows.append(at_most(f"quality, density_loss beside {base}, {len(common)} seeds: density", *means, 0.6))
+    if "forwards" in runs:
+        ours = BILEVEL_STEPS // (INNER_STEPS + 1) * FORWARDS_OF_ROUND
+        rows.append(at_most("forwards, bilevel_zofo beside zeroth_order: forwards", ours, FORWARDS, 0.5))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["cost", "quality"]
+    parts, names = ["cost", *TRAININGS], [name for _, contestants in TRAININGS.values() for name in contestants]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
-    parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", default="selection.json")
@@ -195,18 +252,19 @@ def main() -> None:
 def work(options: argparse.Namespace) -> None:
     """All parts asked for; the file is written after each run."""
     runs: Runs = read_runs(options.json)
+    recipes = {name: one.recipe for _, contestants in TRAININGS.values() for name, one in contestants.items()}
+    settings = {"threads": options.threads, "first_learning_rates": FIRST_RATES, "methods": recipes}
 
     def keep(rows: list[Row]) -> None:
-        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith("quality")]
-        quality = compared("quality", REVIEWS, CONTESTANTS, runs.get("quality", {}))
-        recipes = {name: contestant.recipe for name, contestant in CONTESTANTS.items()}
-        settings = {"threads": options.threads, "first_learning_rates": FIRST_RATES, "methods": recipes}
-        write([*kept, *rows, *quality], options.json, SEEDS, runs, **settings)
+        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(TRAININGS))]
+        write([*kept, *rows, *of_trainings(runs)], options.json, SEEDS, runs, **settings)
 
     if "cost" in options.only:
         keep(cost())
-    for seed in options.seeds if "quality" in options.only else ():
-        train_all(REVIEWS, chosen(options.methods), runs.setdefault("quality", {}), seed, lambda: keep([]))
+    for seed in options.seeds:
+        for part in (part for part in TRAININGS if part in options.only):
+            how, contestants = TRAININGS[part]
+            train_all(how, chosen(contestants, options.methods), runs.setdefault(part, {}), seed, lambda: keep([]))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,15 @@ def test_a_split_whose_completions_are_all_cut_off_is_named(split, run_file, tmp
         train(RunSettings.load(path, ["train.eval_strategy=no"] if split == "validation" else []))
 
 
+def test_rows_whose_completions_are_cut_off_are_counted(run_file, tmp_path):
+    rows = [{"prompt": " ".join(["film"] * words), "completion": " good"} for words in (2, 20, 3, 21, 22)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = run_file(task="causal-lm", data={"train": str(tmp_path / "some.jsonl"), "max_length": 16})
+    with pytest.warns(UserWarning, match="3 of the 5 rows of train are left out: .* first 16; raise data.max_length"):
+        prepared = ready(path)
+    assert len(prepared.trainer.train_dataset) == 2
+
+
 def test_chats_are_learned_whole(run_file, tmp_path):
     chat = [{"role": "user", "content": "the film is"}, {"role": "assistant", "content": "good"}]
     data = tmp_path / "chats.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
@@ -117,9 +118,17 @@ class CausalLM(Task):
         from ..trainer import recipe_sft_trainer
 
         trainer: Any = recipe_sft_trainer()(**kwargs)
-        for split, rows in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-            if isinstance(rows, Sized) and len(rows) == 0:
+        for split, field in (("train", "train_dataset"), ("validation", "eval_dataset")):
+            given, left = kwargs.get(field), getattr(trainer, field)
+            if not isinstance(left, Sized) or not isinstance(given, Sized):
+                continue
+            if len(left) == 0:
                 raise SettingError(self._nothing_counts(split))
+            if len(left) < len(given) and not (trainer.args.packing or trainer.args.eval_packing):
+                warnings.warn(
+                    f"{len(given) - len(left)} of the {len(given)} rows of {split} are left out: they have no token that "
+                    f"the loss counts among their first {trainer.args.max_length}; raise data.max_length to keep them."
+                )
         return trainer
 
     def _nothing_counts(self, split: str) -> str:
