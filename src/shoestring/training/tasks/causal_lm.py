@@ -126,8 +126,9 @@ class CausalLM(Task):
                 raise SettingError(self._nothing_counts(split))
             if len(left) < len(given) and not (trainer.args.packing or trainer.args.eval_packing):
                 warnings.warn(
-                    f"{len(given) - len(left)} of the {len(given)} rows of {split} are left out: they have no token that "
-                    f"the loss counts among their first {trainer.args.max_length}; raise data.max_length to keep them."
+                    f"{len(given) - len(left)} of the {len(given)} rows of {split} are left out: they have no token "
+                    f"that the loss counts among their first {trainer.args.max_length}; raise data.max_length to keep "
+                    "them."
                 )
         return trainer
 
