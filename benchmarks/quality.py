@@ -2,7 +2,9 @@
 
 Everything is at its default but the learning rate, in mixed precision (bfloat16) with linear decay. The learning rate
 is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
-steps of 4 as long as that falls. The other seeds are trained with the best one. Keys of runs are name|rate|seed.
+steps of 4 as long as that falls. The other seeds are trained with the best one. What misses its goal with all seeds is
+trained at half of that rate, too, which shows whether the miss hangs on a rate that other seeds do not bear; rows of it
+have no goal. Keys of runs are name|rate|seed.
 """
 
 import math
@@ -16,6 +18,7 @@ from runs import Outcome, finish, run, word_problems
 
 FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
 SEEDS = [0, 1, 2]
+HALVED = " at half the rate"
 
 Runs = dict[str, dict[str, Outcome]]
 """Finished runs by part and key."""
@@ -115,6 +118,10 @@ def _planned(
             rate, found = rate_to_use(done, name)
         if found and seed != SEEDS[0]:
             yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
+    for name, contestant in contestants.items() if seed == SEEDS[-1] else ():
+        rate = rate_to_use(done, name)[0] / 2
+        for each in SEEDS if _misses(part, contestant, done, name) else ():
+            yield f"{name}{HALVED}|{rate:g}|{each}", settings_of(part, contestant, rate, each)
 
 
 def train_all(
@@ -127,12 +134,23 @@ def train_all(
 def results_of(part: Part, done: Mapping[str, Outcome], name: str) -> dict[int, float]:
     """What the finished seeds came to, each at the best learning rate."""
     rate, found = rate_to_use(done, name)
-    outcomes = {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in SEEDS} if found else {}
+    return _results_at(part, done, name, rate) if found else {}
+
+
+def _results_at(part: Part, done: Mapping[str, Outcome], name: str, rate: float) -> dict[int, float]:
+    outcomes = {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in SEEDS}
     return {
         seed: float(outcome["quality"][part.split][part.measure])
         for seed, outcome in outcomes.items()
         if outcome is not None
     }
+
+
+def _misses(part: Part, contestant: Contestant, done: Mapping[str, Outcome], name: str) -> bool:
+    ours, theirs = (results_of(part, done, one) for one in (name, contestant.beside))
+    if not len(ours) == len(theirs) == len(SEEDS):
+        return False
+    return not _goal(part, contestant, *(statistics.mean(some.values()) for some in (ours, theirs)))[1]
 
 
 def compared(title: str, part: Part, contestants: Mapping[str, Contestant], done: Mapping[str, Outcome]) -> list[Row]:
@@ -151,7 +169,18 @@ def compared(title: str, part: Part, contestants: Mapping[str, Contestant], done
         if len(common) > 1:
             spread = (statistics.stdev(some) for some in values)
             rows.append(Row(f"{label}: standard deviation of {part.measure}", *spread))
-        rows.append(Row(f"{label}: learning rate", *(rate_to_use(done, one)[0] for one in (name, base))))
+        rates = [rate_to_use(done, one)[0] for one in (name, base)]
+        rows.append(Row(f"{label}: learning rate", *rates))
+        halved = list(_results_at(part, done, f"{name}{HALVED}", rates[0] / 2).values())
+        if len(halved) == len(SEEDS):
+            rows.append(Row(f"{label},{HALVED}: {part.measure}", statistics.mean(halved), means[1]))
+            rows.append(
+                Row(
+                    f"{label},{HALVED}: standard deviation of {part.measure}",
+                    statistics.stdev(halved),
+                    statistics.stdev(values[1]),
+                )
+            )
     return rows
 
 
