@@ -43,10 +43,20 @@ class Interrupted(Exception):
     """Ends a run in a test as a kill would: nothing of ours catches it."""
 
 
+@pytest.fixture(scope="module")
+def kept_folder(tmp_path_factory):
+    """Where the stopped run is kept for the next test; not there before the first."""
+    return tmp_path_factory.mktemp("stopped") / "run"
+
+
 @pytest.fixture
-def stopped(run_file, monkeypatch):
+def stopped(run_file, monkeypatch, kept_folder):
     """A run with checkpoints 2 and 4 and no end; gives its run file and folder."""
     path = run_file("stopped")
+    folder = path.with_suffix("")
+    if kept_folder.exists():
+        shutil.copytree(kept_folder, folder)
+        return path, folder
 
     def stop(*args, **kwargs):
         raise Interrupted("stopped by the test")
@@ -54,8 +64,8 @@ def stopped(run_file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("shoestring.training.run._save_final", stop)
         assert main(["train", str(path)]) == 1
-    folder = path.with_suffix("")
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    shutil.copytree(folder, kept_folder)
     return path, folder
 
 
