@@ -8,9 +8,9 @@ Start    t_k evenly from -3 to 3, g = `gain`, C ~ N(0, 0.001); zero: R = 0, exac
 Trains   (K + K r + 1) in + r out + 1 numbers a layer: about (K + 1) / 2 times LoRA's of the same r
 Costs    x and one [tokens, r] tensor kept at each layer. The basis, K numbers for each of x, is formed some tokens at a
          time, in forward and again in backward: K times the products of LoRA's down-projection. Cannot be merged
-Differs  parameters stay in float32 beside a base in 16 bits. With R = 0, a starts at 8, not at 0.001, so that learning
-         rates of LoRA suit: C is small, and the gradient of R has the size of a C. Hats are splines of order 1, as
-         published; the order that the paper's results used is not known. Linear layers only, as there
+Differs  parameters stay in float32 beside a base in 16 bits. With R = 0, a starts at 8, not at 0.001: C is small, and
+         the gradient of R has the size of a C. Hats are splines of order 1, as published; the order that the paper's
+         results used is not known. Linear layers only, as there
 """
 
 from collections.abc import Mapping
