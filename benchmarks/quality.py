@@ -4,7 +4,7 @@ Everything is at its default but the learning rate, in mixed precision (bfloat16
 is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
 steps of 4 as long as that falls. The other seeds are trained with the best one. What misses its goal with all seeds is
 trained at half of that rate, too, which shows whether the miss hangs on a rate that other seeds do not bear; rows of it
-have no goal. Keys of runs are name|rate|seed.
+have no goal, since baselines do not get the same. Keys of runs are name|rate|seed.
 """
 
 import math
