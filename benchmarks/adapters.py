@@ -9,11 +9,12 @@ processor on one thread, the least of several steps, the method's and LoRA's in 
 that they name. What a trainer does between steps, such as SNELLA's budget, is not in it, nor is the optimizer.
 
 classification, decoder: LoRA and each method are trained at equal numbers of steps, with learning rates looked for as
-`quality.py` says. Every run is written to the JSON file when it ends, and not run again when it is there. Rows say how
-many seeds are finished.
+`quality.py` says, and then three times as long. Every run is written to the JSON file when it ends, and not run again
+when it is there. Rows say how many seeds are finished.
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import re
@@ -242,7 +243,10 @@ def limited(rows: list[Row], limits: list[Limit], about: Model) -> list[Row]:
     return made
 
 
-QUALITY = {"classification": REVIEWS, "decoder": WORD_PROBLEMS}
+QUALITY = {
+    "classification": dataclasses.replace(REVIEWS, longer={"max_steps": 300}),
+    "decoder": dataclasses.replace(WORD_PROBLEMS, longer={"max_steps": 120}),
+}
 
 
 def contestants(part: str, names: Iterable[str], file: str) -> dict[str, Contestant]:

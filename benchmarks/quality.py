@@ -2,9 +2,9 @@
 
 Everything is at its default but the learning rate, in mixed precision (bfloat16) with linear decay. The learning rate
 is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
-steps of 4 as long as that falls. The other seeds are trained with the best one. What misses its goal with all seeds is
-trained at half of that rate, too, which shows whether the miss hangs on a rate that other seeds do not bear; rows of it
-have no goal, since baselines do not get the same. Keys of runs are name|rate|seed.
+steps of 4 as long as that falls. The other seeds are trained with the best one. Where a part has a longer training, all
+seeds are repeated in it at half of that rate, again for all alike; rows say what its last quarter still took off the
+held-out loss, which shows how far it has converged. Keys of runs are name|rate|seed.
 """
 
 import math
@@ -18,7 +18,7 @@ from runs import Outcome, finish, run, word_problems
 
 FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
 SEEDS = [0, 1, 2]
-HALVED = " at half the rate"
+LONGER = " longer"
 
 Runs = dict[str, dict[str, Outcome]]
 """Finished runs by part and key."""
@@ -29,7 +29,7 @@ class Part:
     """A training that methods are compared on.
 
     split, measure: what rows show. apart: how much worse than the baseline's a mean may be, in points of accuracy or as
-    a share of the loss.
+    a share of the loss. longer: settings of the longer training; none where empty.
     """
 
     model: str
@@ -39,6 +39,7 @@ class Part:
     split: str
     measure: str
     apart: float
+    longer: Mapping[str, Any] = field(default_factory=dict)
 
 
 REVIEWS = Part(
@@ -76,17 +77,22 @@ class Contestant:
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
-def settings_of(part: Part, contestant: Contestant, learning_rate: float, seed: int) -> dict[str, Any]:
+def settings_of(
+    part: Part, contestant: Contestant, learning_rate: float, seed: int, longer: bool = False
+) -> dict[str, Any]:
     """The run file of one training."""
     train = {**part.train, "learning_rate": learning_rate, "bf16": True, "eval_strategy": "no", "seed": seed}
-    train |= contestant.train
+    train |= {**contestant.train, **(part.longer if longer else {})}
+    if longer:
+        train |= {"eval_strategy": "steps", "eval_steps": train["max_steps"] // 4}
     model = f"packaged:{part.model}" if contestant.model is None else contestant.model()
     return {"model": model, "task": part.task, "data": part.data(), "recipe": contestant.recipe, "train": train}
 
 
 def measured(settings: dict[str, Any]) -> Outcome:
     outcome = run(settings)
-    return {key: outcome[key] for key in ("quality", "trained_parameters", "step_seconds")}
+    kept = {key: outcome[key] for key in ("quality", "trained_parameters", "step_seconds")}
+    return kept | ({"curve": outcome["curve"]} if outcome["curve"] else {})
 
 
 def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
@@ -118,10 +124,11 @@ def _planned(
             rate, found = rate_to_use(done, name)
         if found and seed != SEEDS[0]:
             yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
-    for name, contestant in contestants.items() if seed == SEEDS[-1] else ():
-        rate = rate_to_use(done, name)[0] / 2
-        for each in SEEDS if _misses(part, contestant, done, name) else ():
-            yield f"{name}{HALVED}|{rate:g}|{each}", settings_of(part, contestant, rate, each)
+    for name, contestant in contestants.items() if part.longer else ():
+        rate, found = rate_to_use(done, name)
+        if found:
+            longer = settings_of(part, contestant, rate / 2, seed, longer=True)
+            yield f"{name}{LONGER}|{rate / 2:g}|{seed}", longer
 
 
 def train_all(
@@ -131,57 +138,52 @@ def train_all(
     finish(_planned(part, contestants, done, seed), done, measured, keep)
 
 
-def results_of(part: Part, done: Mapping[str, Outcome], name: str) -> dict[int, float]:
-    """What the finished seeds came to, each at the best learning rate."""
+def outcomes_of(done: Mapping[str, Outcome], name: str, longer: bool = False) -> dict[int, Outcome]:
+    """The finished seeds, each at the best learning rate, or longer at half of it."""
     rate, found = rate_to_use(done, name)
-    return _results_at(part, done, name, rate) if found else {}
+    start = f"{name}{LONGER}|{rate / 2:g}" if longer else f"{name}|{rate:g}"
+    return {seed: done[f"{start}|{seed}"] for seed in SEEDS if found and f"{start}|{seed}" in done}
 
 
-def _results_at(part: Part, done: Mapping[str, Outcome], name: str, rate: float) -> dict[int, float]:
-    outcomes = {seed: done.get(f"{name}|{rate:g}|{seed}") for seed in SEEDS}
-    return {
-        seed: float(outcome["quality"][part.split][part.measure])
-        for seed, outcome in outcomes.items()
-        if outcome is not None
-    }
-
-
-def _misses(part: Part, contestant: Contestant, done: Mapping[str, Outcome], name: str) -> bool:
-    ours, theirs = (results_of(part, done, one) for one in (name, contestant.beside))
-    if not len(ours) == len(theirs) == len(SEEDS):
-        return False
-    return not _goal(part, contestant, *(statistics.mean(some.values()) for some in (ours, theirs)))[1]
+def result(part: Part, outcome: Outcome) -> float:
+    """What a training came to, in the part's measure."""
+    return float(outcome["quality"][part.split][part.measure])
 
 
 def compared(title: str, part: Part, contestants: Mapping[str, Contestant], done: Mapping[str, Outcome]) -> list[Row]:
     """Mean and spread of each that has finished seeds in common with its baseline; goals where all are finished."""
     rows = []
     for name, contestant in contestants.items():
-        base = contestant.beside
-        ours, theirs = (results_of(part, done, one) for one in (name, base))
-        if not (common := [seed for seed in SEEDS if seed in ours and seed in theirs]):
-            continue
-        values = [[some[seed] for seed in common] for some in (ours, theirs)]
-        means = [statistics.mean(some) for some in values]
-        label = f"{title}, {name} beside {base}, {len(common)} of {len(SEEDS)} seeds"
-        goal, holds = _goal(part, contestant, *means) if len(common) == len(SEEDS) else ("", None)
-        rows.append(Row(f"{label}: {part.measure}", *means, goal, holds))
-        if len(common) > 1:
-            spread = (statistics.stdev(some) for some in values)
-            rows.append(Row(f"{label}: standard deviation of {part.measure}", *spread))
-        rates = [rate_to_use(done, one)[0] for one in (name, base)]
-        rows.append(Row(f"{label}: learning rate", *rates))
-        halved = list(_results_at(part, done, f"{name}{HALVED}", rates[0] / 2).values())
-        if len(halved) == len(SEEDS):
-            rows.append(Row(f"{label},{HALVED}: {part.measure}", statistics.mean(halved), means[1]))
-            rows.append(
-                Row(
-                    f"{label},{HALVED}: standard deviation of {part.measure}",
-                    statistics.stdev(halved),
-                    statistics.stdev(values[1]),
-                )
-            )
+        for longer in (False, True) if part.longer else (False,):
+            rows += _compared(title, part, contestant, name, done, longer)
     return rows
+
+
+def _compared(
+    title: str, part: Part, contestant: Contestant, name: str, done: Mapping[str, Outcome], longer: bool
+) -> list[Row]:
+    base = contestant.beside
+    both = [outcomes_of(done, one, longer) for one in (name, base)]
+    if not (common := [seed for seed in SEEDS if all(seed in some for some in both)]):
+        return []
+    values = [[result(part, some[seed]) for seed in common] for some in both]
+    means = [statistics.mean(some) for some in values]
+    label = f"{title}{', longer' if longer else ''}, {name} beside {base}, {len(common)} of {len(SEEDS)} seeds"
+    goal, holds = _goal(part, contestant, *means) if len(common) == len(SEEDS) else ("", None)
+    rows = [Row(f"{label}: {part.measure}", *means, goal, holds)]
+    if len(common) > 1:
+        rows.append(Row(f"{label}: standard deviation of {part.measure}", *(statistics.stdev(some) for some in values)))
+    if longer:
+        taken = (statistics.mean(_last_quarter(some[seed]["curve"]) for seed in common) for some in both)
+        rows.append(Row(f"{label}: share of the held-out loss that the last quarter took", *taken))
+    rates = [rate_to_use(done, one)[0] / (2 if longer else 1) for one in (name, base)]
+    return [*rows, Row(f"{label}: learning rate", *rates)]
+
+
+def _last_quarter(curve: list[list[float]]) -> float:
+    """What the last of four evaluations is below the third, as a share of it."""
+    (_, before), (_, after) = curve[-2:]
+    return 1 - after / before
 
 
 def _goal(part: Part, contestant: Contestant, mean: float, base: float) -> tuple[str, bool]:

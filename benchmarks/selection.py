@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from quality import FIRST_RATES, REVIEWS, SEEDS, Contestant, Runs, compared, results_of, train_all
+from quality import FIRST_RATES, REVIEWS, SEEDS, Contestant, Runs, compared, outcomes_of, result, train_all
 from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
 from shoestring import Ledger, Recipe, assets
 from shoestring.memory import MemoryReport
@@ -222,11 +222,10 @@ def of_trainings(runs: Runs) -> list[Row]:
     """The rows of finished trainings."""
     rows = [row for part, (how, names) in TRAININGS.items() for row in compared(part, how, names, runs.get(part, {}))]
     base = CONTESTANTS["density_loss"].beside
-    of_seed = [
-        results_of(replace(REVIEWS, measure="density"), runs.get("quality", {}), one) for one in ("density_loss", base)
-    ]
+    of_seed = [outcomes_of(runs.get("quality", {}), one) for one in ("density_loss", base)]
     if common := of_seed[0].keys() & of_seed[1].keys():
-        means = [statistics.mean(some[seed] for seed in common) for some in of_seed]
+        density = replace(REVIEWS, measure="density")
+        means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
         rows.append(at_most(f"quality, density_loss beside {base}, {len(common)} seeds: density", *means, 0.6))
     if "forwards" in runs:
         ours = BILEVEL_STEPS // (INNER_STEPS + 1) * FORWARDS_OF_ROUND
