@@ -79,6 +79,7 @@ METHODS: dict[str, list[Any]] = {
     "wara per_band": [{"wara": {"r": 8, "per_band": True}}],
     "wara tiny": [{"wara": {"r": {"minilm": 48, "smollm2": 54}, "form": "tiny"}}],
     "nera": [{"nera": {"r": 4}}],
+    "nera not centred": [{"nera": {"r": 4, "centred": False}}],
     "tlora": [{"tlora": {"r": 7}}],
     "tlora starred": [{"tlora": {"r": 4, "residual": "lora"}}],
     "snell": [{"snell": {"r": 8}}],
@@ -138,6 +139,7 @@ LIMITS: dict[str, list[Limit]] = {
     "wara": [Limit(PEAK, 1.05, rank(16)), Limit(SECONDS, 1.3, rank(16))],
     "wara per_band": [Limit(PEAK, 1.05, rank(8)), Limit(SECONDS, 1.3, rank(8))],
     "nera": [Limit(PEAK, 1.5, rank(4))],
+    "nera not centred": [Limit(PEAK, 1.5, rank(4))],
     "tlora": [
         Limit(PEAK, 1, rank(49), lambda model: 2 * max(model.widest) ** 2 * FLOAT_BYTES),
         Limit(SECONDS, 2, rank(49)),

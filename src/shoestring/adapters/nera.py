@@ -1,16 +1,19 @@
 r"""NeRA: the down-projection of LoRA as splines, one set of learned functions for each input.
 
 Source   Deshmukh et al., WACV 2026, arXiv:2411.13901; equations after the authors' published module
-Update   y' = y + a R z(x), z_j(x) = sum_ik hat(g_i x_i - t_ki) C_kij, hat(u) = max(0, 1 - |u|)
+Update   y' = y + a R z(x), z_j(x) = sum_ik hat(g_i x_i - t_ki) C_kij, hat(u) = max(0, 1 - |u|);
+         centred, our default: y' = y + a R (z(x) - z(0))
 Shapes   g [in], t [K, in], C [K, in, r], z [r], R [out, r], a [1]
 Start    t_k evenly from -3 to 3, g = `gain`, C ~ N(0, 0.001); zero: R = 0, exactly the pretrained model; reference:
          R Kaiming, close to it while a is small
 Trains   (K + K r + 1) in + r out + 1 numbers a layer: about (K + 1) / 2 times LoRA's of the same r
 Costs    x and one [tokens, r] tensor kept at each layer. The basis, K numbers for each of x, is formed some tokens at a
          time, in forward and again in backward: K times the products of LoRA's down-projection. Cannot be merged
-Differs  parameters stay in float32 beside a base in 16 bits. With R = 0, a starts at 8, not at 0.001: C is small, and
-         the gradient of R has the size of a C. Hats are splines of order 1, as published; the order that the paper's
-         results used is not known. Linear layers only, as there
+Differs  centred. Hats are never negative, and the first steps of an adaptive optimizer move all C of an output alike:
+         z becomes a sum of hats, which hardly depends on x. z(0) takes that away. Parameters stay in float32 beside a
+         base in 16 bits. With R = 0, a starts at 8, not at 0.001: C is small, and the gradient of R has the size of
+         a C. Hats are splines of order 1, as published; the order that the paper's results used is not known. Linear
+         layers only, as there
 """
 
 from collections.abc import Mapping
@@ -92,17 +95,27 @@ class NeRA(Adapter):
         self.knots = nn.Parameter(places[:, None].repeat(1, in_features))
         self.coefficients = nn.Parameter(torch.empty(config.num_knots, in_features, config.r))
         self.up = nn.Parameter(torch.zeros(out_features, config.r))
+        self.centred = config.is_centred
         self.scale = nn.Parameter(torch.full((1,), config.start_scale))  # one number, but FSDP takes no scalars
         nn.init.normal_(self.coefficients, std=1e-3 if config.init_weights else 0.1)
         if config.init == "reference" or not config.init_weights:
             nn.init.kaiming_uniform_(self.up, a=5**0.5)
 
     def branch(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """a R z(x). The splines run in the adapter's precision under autocast too, since x less a knot needs it."""
+        """a R z(x), or a R (z(x) - z(0)).
+
+        The splines run in the adapter's precision under autocast too, since x less a knot needs it.
+        """
         with autocast_off(x):
             rows = x.reshape(-1, x.shape[-1])
-            z = _Splines.apply(rows, self.gain, self.knots, self.coefficients)
+            z = self._splines(rows)
+            if self.centred:
+                z = z - self._splines(rows.new_zeros(1, rows.shape[-1]))
         return F.linear(z.view(*x.shape[:-1], z.shape[-1]), self.scale * self.up)
+
+    def _splines(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens r"]:
+        z: Tensor = _Splines.apply(x, self.gain, self.knots, self.coefficients)
+        return z
 
     def new_output(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """The adapted layer's output; `x` its input, `y` its own output."""
@@ -116,10 +129,11 @@ class NeRAConfig(AdapterConfig):
 
     r: numbers that the splines give for each token, 1 <= r.
     num_knots: knots of each input, evenly from -3 to 3 at the start, 2 <= num_knots; with fewer than 4 there are gaps
-        between them in which an input has no effect.
+        between them in which an input's size has no effect.
     alpha: start of the trained scale a, above 0, not divided by r; None: 8, or 0.001 with the start "reference".
-    gain: start of every g, above 0. Inputs beyond 4 / g have no effect and get no gradient; `fit_gain` sets g.
+    gain: start of every g, above 0. Inputs beyond 4 / g have all one effect and get no gradient; `fit_gain` sets g.
     init: "zero" starts as the pretrained model; "reference" has a read-out that is not zero.
+    centred: whether the update of an input of zeros is 0; None: yes, or no with the start "reference", as published.
 
     Raises ValueError if r < 1, num_knots < 2, alpha <= 0, gain <= 0, or init is unknown.
     """
@@ -130,6 +144,7 @@ class NeRAConfig(AdapterConfig):
     alpha: float | None = None
     gain: float = 1.0
     init: Literal["zero", "reference"] = "zero"
+    centred: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +165,11 @@ class NeRAConfig(AdapterConfig):
         if self.alpha is not None:
             return float(self.alpha)
         return 8.0 if self.init == "zero" else 1e-3
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether z(0) is taken off."""
+        return self.init == "zero" if self.centred is None else self.centred
 
 
 @torch.no_grad()
