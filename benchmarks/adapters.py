@@ -18,15 +18,15 @@ import dataclasses
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from quality import FIRST_RATES, REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Runs, compared, train_all
-from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
+from quality import REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Trainings
+from result import Row, at_most, print_table, read_rows
 from shoestring import assets
 from steps import Step, above_weights, memory, seconds, stepped
 
@@ -251,8 +251,8 @@ QUALITY = {
 }
 
 
-def contestants(part: str, names: Iterable[str], file: str) -> dict[str, Contestant]:
-    """The methods, each after the LoRA of equal trained parameters.
+def contestants(file: str, part: str, names: Collection[str] | None) -> dict[str, Contestant]:
+    """The methods, all or with these names, each after the LoRA of equal trained parameters.
 
     file: where costs tell which LoRA is meant; those that were not measured are counted now.
     """
@@ -260,7 +260,7 @@ def contestants(part: str, names: Iterable[str], file: str) -> dict[str, Contest
     beside = re.compile(rf"{model}, (.*) beside LoRA r=(\d+): trained parameters")
     ranks = {match[1]: int(match[2]) for row in read_rows(file) if (match := beside.fullmatch(row.name))}
     made: dict[str, Contestant] = {}
-    for name in names:
+    for name in METHODS if names is None else names:
         if ONLY_ON.get(name, model) == model:
             r = ranks.get(name) or equal_rank(model, Stepped(model, METHODS[name]).trained)
             made.setdefault(f"LoRA r={r}", Contestant(entries([lora(r)], model)))
@@ -287,30 +287,16 @@ def main() -> None:
 
 def work(options: argparse.Namespace) -> None:
     """All parts asked for; the file is written after each method, and after each run."""
-    runs: Runs = read_runs(options.json)
-
-    def keep(rows: list[Row]) -> None:
-        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
-        quality = [
-            row
-            for part, done in runs.items()
-            for row in compared(part, QUALITY[part], contestants(part, METHODS, options.json), done)
-        ]
-        rounds = {name: model.rounds for name, model in MODELS.items()}
-        settings = {"rounds": rounds, "threads": options.threads, "first_learning_rates": FIRST_RATES}
-        write([*kept, *rows, *quality], options.json, SEEDS, runs, **settings, methods=METHODS)
-
-    if "cost" in options.only:
-        for model in options.models:
-            for name in options.methods:
-                there = any(row.name.startswith(f"{model}, {name} beside") for row in read_rows(options.json))
-                if ONLY_ON.get(name, model) == model and (options.again or not there):
-                    keep(found := cost_of(name, model))
-                    print_table(found)
-    for seed in options.seeds:
-        for part in (part for part in QUALITY if part in options.only):
-            chosen = contestants(part, options.methods, options.json)
-            train_all(QUALITY[part], chosen, runs.setdefault(part, {}), seed, lambda: keep([]))
+    settings = {"rounds": {name: model.rounds for name, model in MODELS.items()}, "threads": options.threads}
+    of_file = functools.partial(contestants, options.json)
+    trainings = Trainings(QUALITY, of_file, options.json, {**settings, "methods": METHODS})
+    for model in options.models if "cost" in options.only else ():
+        for name in options.methods:
+            there = any(row.name.startswith(f"{model}, {name} beside") for row in read_rows(options.json))
+            if ONLY_ON.get(name, model) == model and (options.again or not there):
+                trainings.keep(found := cost_of(name, model))
+                print_table(found)
+    trainings.finish(options.only, options.methods, options.seeds)
 
 
 if __name__ == "__main__":

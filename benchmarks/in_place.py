@@ -23,7 +23,7 @@ import argparse
 import functools
 import gc
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from quality import FIRST_RATES, REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Runs, compared, train_all
-from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
+from quality import REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Trainings
+from result import Row, at_most, print_table, read_rows
 from rounded import folder
 from shoestring import Recipe, assets
 from shoestring.quantisation import pack_model, save_packed
@@ -186,12 +186,13 @@ def stored(name: str) -> list[Row]:
     return [at_most(f"{MODEL}, {name} stored, beside 16 bit: bytes", packed, whole, method.stored)]
 
 
-def contestants(part: str, names: Iterable[str]) -> dict[str, Contestant]:
-    """The methods of a part, each after the LoRA of equal trained parameters."""
+def contestants(part: str, names: Collection[str] | None) -> dict[str, Contestant]:
+    """The methods of a part, all or with these names, each after the LoRA of equal trained parameters."""
     model = QUALITY[part].model
     made: dict[str, Contestant] = {}
-    for name in (name for name in names if part in METHODS[name].parts):
-        method = METHODS[name]
+    for name, method in METHODS.items():
+        if part not in method.parts or (names is not None and name not in names):
+            continue
         r, recipe = equal_lora(name, model)
         where = "" if method.targets is EVERYWHERE else f" on {' and '.join(method.targets[model])}"
         ours = entries(method.recipe, method.targets[model])
@@ -229,30 +230,16 @@ def main() -> None:
 
 def work(options: argparse.Namespace) -> None:
     """All parts asked for; the file is written after each method, and after each run."""
-    runs: Runs = read_runs(options.json)
-
-    def keep(rows: list[Row]) -> None:
-        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(QUALITY))]
-        quality = [
-            row
-            for part, done in runs.items()
-            for row in compared(part, QUALITY[part], contestants(part, METHODS), done)
-        ]
-        settings = {"batch": BATCH, "rounds": options.rounds, "threads": options.threads}
-        recipes = {name: method.recipe for name, method in METHODS.items()}
-        settings |= {"first_learning_rates": FIRST_RATES, "methods": recipes}
-        write([*kept, *rows, *quality], options.json, SEEDS, runs, **settings)
-
+    settings = {"batch": BATCH, "rounds": options.rounds, "threads": options.threads}
+    recipes = {name: method.recipe for name, method in METHODS.items()}
+    trainings = Trainings(QUALITY, contestants, options.json, {**settings, "methods": recipes})
     for name in options.methods:
         if "stored" in options.only:
-            keep(stored(name))
+            trainings.keep(stored(name))
         for variant in options.variants if "cost" in options.only else ():
-            keep(found := cost_of(name, variant, options.rounds))
+            trainings.keep(found := cost_of(name, variant, options.rounds))
             print_table(found)
-    for seed in options.seeds:
-        for part in (part for part in QUALITY if part in options.only):
-            chosen = contestants(part, options.methods)
-            train_all(QUALITY[part], chosen, runs.setdefault(part, {}), seed, lambda: keep([]))
+    trainings.finish(options.only, options.methods, options.seeds)
 
 
 if __name__ == "__main__":

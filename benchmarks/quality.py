@@ -9,19 +9,16 @@ held-out loss, which shows how far it has converged. Keys of runs are name|rate|
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from result import Row
+from result import Row, read_runs, rows_beside, write
 from runs import Outcome, finish, run, word_problems
 
 FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
 SEEDS = [0, 1, 2]
 LONGER = " longer"
-
-Runs = dict[str, dict[str, Outcome]]
-"""Finished runs by part and key."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +128,6 @@ def _planned(
             yield f"{name}{LONGER}|{rate / 2:g}|{seed}", longer
 
 
-def train_all(
-    part: Part, contestants: Mapping[str, Contestant], done: dict[str, Outcome], seed: int, keep: Callable[[], None]
-) -> None:
-    """Train what is not in `done` at this seed, and `keep` it after each run."""
-    finish(_planned(part, contestants, done, seed), done, measured, keep)
-
-
 def outcomes_of(done: Mapping[str, Outcome], name: str, longer: bool = False) -> dict[int, Outcome]:
     """The finished seeds, each at the best learning rate, or longer at half of it."""
     rate, found = rate_to_use(done, name)
@@ -191,3 +181,40 @@ def _goal(part: Part, contestant: Contestant, mean: float, base: float) -> tuple
     if part.measure == "loss":
         return f"ratio <= {1 + apart:g}", mean <= (1 + apart) * base
     return f"at most {apart} lower", mean >= base - apart
+
+
+@dataclass
+class Trainings:
+    """The trainings of a benchmark, and the JSON file that they are kept in with all rows.
+
+    contestants: those of a part, all or with these names, each after what it stands beside. settings: for the file.
+    """
+
+    parts: Mapping[str, Part]
+    contestants: Callable[[str, Collection[str] | None], Mapping[str, Contestant]]
+    file: str
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.runs: dict[str, dict[str, Outcome]] = read_runs(self.file)
+
+    def rows(self) -> list[Row]:
+        """Those of finished trainings."""
+        return [
+            row
+            for part, done in self.runs.items()
+            for row in compared(part, self.parts[part], self.contestants(part, None), done)
+        ]
+
+    def keep(self, rows: Sequence[Row] = ()) -> None:
+        """Write the file: these rows in place of others of their names, and those of trainings, made again."""
+        kept = [row for row in rows_beside(rows, self.file) if not row.name.startswith(tuple(self.parts))]
+        settings = {"first_learning_rates": FIRST_RATES, **self.settings}
+        write([*kept, *rows, *self.rows()], self.file, SEEDS, self.runs, **settings)
+
+    def finish(self, parts: Collection[str], names: Collection[str], seeds: Sequence[int]) -> None:
+        """Train what is not there yet; the file is written after each run."""
+        for seed in seeds:
+            for part in (part for part in self.parts if part in parts):
+                done = self.runs.setdefault(part, {})
+                finish(_planned(self.parts[part], self.contestants(part, names), done, seed), done, measured, self.keep)

@@ -22,7 +22,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from quality import FIRST_RATES, REVIEWS, SEEDS, Contestant, Runs, compared, outcomes_of, result, train_all
-from result import Row, at_most, print_table, read_rows, read_runs, rows_beside, write
+from quality import REVIEWS, SEEDS, Contestant, Trainings, outcomes_of, result
+from result import Row, at_most, print_table, read_rows
 from shoestring import Ledger, Recipe, assets
 from shoestring.memory import MemoryReport
 from shoestring.training import RunSettings, train
@@ -47,6 +47,12 @@ def lora(r: int) -> dict[str, Any]:
 
 def speft(score: str, count: int) -> dict[str, Any]:
     return {"speft": {"score": score, "count": count, "calibration_rows": 64, "calibration_max_tokens": 40}}
+
+
+def light_peft(estimation_steps: int) -> dict[str, Any]:
+    """Of heads and channels as many are taken as its paper says of the base, over 40 %."""
+    removed = {"removed_heads_fraction": 0.42, "removed_channels_fraction": 0.42}
+    return {"light_peft": {"estimation_steps": estimation_steps, **removed}}
 
 
 CONTESTANTS = {
@@ -70,7 +76,7 @@ CONTESTANTS = {
         model=lambda: with_relu(),
         apart=0.01,
     ),
-    "light_peft": Contestant([lora(8), {"light_peft": {"estimation_steps": 30}}], "LoRA r=8"),
+    "light_peft": Contestant([lora(8), light_peft(30)], "LoRA r=8"),
 }
 
 STEPS, INNER_STEPS = 400, 3
@@ -92,7 +98,7 @@ TRAININGS = {
 }
 
 HALF, ONE = {"ist": {"active_layers": 0.5}}, {"ist": {"active_layers": 1}}
-PRUNED = [lora(8), {"light_peft": {"estimation_steps": 2}}]
+PRUNED = [lora(8), light_peft(2)]
 
 
 class LaterStep(TrainerCallback):
@@ -121,7 +127,11 @@ class LaterStep(TrainerCallback):
 
 @dataclass(frozen=True)
 class Short:
-    """What a short run came to. seconds: the least of a step. measured: what techniques say of the last evaluation."""
+    """What a short run came to.
+
+    seconds: the least of a step. measured: what techniques say of the last evaluation. frozen_in_blocks: numbers of the
+    base that the blocks have in the end.
+    """
 
     peak: int
     kept: int
@@ -130,6 +140,7 @@ class Short:
     seconds: float
     measured: dict[str, float]
     trained: int
+    frozen_in_blocks: int
 
 
 @functools.cache
@@ -159,6 +170,7 @@ def _short(recipe: str, steps: int, counted: int) -> Short:
         min(later.seconds),
         report.quality["test"],
         report.trained_parameters,
+        sum(p.numel() for name, p in later.model.named_parameters() if ".layer." in name and not p.requires_grad),
     )
 
 
@@ -183,6 +195,7 @@ def cost() -> list[Row]:
         at_most("ist, half of the blocks, beside LoRA r=8: bytes kept for backward", halves.kept, eight.kept, 0.999),
         at_most("ist, one block, beside half of them: bytes kept for backward", block.kept, halves.kept, 0.999),
         Row("ist, half of the blocks, beside LoRA r=8: seconds", halves.seconds, eight.seconds),
+        at_most("light_peft: frozen numbers in the blocks", pruned.frozen_in_blocks, eight.frozen_in_blocks, 0.6),
         at_most("light_peft beside LoRA r=8: peak bytes after pruning", pruned.peak, eight.peak, 0.65),
         at_most("light_peft beside LoRA r=8: seconds after pruning", pruned.seconds, eight.seconds, 0.7),
         Row("light_peft beside LoRA r=8: bytes of weights after pruning", pruned.weights, eight.weights),
@@ -212,30 +225,33 @@ def with_relu() -> str:
     return folder
 
 
-def chosen(contestants: Mapping[str, Contestant], names: list[str]) -> dict[str, Contestant]:
-    """Those of these names, and the baselines they need, before them."""
-    wanted = {base for name in names if name in contestants for base in (name, contestants[name].beside)}
-    return {name: contestant for name, contestant in contestants.items() if name in wanted}
+def contestants(part: str, names: Collection[str] | None) -> dict[str, Contestant]:
+    """Those of these names, or all, and the baselines they need, before them."""
+    there = TRAININGS[part][1]
+    wanted = {base for name in names or there if name in there for base in (name, there[name].beside)}
+    return {name: contestant for name, contestant in there.items() if name in wanted}
 
 
-def of_trainings(runs: Runs) -> list[Row]:
-    """The rows of finished trainings."""
-    rows = [row for part, (how, names) in TRAININGS.items() for row in compared(part, how, names, runs.get(part, {}))]
-    base = CONTESTANTS["density_loss"].beside
-    of_seed = [outcomes_of(runs.get("quality", {}), one) for one in ("density_loss", base)]
-    if common := of_seed[0].keys() & of_seed[1].keys():
-        density = replace(REVIEWS, measure="density")
-        means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
-        rows.append(at_most(f"quality, density_loss beside {base}, {len(common)} seeds: density", *means, 0.6))
-    if "forwards" in runs:
-        ours = BILEVEL_STEPS // (INNER_STEPS + 1) * FORWARDS_OF_ROUND
-        rows.append(at_most("forwards, bilevel_zofo beside zeroth_order: forwards", ours, FORWARDS, 0.5))
-    return rows
+class Selections(Trainings):
+    """With rows of what two methods claim beside quality."""
+
+    def rows(self) -> list[Row]:
+        rows = super().rows()
+        base = CONTESTANTS["density_loss"].beside
+        of_seed = [outcomes_of(self.runs.get("quality", {}), one) for one in ("density_loss", base)]
+        if common := of_seed[0].keys() & of_seed[1].keys():
+            density = replace(REVIEWS, measure="density")
+            means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
+            rows.append(at_most(f"quality, density_loss beside {base}, {len(common)} seeds: density", *means, 0.6))
+        if "forwards" in self.runs:
+            ours = BILEVEL_STEPS // (INNER_STEPS + 1) * FORWARDS_OF_ROUND
+            rows.append(at_most("forwards, bilevel_zofo beside zeroth_order: forwards", ours, FORWARDS, 0.5))
+        return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts, names = ["cost", *TRAININGS], [name for _, contestants in TRAININGS.values() for name in contestants]
+    parts, names = ["cost", *TRAININGS], [name for _, some in TRAININGS.values() for name in some]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
@@ -250,20 +266,12 @@ def main() -> None:
 
 def work(options: argparse.Namespace) -> None:
     """All parts asked for; the file is written after each run."""
-    runs: Runs = read_runs(options.json)
-    recipes = {name: one.recipe for _, contestants in TRAININGS.values() for name, one in contestants.items()}
-    settings = {"threads": options.threads, "first_learning_rates": FIRST_RATES, "methods": recipes}
-
-    def keep(rows: list[Row]) -> None:
-        kept = [row for row in rows_beside(rows, options.json) if not row.name.startswith(tuple(TRAININGS))]
-        write([*kept, *rows, *of_trainings(runs)], options.json, SEEDS, runs, **settings)
-
+    recipes = {name: one.recipe for _, some in TRAININGS.values() for name, one in some.items()}
+    parts = {name: part for name, (part, _) in TRAININGS.items()}
+    trainings = Selections(parts, contestants, options.json, {"threads": options.threads, "methods": recipes})
     if "cost" in options.only:
-        keep(cost())
-    for seed in options.seeds:
-        for part in (part for part in TRAININGS if part in options.only):
-            how, contestants = TRAININGS[part]
-            train_all(how, chosen(contestants, options.methods), runs.setdefault(part, {}), seed, lambda: keep([]))
+        trainings.keep(cost())
+    trainings.finish(options.only, options.methods, options.seeds)
 
 
 if __name__ == "__main__":
