@@ -30,7 +30,7 @@ from shoestring.objectives.choice_rows import (
     ranked_first,
     token_log_likelihoods,
 )
-from shoestring.planning import predict
+from shoestring.planning import predict, predict_model
 from shoestring.recipe import attached_to
 from shoestring.technique import Moment
 from shoestring.testing.assets import need
@@ -297,6 +297,18 @@ def test_ia3_trains_what_the_formula_says():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (2 * inner + ff) + 3 * (4 * inner + ff)
     # T0 of 11 billion: 24 blocks a stack, inner width 4096, feed-forward width 10240
     assert 24 * (2 * 4096 + 10240) + 24 * (4 * 4096 + 10240) == 1_081_344
+
+
+def test_at_the_width_of_t0_its_vectors_take_little_and_a_step_no_more_than_with_lora():
+    sizes = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 2, "num_decoder_layers": 2}
+    named = {"decoder_start_token_id": 0, "pad_token_id": 0, "architectures": ["T5ForConditionalGeneration"]}
+    config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes, **named)
+    lora = {"lora": {"r": 8, "target_modules": "all-linear"}}
+    ours, theirs = (predict_model(config, [recipe], batch=8, length=64) for recipe in ("ia3", lora))
+    of_all_blocks = 12 * (ours.parts["adapters"] + ours.parts["optimizer_state"])  # there are 24 in each stack
+    assert ours.parts["optimizer_state"] > 0
+    assert of_all_blocks <= 20e6
+    assert ours.peak_bytes <= theirs.peak_bytes
 
 
 # Refusals
