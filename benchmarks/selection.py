@@ -55,6 +55,9 @@ def light_peft(estimation_steps: int) -> dict[str, Any]:
     return {"light_peft": {"estimation_steps": estimation_steps, **removed}}
 
 
+HALF, ONE = {"ist": {"active_layers": 0.5}}, {"ist": {"active_layers": 1}}
+RANDOM = {"ist": {"active_layers": 0.5, "importance": False}}
+
 CONTESTANTS = {
     "LoRA r=8": Contestant([lora(8)]),
     "LoRA r=1": Contestant([lora(1)]),
@@ -67,8 +70,8 @@ CONTESTANTS = {
     "speft": Contestant([speft("gradient", COUNT)], "LoRA r=8", apart=0.0),
     "sparse_grad": Contestant([{"sparse_grad": {}}], "full tuning"),
     "spt": Contestant([{"spt": {"budget": COUNT, "calibration_rows": 64}}], "LoRA r=8", apart=0.0),
-    "random layers": Contestant([lora(8), {"ist": {"active_layers": 0.5, "importance": False}}], "LoRA r=8"),
-    "ist": Contestant([lora(8), {"ist": {"active_layers": 0.5}}], "LoRA r=8", apart=0.0),
+    "random layers": Contestant([lora(8), RANDOM], "LoRA r=8"),
+    "ist": Contestant([lora(8), HALF], "LoRA r=8", apart=0.0),
     "LoRA r=8 with ReLU": Contestant([lora(8), {"density_loss": {"weight": 0.0}}], model=lambda: with_relu()),
     "density_loss": Contestant(
         [lora(8), {"density_loss": {"weight": 0.05, "epsilon": 0.01}}],
@@ -97,7 +100,6 @@ TRAININGS = {
     "forwards": (replace(REVIEWS, train={**REVIEWS.train, "max_steps": STEPS}, measure="loss"), WITH_FORWARDS),
 }
 
-HALF, ONE = {"ist": {"active_layers": 0.5}}, {"ist": {"active_layers": 1}}
 PRUNED = [lora(8), light_peft(2)]
 
 
@@ -107,6 +109,7 @@ class LaterStep(TrainerCallback):
     def __init__(self, counted: int):
         self.counted = counted
         self.seconds: list[float] = []
+        self.begun: list[float] = []
         self.report: MemoryReport | None = None
         self.model: Any = None
 
@@ -116,6 +119,8 @@ class LaterStep(TrainerCallback):
             self.ledger = Ledger(self.model, getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
             self.ledger.start()
         self.began = time.process_time()
+        if state.global_step >= self.counted:
+            self.begun.append(self.began)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.counted:
@@ -129,8 +134,9 @@ class LaterStep(TrainerCallback):
 class Short:
     """What a short run came to.
 
-    seconds: the least of a step. measured: what techniques say of the last evaluation. frozen_in_blocks: numbers of the
-    base that the blocks have in the end.
+    seconds: the least of a step. all_seconds: from the counted step to the last one, with what is between steps.
+    measured: what techniques say of the last evaluation. frozen_in_blocks: numbers of the base that the blocks have in
+    the end.
     """
 
     peak: int
@@ -138,6 +144,7 @@ class Short:
     state: int
     weights: int
     seconds: float
+    all_seconds: float
     measured: dict[str, float]
     trained: int
     frozen_in_blocks: int
@@ -168,6 +175,7 @@ def _short(recipe: str, steps: int, counted: int) -> Short:
         largest["optimizer_state"],
         largest["weights"],
         min(later.seconds),
+        later.begun[-1] - later.begun[0],
         report.quality["test"],
         report.trained_parameters,
         sum(p.numel() for name, p in later.model.named_parameters() if ".layer." in name and not p.requires_grad),
@@ -183,6 +191,7 @@ def cost() -> list[Row]:
     one, eight, full = short([lora(1)]), short([lora(8)]), short([])
     fixed, growing = (short([{"id3": {"count": FEW, "strategy": name}}]) for name in ("static", "increment"))
     sparse, pruned, halves, block = short(["sparse_grad"]), short(PRUNED), short([lora(8), HALF]), short([lora(8), ONE])
+    ten_steps = [short([lora(8), one], steps=17).all_seconds for one in (HALF, RANDOM)]
     updates = [run.measured["id3_updates"] for run in (growing, fixed)]
     forward = inference_peak()
     return [
@@ -195,6 +204,7 @@ def cost() -> list[Row]:
         at_most("ist, half of the blocks, beside LoRA r=8: bytes kept for backward", halves.kept, eight.kept, 0.999),
         at_most("ist, one block, beside half of them: bytes kept for backward", block.kept, halves.kept, 0.999),
         Row("ist, half of the blocks, beside LoRA r=8: seconds", halves.seconds, eight.seconds),
+        at_most("ist beside random blocks: seconds of ten steps and what is between them", *ten_steps, 1.15),
         at_most("light_peft: frozen numbers in the blocks", pruned.frozen_in_blocks, eight.frozen_in_blocks, 0.6),
         at_most("light_peft beside LoRA r=8: peak bytes after pruning", pruned.peak, eight.peak, 0.65),
         at_most("light_peft beside LoRA r=8: seconds after pruning", pruned.seconds, eight.seconds, 0.7),
