@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from datasets import load_dataset
+from datasets.fingerprint import Hasher
+from transformers import AutoTokenizer
 
 from shoestring.cli import main
 from shoestring.errors import RunFailed, SettingError
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
 from shoestring.training.run import prepare
+from shoestring.training.tasks.base import QuicklyHashed
 
 
 def ready(path, *overrides):
@@ -121,3 +124,17 @@ def test_a_gguf_file_trains(run_file):
     report = train(RunSettings.load(path))
     assert report.total_parameters > 134_000_000
     assert report.steps == 2
+
+
+def test_tokenizers_are_told_apart_by_what_they_make_of_a_text(tiny_classifier_folder, tiny_decoder_folder):
+    def name_of(folder, **changed):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for key, value in changed.items():
+            setattr(tokenizer, key, value)
+        return Hasher.hash(QuicklyHashed(tokenizer))
+
+    mine = name_of(tiny_classifier_folder)
+    assert name_of(tiny_classifier_folder) == mine
+    others = [{"truncation_side": "left"}, {"model_max_length": 9}, {"model_input_names": ["input_ids"]}]
+    names = {mine, name_of(tiny_decoder_folder), *(name_of(tiny_classifier_folder, **one) for one in others)}
+    assert len(names) == 5

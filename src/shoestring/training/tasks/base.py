@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import SettingError
@@ -16,6 +17,26 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 128
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class QuicklyHashed:
+    """A tokenizer for what `datasets` maps over rows, which names results by a hash of all that a function uses.
+
+    It would pickle the tokenizer word by word, which takes seconds for each split.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        return self.tokenizer(*texts, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:  # no fast one
+            return QuicklyHashed, (self.tokenizer,)
+        about = (type(self.tokenizer).__name__, backend.to_str(), self.tokenizer.truncation_side)
+        return QuicklyHashed, (*about, self.tokenizer.model_max_length, self.tokenizer.model_input_names)
 
 
 class Task(ABC):

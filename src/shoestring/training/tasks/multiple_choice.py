@@ -13,7 +13,7 @@ from ...errors import SettingError
 from ...objectives.choice_rows import IGNORED
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
-from .base import Task
+from .base import QuicklyHashed, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -103,11 +103,12 @@ class MultipleChoice(Task):
 
     def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         both = bool(model.config.is_encoder_decoder)
+        tokenizer, first = QuicklyHashed(processor), processor.bos_token_id
         for split, dataset in data.items():
 
             def encode(row: dict[str, Any], index: int, split: str = split) -> dict[str, Any]:
                 choices, answer = self._choices(row, f"Row {index} of {split}")
-                answers = [_answer_ids(processor, text, both, f"Row {index} of {split}") for text in choices]
+                answers = [_answer_ids(tokenizer, text, both, f"Row {index} of {split}") for text in choices]
                 room = (self.data.max_length or self.limit or 10**9) - (0 if both else max(map(len, answers)))
                 if room < 1:
                     raise SettingError(
@@ -115,7 +116,7 @@ class MultipleChoice(Task):
                         "of data.max_length for the prompt; raise it."
                     )
                 text = self.data.template.format(**row) if self.data.template is not None else row[self.data.prompt]
-                prompt = _cut(processor(text)["input_ids"], room, processor.bos_token_id)
+                prompt = _cut(tokenizer(text)["input_ids"], room, first)
                 return {"prompt_ids": prompt, "choice_ids": answers, "answer": answer}
 
             data[split] = dataset.map(
@@ -172,12 +173,12 @@ class MultipleChoice(Task):
         return choices, label
 
 
-def _answer_ids(tokenizer: Any, text: str, alone: bool, where: str) -> list[int]:
+def _answer_ids(tokenizer: QuicklyHashed, text: str, alone: bool, where: str) -> list[int]:
     """The tokens of an answer with the end token; not `alone`, it follows a prompt and begins with a space."""
     ids = tokenizer(text if alone or text[:1].isspace() else f" {text}", add_special_tokens=False)["input_ids"]
     if not text.strip() or not ids:
         raise SettingError(f"{where} has an answer without tokens: {text!r}.")
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, tokenizer.tokenizer.eos_token_id]
 
 
 def _cut(ids: list[int], room: int, first: int | None) -> list[int]:

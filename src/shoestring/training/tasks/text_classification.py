@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import SettingError
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
-from .base import Task
+from .base import QuicklyHashed, Task
 from .labels import CLASS_MEASURES, Classes, accuracy_and_f1, hits
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ class TextClassification(Task):
         limit = max_positions(model, processor)
         length = self.data.max_length
         check_length(length, limit)
+        tokenizer = QuicklyHashed(processor)
 
         def encode(rows: dict[str, list]) -> dict[str, Any]:
             texts = [rows[name] for name in (self.data.text, self.data.text_pair) if name is not None]
-            encoded = processor(*texts, truncation=length is not None, max_length=length)
+            encoded = tokenizer(*texts, truncation=length is not None, max_length=length)
             return {**encoded, "labels": [self.classes.number(value) for value in rows[self.data.label]]}
 
         for split, dataset in data.items():
