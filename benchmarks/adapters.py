@@ -276,6 +276,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the part cost")
     parser.add_argument("--again", action="store_true", help="measure costs that are in the file already, too")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
+    parser.add_argument(
+        "--longer-rates",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="RATE",
+        help="of the longer training, for the methods and their LoRA, beside half of the rates found",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", default="adapters.json")
     options = parser.parse_args()
@@ -296,7 +304,7 @@ def work(options: argparse.Namespace) -> None:
             if ONLY_ON.get(name, model) == model and (options.again or not there):
                 trainings.keep(found := cost_of(name, model))
                 print_table(found)
-    trainings.finish(options.only, options.methods, options.seeds)
+    trainings.finish(options.only, options.methods, options.seeds, options.longer_rates)
 
 
 if __name__ == "__main__":

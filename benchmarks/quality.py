@@ -3,8 +3,9 @@
 Everything is at its default but the learning rate, in mixed precision (bfloat16) with linear decay. The learning rate
 is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
 steps of 4 as long as that falls. The other seeds are trained with the best one. Where a part has a longer training, all
-seeds are repeated in it at half of that rate, again for all alike; rows say what its last quarter still took off the
-held-out loss, which shows how far it has converged. Keys of runs are name|rate|seed.
+seeds are repeated in it at half of that rate, and at others if asked for; that of least validation loss counts. Rows say
+what the last quarter still took off the held-out loss, which shows how far training has converged. Keys of runs are
+name|rate|seed.
 """
 
 import math
@@ -96,14 +97,14 @@ def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
     """The learning rate to try next at the first seed; or the best one, and True, once its neighbours were tried."""
     losses: dict[str, float] = {}
     for key, outcome in done.items():
-        trained, rate, seed = key.split("|")
+        trained, tried, seed = key.split("|")
         if trained == name and int(seed) == SEEDS[0]:
             loss = float(outcome["quality"]["validation"]["loss"])
-            losses[rate] = math.inf if math.isnan(loss) else loss
+            losses[tried] = math.inf if math.isnan(loss) else loss
     for rate in FIRST_RATES:
         if f"{rate:g}" not in losses:
             return rate, False
-    best = float(min(losses, key=lambda rate: losses[rate]))
+    best = float(min(losses, key=lambda tried: losses[tried]))
     for rate in (best / FURTHER, best * FURTHER):
         if f"{rate:g}" not in losses and LEAST_RATE < rate < MOST_RATE:
             return rate, False
@@ -111,7 +112,11 @@ def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
 
 
 def _planned(
-    part: Part, contestants: Mapping[str, Contestant], done: Mapping[str, Outcome], seed: int
+    part: Part,
+    contestants: Mapping[str, Contestant],
+    done: Mapping[str, Outcome],
+    seed: int,
+    rates: Sequence[float],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The runs of one seed; further ones by what the last have come to."""
     for name, contestant in contestants.items():
@@ -122,17 +127,31 @@ def _planned(
         if found and seed != SEEDS[0]:
             yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
     for name, contestant in contestants.items() if part.longer else ():
+        best, found = rate_to_use(done, name)
+        for rate in (best / 2, *rates) if found else ():
+            yield f"{name}{LONGER}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed, longer=True)
+
+
+def outcomes_of(done: Mapping[str, Outcome], name: str, longer: bool = False) -> tuple[float, dict[int, Outcome]]:
+    """The learning rate to compare at, and the finished seeds at it.
+
+    longer: of the rates with most seeds the one of least validation loss in the mean.
+    """
+    by_rate: dict[float, dict[int, Outcome]] = {}
+    for key, outcome in done.items():
+        trained, tried, seed = key.split("|")
+        if trained == (f"{name}{LONGER}" if longer else name):
+            by_rate.setdefault(float(tried), {})[int(seed)] = outcome
+    if not longer:
         rate, found = rate_to_use(done, name)
-        if found:
-            longer = settings_of(part, contestant, rate / 2, seed, longer=True)
-            yield f"{name}{LONGER}|{rate / 2:g}|{seed}", longer
+        return rate, by_rate[rate] if found else {}
 
+    def rank(rate: float) -> tuple[int, float]:
+        losses = [outcome["quality"]["validation"]["loss"] for outcome in by_rate[rate].values()]
+        return -len(losses), statistics.mean(losses)
 
-def outcomes_of(done: Mapping[str, Outcome], name: str, longer: bool = False) -> dict[int, Outcome]:
-    """The finished seeds, each at the best learning rate, or longer at half of it."""
-    rate, found = rate_to_use(done, name)
-    start = f"{name}{LONGER}|{rate / 2:g}" if longer else f"{name}|{rate:g}"
-    return {seed: done[f"{start}|{seed}"] for seed in SEEDS if found and f"{start}|{seed}" in done}
+    best = min(by_rate, key=rank, default=0.0)
+    return best, by_rate.get(best, {})
 
 
 def result(part: Part, outcome: Outcome) -> float:
@@ -153,7 +172,7 @@ def _compared(
     title: str, part: Part, contestant: Contestant, name: str, done: Mapping[str, Outcome], longer: bool
 ) -> list[Row]:
     base = contestant.beside
-    both = [outcomes_of(done, one, longer) for one in (name, base)]
+    rates, both = zip(*(outcomes_of(done, one, longer) for one in (name, base)), strict=True)
     if not (common := [seed for seed in SEEDS if all(seed in some for some in both)]):
         return []
     values = [[result(part, some[seed]) for seed in common] for some in both]
@@ -166,7 +185,6 @@ def _compared(
     if longer:
         taken = (statistics.mean(_last_quarter(some[seed]["curve"]) for seed in common) for some in both)
         rows.append(Row(f"{label}: share of the held-out loss that the last quarter took", *taken))
-    rates = [rate_to_use(done, one)[0] / (2 if longer else 1) for one in (name, base)]
     return [*rows, Row(f"{label}: learning rate", *rates)]
 
 
@@ -212,9 +230,15 @@ class Trainings:
         settings = {"first_learning_rates": FIRST_RATES, **self.settings}
         write([*kept, *rows, *self.rows()], self.file, SEEDS, self.runs, **settings)
 
-    def finish(self, parts: Collection[str], names: Collection[str], seeds: Sequence[int]) -> None:
-        """Train what is not there yet; the file is written after each run."""
+    def finish(
+        self, parts: Collection[str], names: Collection[str], seeds: Sequence[int], rates: Sequence[float] = ()
+    ) -> None:
+        """Train what is not there yet; the file is written after each run.
+
+        rates: learning rates of the longer training, beside half of those found.
+        """
         for seed in seeds:
             for part in (part for part in self.parts if part in parts):
                 done = self.runs.setdefault(part, {})
-                finish(_planned(self.parts[part], self.contestants(part, names), done, seed), done, measured, self.keep)
+                planned = _planned(self.parts[part], self.contestants(part, names), done, seed, rates)
+                finish(planned, done, measured, self.keep)

@@ -248,7 +248,7 @@ class Selections(Trainings):
     def rows(self) -> list[Row]:
         rows = super().rows()
         base = CONTESTANTS["density_loss"].beside
-        of_seed = [outcomes_of(self.runs.get("quality", {}), one) for one in ("density_loss", base)]
+        of_seed = [outcomes_of(self.runs.get("quality", {}), one)[1] for one in ("density_loss", base)]
         if common := of_seed[0].keys() & of_seed[1].keys():
             density = replace(REVIEWS, measure="density")
             means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
