@@ -2,10 +2,10 @@
 
 Everything is at its default but the learning rate, in mixed precision (bfloat16) with linear decay. The learning rate
 is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
-steps of 4 as long as that falls. The other seeds are trained with the best one. Where a part has a longer training, all
-seeds are repeated in it at half of that rate, and at others if asked for; that of least validation loss counts. Rows say
-what the last quarter still took off the held-out loss, which shows how far training has converged. Keys of runs are
-name|rate|seed.
+steps of 4 as long as that falls. The other seeds are trained with the best one. Where a part has a longer training,
+all seeds are repeated in it at half of that rate, and at others if asked for; that of least validation loss counts.
+Rows say what the last quarter still took off the held-out loss, which shows how far training has converged. Keys of
+runs are name|rate|seed.
 """
 
 import math
