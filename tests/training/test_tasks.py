@@ -136,5 +136,6 @@ def test_tokenizers_are_told_apart_by_what_they_make_of_a_text(tiny_classifier_f
     mine = name_of(tiny_classifier_folder)
     assert name_of(tiny_classifier_folder) == mine
     others = [{"truncation_side": "left"}, {"model_max_length": 9}, {"model_input_names": ["input_ids"]}]
+    others.append({"eos_token": "film"})
     names = {mine, name_of(tiny_decoder_folder), *(name_of(tiny_classifier_folder, **one) for one in others)}
-    assert len(names) == 5
+    assert len(names) == 6

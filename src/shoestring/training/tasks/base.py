@@ -31,12 +31,13 @@ class QuicklyHashed:
     def __call__(self, *texts: Any, **options: Any) -> Any:
         return self.tokenizer(*texts, **options)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+    def __reduce__(self) -> tuple[Any, ...]:  # for the hash only: nothing is made of it again
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:  # no fast one
-            return QuicklyHashed, (self.tokenizer,)
-        about = (type(self.tokenizer).__name__, backend.to_str(), self.tokenizer.truncation_side)
-        return QuicklyHashed, (*about, self.tokenizer.model_max_length, self.tokenizer.model_input_names)
+            return QuicklyHashed, (tokenizer,)
+        about = (type(tokenizer).__name__, backend.to_str(), tokenizer.truncation_side, tokenizer.model_max_length)
+        return QuicklyHashed, (*about, tokenizer.model_input_names, tokenizer.special_tokens_map)
 
 
 class Task(ABC):
