@@ -27,7 +27,7 @@ class Part:
     """A training that methods are compared on.
 
     split, measure: what rows show. apart: how much worse than the baseline's a mean may be, in points of accuracy or as
-    a share of the loss. longer: settings of the longer training; none where empty.
+    a share of the loss. longer: over `train` in the longer training; there is none where it is empty.
     """
 
     model: str
@@ -99,8 +99,7 @@ def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
     for key, outcome in done.items():
         trained, tried, seed = key.split("|")
         if trained == name and int(seed) == SEEDS[0]:
-            loss = float(outcome["quality"]["validation"]["loss"])
-            losses[tried] = math.inf if math.isnan(loss) else loss
+            losses[tried] = _validation_loss(outcome)
     for rate in FIRST_RATES:
         if f"{rate:g}" not in losses:
             return rate, False
@@ -109,6 +108,11 @@ def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
         if f"{rate:g}" not in losses and LEAST_RATE < rate < MOST_RATE:
             return rate, False
     return best, True
+
+
+def _validation_loss(outcome: Outcome) -> float:
+    loss = float(outcome["quality"]["validation"]["loss"])
+    return math.inf if math.isnan(loss) else loss
 
 
 def _planned(
@@ -147,7 +151,7 @@ def outcomes_of(done: Mapping[str, Outcome], name: str, longer: bool = False) ->
         return rate, by_rate[rate] if found else {}
 
     def rank(rate: float) -> tuple[int, float]:
-        losses = [outcome["quality"]["validation"]["loss"] for outcome in by_rate[rate].values()]
+        losses = [_validation_loss(outcome) for outcome in by_rate[rate].values()]
         return -len(losses), statistics.mean(losses)
 
     best = min(by_rate, key=rank, default=0.0)
