@@ -35,7 +35,7 @@ from quality import REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Trainings
 from result import Row, at_most, print_table, read_rows
 from rounded import folder
 from shoestring import Recipe, assets
-from shoestring.quantisation import pack_model, save_packed
+from shoestring.quantisation import save_packed
 from steps import above_weights, memory, seconds, stepped, with_adamw
 
 KEPT, PEAK, SECONDS, WHOLE = "bytes kept", "peak above the weights", "seconds", "peak, weights and states included"
@@ -174,14 +174,14 @@ def rows_of(
 
 
 def stored(name: str) -> list[Row]:
-    """What the file of a model takes that the method has packed, beside 16 bit."""
+    """What the file of a model takes whose layers the method holds packed, beside 16 bit."""
     method = METHODS[name]
     if method.stored is None:
         return []
     model = AutoModelForCausalLM.from_pretrained(assets.model_folder(MODEL), dtype=torch.bfloat16)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     with tempfile.TemporaryDirectory() as written:
-        save_packed(pack_model(Recipe.from_list(without_data(method, MODEL)).apply(model)), written)
+        save_packed(Recipe.from_list(without_data(method, MODEL)).apply(model), written)
         packed = sum(file.stat().st_size for file in Path(written).rglob("*.safetensors"))
     return [at_most(f"{MODEL}, {name} stored, beside 16 bit: bytes", packed, whole, method.stored)]
 
