@@ -31,7 +31,7 @@ CASES = {
     "paca": ("paca", {"r": 5, "alpha": 3}),
     "paca-weight": ("paca", {"r": 5, "selection": "weight"}),
     "nera": ("nera", {"r": 3, "alpha": 1.0}),
-    "nera-knots": ("nera", {"r": 3, "num_knots": 6, "alpha": 2.0}),
+    "nera-knots": ("nera", {"r": 3, "num_knots": 6, "alpha": 2.0}),  # none has a kink at 0, as 4 knots have
     "wara": ("wara", {"r": 3, "alpha": 5}),
     "wara-bands": ("wara", {"r": 3, "levels": 2, "per_band": True}),
     "wara-grid": ("wara", {"form": "grid", "r": 3, "grid": [6, 10], "num_prefix_tokens": 3}),
