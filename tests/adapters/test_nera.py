@@ -375,3 +375,10 @@ def test_a_packaged_image_encoder_takes_it():
     model(pixel_values=torch.randn(2, 3, 56, 56)).last_hidden_state.square().mean().backward()
     reached = {n.rpartition("nera_")[0] for n, p in trainable(model).items() if p.grad is not None and p.grad.any()}
     assert len(reached) == 12 * 4
+
+
+def test_the_start_as_published_is_not_centred_unless_told():
+    assert NeRAConfig().is_centred
+    assert not NeRAConfig(init="reference").is_centred
+    assert NeRAConfig(init="reference", centred=True).is_centred
+    assert not NeRAConfig(centred=False).is_centred
