@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from quality import REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Trainings
+from quality import REVIEWS, WORD_PROBLEMS, Contestant, Trainings, command, do
 from result import Row, at_most, print_table, read_rows
 from shoestring import assets
 from steps import Step, above_weights, memory, seconds, stepped
@@ -269,13 +269,9 @@ def contestants(file: str, part: str, names: Collection[str] | None) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["cost", *QUALITY]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser = command(__doc__ or "", ["cost", *QUALITY], METHODS, "adapters.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the part cost")
     parser.add_argument("--again", action="store_true", help="measure costs that are in the file already, too")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
     parser.add_argument(
         "--longer-rates",
         type=float,
@@ -284,27 +280,23 @@ def main() -> None:
         metavar="RATE",
         help="of the longer training, for the methods and their LoRA, beside half of the rates found",
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", default="adapters.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    assets.install(["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"])
-    work(options)
-    print_table(read_rows(options.json), "Weight adapters beside LoRA")
+    do(parser, ["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"], trainings_of, costs)
 
 
-def work(options: argparse.Namespace) -> None:
-    """All parts asked for; the file is written after each method, and after each run."""
+def trainings_of(options: argparse.Namespace) -> Trainings:
     settings = {"rounds": {name: model.rounds for name, model in MODELS.items()}, "threads": options.threads}
     of_file = functools.partial(contestants, options.json)
-    trainings = Trainings(QUALITY, of_file, options.json, {**settings, "methods": METHODS})
+    return Trainings(QUALITY, of_file, options.json, {**settings, "methods": METHODS})
+
+
+def costs(options: argparse.Namespace, trainings: Trainings) -> None:
+    """Those asked for; the file is written after each method."""
     for model in options.models if "cost" in options.only else ():
         for name in options.methods:
             there = any(row.name.startswith(f"{model}, {name} beside") for row in read_rows(options.json))
             if ONLY_ON.get(name, model) == model and (options.again or not there):
                 trainings.keep(found := cost_of(name, model))
                 print_table(found)
-    trainings.finish(options.only, options.methods, options.seeds, options.longer_rates)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from quality import REVIEWS, SEEDS, WORD_PROBLEMS, Contestant, Trainings
-from result import Row, at_most, print_table, read_rows
+from quality import REVIEWS, WORD_PROBLEMS, Contestant, Trainings, command, do
+from result import Row, at_most, print_table
 from rounded import folder
 from shoestring import Recipe, assets
 from shoestring.quantisation import save_packed
@@ -212,34 +212,26 @@ def rounded() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["cost", "stored", *QUALITY]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser = command(__doc__ or "", ["cost", "stored", *QUALITY], METHODS, "in_place.json")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of the part cost")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each that are timed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", default="in_place.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    assets.install(["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"])
-    work(options)
-    print_table(read_rows(options.json), "Trained in place, beside LoRA")
+    do(parser, ["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"], trainings_of, costs)
 
 
-def work(options: argparse.Namespace) -> None:
-    """All parts asked for; the file is written after each method, and after each run."""
+def trainings_of(options: argparse.Namespace) -> Trainings:
     settings = {"batch": BATCH, "rounds": options.rounds, "threads": options.threads}
     recipes = {name: method.recipe for name, method in METHODS.items()}
-    trainings = Trainings(QUALITY, contestants, options.json, {**settings, "methods": recipes})
+    return Trainings(QUALITY, contestants, options.json, {**settings, "methods": recipes})
+
+
+def costs(options: argparse.Namespace, trainings: Trainings) -> None:
+    """Those asked for; the file is written after each method."""
     for name in options.methods:
         if "stored" in options.only:
             trainings.keep(stored(name))
         for variant in options.variants if "cost" in options.only else ():
             trainings.keep(found := cost_of(name, variant, options.rounds))
             print_table(found)
-    trainings.finish(options.only, options.methods, options.seeds)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,18 @@ Rows say what the last quarter still took off the held-out loss, which shows how
 runs are name|rate|seed.
 """
 
+import argparse
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from result import Row, read_runs, rows_beside, write
+import torch
+
+from result import Row, print_table, read_rows, read_runs, rows_beside, write
 from runs import Outcome, finish, run, word_problems
+from shoestring import assets
 
 FIRST_RATES, FURTHER, LEAST_RATE, MOST_RATE = (1e-3, 4e-3), 4, 1e-5, 0.3
 SEEDS = [0, 1, 2]
@@ -234,6 +238,12 @@ class Trainings:
         settings = {"first_learning_rates": FIRST_RATES, **self.settings}
         write([*kept, *rows, *self.rows()], self.file, SEEDS, self.runs, **settings)
 
+    def take(self, files: Sequence[str]) -> None:
+        """Take the runs of other files of this benchmark that are not in its own, as when several machines train."""
+        for part, taken in ((part, done) for file in files for part, done in read_runs(file).items()):
+            self.runs[part] = taken | self.runs.get(part, {})
+        self.keep()
+
     def finish(
         self, parts: Collection[str], names: Collection[str], seeds: Sequence[int], rates: Sequence[float] = ()
     ) -> None:
@@ -246,3 +256,38 @@ class Trainings:
                 done = self.runs.setdefault(part, {})
                 planned = _planned(self.parts[part], self.contestants(part, names), done, seed, rates)
                 finish(planned, done, measured, self.keep)
+
+
+def command(description: str, parts: Collection[str], names: Collection[str], file: str) -> argparse.ArgumentParser:
+    """The options that these benchmarks share.
+
+    parts, names: what `--only` and `--methods` may name. file: where `--json` is not given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), metavar="PART")
+    parser.add_argument("--methods", nargs="+", choices=names, default=list(names), metavar="METHOD")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
+    parser.add_argument("--threads", type=int, default=1)
+    take = "take the trainings of other files of this benchmark into its own, and do nothing else"
+    parser.add_argument("--take", nargs="+", metavar="FILE", default=[], help=take)
+    parser.add_argument("--json", metavar="FILE", default=file)
+    return parser
+
+
+def do(
+    parser: argparse.ArgumentParser,
+    packages: Sequence[str],
+    of_options: Callable[[argparse.Namespace], Trainings],
+    costs: Callable[[argparse.Namespace, Trainings], None],
+) -> None:
+    """A benchmark from its options to the table: `costs` first, then the trainings that are not there yet."""
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    assets.install(packages)
+    trainings = of_options(options)
+    if options.take:
+        trainings.take(options.take)
+    else:
+        costs(options, trainings)
+        trainings.finish(options.only, options.methods, options.seeds, getattr(options, "longer_rates", ()))
+    print_table(read_rows(options.json), parser.prog)

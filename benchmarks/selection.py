@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from quality import REVIEWS, SEEDS, Contestant, Trainings, outcomes_of, result
-from result import Row, at_most, print_table, read_rows
+from quality import REVIEWS, Contestant, Trainings, command, do, outcomes_of, result
+from result import Row, at_most
 from shoestring import Ledger, Recipe, assets
 from shoestring.memory import MemoryReport
 from shoestring.training import RunSettings, train
@@ -260,28 +260,19 @@ class Selections(Trainings):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts, names = ["cost", *TRAININGS], [name for _, some in TRAININGS.values() for name in some]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the runs to do now")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", default="selection.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    assets.install(["minilm", "rotten-tomatoes"])
-    work(options)
-    print_table(read_rows(options.json), "Which weights learn")
+    names = [name for _, some in TRAININGS.values() for name in some]
+    do(
+        command(__doc__ or "", ["cost", *TRAININGS], names, "selection.json"),
+        ["minilm", "rotten-tomatoes"],
+        trainings_of,
+        lambda options, trainings: trainings.keep(cost()) if "cost" in options.only else None,
+    )
 
 
-def work(options: argparse.Namespace) -> None:
-    """All parts asked for; the file is written after each run."""
+def trainings_of(options: argparse.Namespace) -> Trainings:
     recipes = {name: one.recipe for _, some in TRAININGS.values() for name, one in some.items()}
     parts = {name: part for name, (part, _) in TRAININGS.items()}
-    trainings = Selections(parts, contestants, options.json, {"threads": options.threads, "methods": recipes})
-    if "cost" in options.only:
-        trainings.keep(cost())
-    trainings.finish(options.only, options.methods, options.seeds)
+    return Selections(parts, contestants, options.json, {"threads": options.threads, "methods": recipes})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""Write the tables of docs/results/README.md from the results beside it.
+
+    python benchmarks/tables.py            # after results have changed
+    python benchmarks/tables.py --check    # exits with 1 where the page and the results differ
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; its names are those of `TABLES`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from result import Row, read_rows
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+TRAINED = re.compile(
+    r"(?P<part>[^,]+)(?P<longer>, longer)?, (?P<name>.+) beside (?P<base>.+), "
+    r"(?P<seeds>\d+) of (?P<all>\d+) seeds: (?P<what>.+)"
+)
+COST = re.compile(r"(?P<model>[^,]+), (?P<name>[^,]+) beside LoRA r=(?P<r>\d+): (?P<what>.+)")
+Found = dict[str, dict[str, tuple[re.Match[str], Row]]]
+"""By name of the method, and by what was measured."""
+
+
+def found(rows: Iterable[Row], pattern: re.Pattern[str], **wanted: str | None) -> Found:
+    """The rows whose names fit the pattern with these parts, in their order."""
+    table: Found = {}
+    for row in rows:
+        if (match := pattern.fullmatch(row.name)) and all(match[key] == value for key, value in wanted.items()):
+            table.setdefault(match["name"], {})[match["what"]] = match, row
+    return table
+
+
+def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    head = list(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def quality(file: str, parts: Mapping[str, str], longer: bool = False) -> str:
+    """Mean and spread of trainings beside their baselines, and learning rates; how many goals hold.
+
+    parts: what a reader is told of each part of the file. longer: of the longer trainings, with what their last quarter
+    still took off the held-out loss.
+    """
+    rows = read_rows(RESULTS / file)
+    of_parts = [found(rows, TRAINED, part=part, longer=", longer" if longer else None) for part in parts]
+    head, columns = ["method"], 4 if longer else 3
+    for part, some in zip(parts.values(), of_parts, strict=True):
+        measure = next((what for one in some.values() for what in one), "")
+        head += [f"{part}: {measure}", "beside", *(["last quarter"] if longer else []), "rates"]
+    names = list(dict.fromkeys(name for some in of_parts for name in some))
+    lines = []
+    for name in names:
+        cells = [_trained(some[name]) if name in some else [""] * columns for some in of_parts]
+        lines.append([f"`{name}`", *(cell for part in cells for cell in part)])
+    goals = [row.holds for some in of_parts for one in some.values() for _, row in one.values() if row.goal]
+    return f"{markdown(head, lines)}\n\n{sum(map(bool, goals))} of {len(goals)} goals hold."
+
+
+def _trained(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
+    (match, row), *others = one.values()
+    rest = {other.name.rsplit(": ", 1)[1]: other for _, other in others}
+    spread = rest.get(f"standard deviation of {match['what']}")
+    ours, base = (f"{value:.3f}" for value in (row.ours, row.baseline))
+    if spread:
+        ours, base = f"{ours} ± {spread.ours:.3f}", f"{base} ± {spread.baseline:.3f}"
+    seeds = "" if match["seeds"] == match["all"] else f" ({match['seeds']} of {match['all']} seeds)"
+    cells = [f"{ours}{seeds}{' **missed**' if row.holds is False else ''}", f"{base} ({match['base']})"]
+    if taken := rest.get("share of the held-out loss that the last quarter took"):
+        cells.append(f"{100 * taken.ours:.1f} %, {100 * taken.baseline:.1f} %")
+    rates = rest["learning rate"]
+    return [*cells, f"{rates.ours:g}, {rates.baseline:g}"]
+
+
+def costs(file: str, models: Mapping[str, str]) -> str:
+    """Trained parameters beside those of the nearest LoRA, and shares of its bytes kept, peak and seconds."""
+    rows = read_rows(RESULTS / file)
+    of_models = [found(rows, COST, model=model) for model in models]
+    head = ["method"]
+    for model in models.values():
+        head += [f"{model}: trained, LoRA (r)", "kept", "peak", "time"]
+    lines = []
+    for name in dict.fromkeys(name for some in of_models for name in some):
+        cells = [f"`{name}`"]
+        for some in of_models:
+            cells += _cost(some[name]) if name in some else [""] * 4
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def _cost(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
+    match, trained = one["trained parameters"]
+    kept, peak, seconds = (one[what][1].ratio for what in ("bytes kept", "peak above the weights", "seconds"))
+    return [
+        f"{trained.ours:,}, {trained.baseline:,} ({match['r']})",
+        f"{kept:.3f}",
+        f"{peak:.3f}",
+        f"{seconds:.2f}",
+    ]
+
+
+ON_TEXTS = {"classification": "reviews", "decoder": "word problems"}
+TABLES: dict[str, Callable[[], str]] = {
+    "costs of weight adapters": lambda: costs("adapters.json", {"minilm": "encoder", "smollm2": "decoder"}),
+    "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
+    "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
+}
+
+
+def filled(page: str) -> str:
+    """The page with every table made again.
+
+    Raises KeyError for a table that is not in TABLES.
+    """
+    block = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    file = RESULTS / "README.md"
+    there = file.read_text(encoding="utf-8")
+    if (made := filled(there)) == there:
+        return
+    if options.check:
+        sys.exit("docs/results/README.md differs from the results: python benchmarks/tables.py writes it again")
+    file.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
