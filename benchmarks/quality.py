@@ -86,7 +86,8 @@ def settings_of(
     train = {**part.train, "learning_rate": learning_rate, "bf16": True, "eval_strategy": "no", "seed": seed}
     train |= {**contestant.train, **(part.longer if longer else {})}
     if longer:
-        train |= {"eval_strategy": "steps", "eval_steps": train["max_steps"] // 4}
+        quarter = train["max_steps"] // 4
+        train |= {"eval_strategy": "steps", "eval_steps": quarter, "eval_delay": 3 * quarter}
     model = f"packaged:{part.model}" if contestant.model is None else contestant.model()
     return {"model": model, "task": part.task, "data": part.data(), "recipe": contestant.recipe, "train": train}
 
@@ -197,7 +198,7 @@ def _compared(
 
 
 def _last_quarter(curve: list[list[float]]) -> float:
-    """What the last of four evaluations is below the third, as a share of it."""
+    """What the last evaluation is below that a quarter of the steps before, as a share of it."""
     (_, before), (_, after) = curve[-2:]
     return 1 - after / before
 
