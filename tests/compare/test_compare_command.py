@@ -37,6 +37,9 @@ def test_a_comparison_from_a_suite_to_its_reports(
     path = str(suite_file())
     assert main(["compare", path, "--list"]) == 0
     assert capsys.readouterr().out.count("to do") == 2
+    assert main(["compare", path, "--dry-run"]) == 0
+    assert "Checked 2 recipes" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
     assert main(["compare", path]) == 0
     said = capsys.readouterr().out
     assert "checking lora" in said

@@ -16,7 +16,7 @@ import yaml
 
 from shoestring.compare import runner
 from shoestring.compare.results import Result
-from shoestring.compare.runner import Store, comparison_of, run_suite, state_of
+from shoestring.compare.runner import Store, check_suite, comparison_of, run_suite, state_of
 from shoestring.compare.suite import Suite
 from shoestring.errors import SettingError
 from tiny_runs import reviews
@@ -155,6 +155,9 @@ def test_what_cannot_run_is_told_before_the_first_run(suite_file: Callable[..., 
     assert "no such column: The train data has no column 'review'" in text
     assert "no linear layer: " in text
     assert "started" not in [event[0] for event in heard]
+    with pytest.raises(SettingError) as error:
+        check_suite(suite)
+    assert str(error.value) == text
     assert not list(Path(suite.output_dir).rglob("*.json"))
 
 

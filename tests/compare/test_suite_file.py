@@ -1,11 +1,13 @@
 """Suite files: what they expand to, what makes a run another one, and all mistakes at once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from shoestring.assets import CATALOGUE
 from shoestring.compare.suite import Suite
 from shoestring.errors import SettingError
 
@@ -115,6 +117,19 @@ def test_the_digest_is_of_what_shapes_the_run(tmp_path: Path) -> None:
     ]
     data.write_text("text,label\nbad,0\n")
     assert len({first, *others, digest()}) == 8
+
+
+def test_the_digest_is_of_what_a_packaged_asset_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest() -> str:
+        base = {**suite_of()["base"], "data": {"train": "packaged:rotten-tomatoes"}}
+        return Suite.from_dict(suite_of(base=base)).cases[0].digest
+
+    first = digest()
+    asset = CATALOGUE["rotten-tomatoes"]
+    assert digest() == first
+    others = (replace(asset.files[0], sha256="0" * 64), *asset.files[1:])
+    monkeypatch.setitem(CATALOGUE, "rotten-tomatoes", replace(asset, files=others))
+    assert digest() != first
 
 
 def test_files_of_runs_have_names_that_every_system_takes() -> None:

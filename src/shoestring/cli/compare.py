@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "[cyan]shoestring compare examples/suite.yaml[/]   run what is not finished, then report\n\n"
+    "[cyan]shoestring compare suite.yaml --dry-run[/]   load every recipe and tell all mistakes; run nothing\n\n"
     "[cyan]shoestring compare suite.yaml --list[/]   what is finished, has failed, and is to do\n\n"
     "[cyan]shoestring compare suite.yaml --jobs 2 seeds=\\[0] budget.steps=50[/]\n\n"
     "[cyan]shoestring compare peft/method_comparison/MetaMathQA/results --output report[/]   results of peft"
@@ -39,6 +40,9 @@ def compare(
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; they share the machine.")] = 1,
     show: Annotated[bool, typer.Option("--list", help="Show what is finished and to do; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load every recipe and tell all mistakes at once; run nothing.")
+    ] = False,
     report_only: Annotated[bool, typer.Option("--report", help="Report what is finished; run nothing.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what has failed.")] = False,
     check: Annotated[
@@ -68,19 +72,27 @@ def compare(
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     if suite.is_dir():
-        if overrides or show or retry_failed:
-            raise SettingError(f"{suite} is a folder of results; settings, --list and --retry-failed are for suites.")
+        if overrides or show or dry_run or retry_failed:
+            raise SettingError(
+                f"{suite} is a folder of results; settings, --dry-run, --list and --retry-failed are for suites."
+            )
         found = _of_folder(suite, beside or [], quality)
         _finish(console, found, output, as_json)
         return
     if quality is not None:
         raise SettingError("--quality is for folders of results; of a suite set quality=NAME.")
     with console.status("Importing torch and transformers"):
-        from ..compare.runner import comparison_of, run_suite
+        from ..compare.runner import check_suite, comparison_of, run_suite
         from ..compare.suite import Suite
     made = Suite.load(suite, tuple(overrides or ()))
     if show:
         _list(console, made, as_json)
+        return
+    if dry_run:
+        with console.status("checking") as status:
+            check_suite(made, on_event=lambda event: status.update(f"checking {event[1].name}"))
+        count = "1 recipe" if len(made.names) == 1 else f"{len(made.names)} recipes"
+        typer.echo(json.dumps({"checked": list(made.names)}) if as_json else f"Checked {count}: nothing is in the way.")
         return
     others = _results_in(beside or [])  # what is wrong with them, and with the folder, is told before hours of training
     if output is not None:

@@ -176,6 +176,20 @@ def run_suite(
         _run_all(suite, store, list(state.to_do), jobs, context, on_event)
 
 
+def check_suite(suite: Suite, *, on_event: Callable[[Event], None] = lambda event: None) -> None:
+    """Load data and model of every recipe and attach it, whether it is finished or not; nothing is trained.
+
+    Raises SettingError with all that cannot work at once.
+    """
+    store = Store(suite.output_dir)
+    with store.locked():
+        try:
+            _check(suite, suite.cases, _context(), on_event)
+        finally:
+            if not suite.keep_weights:
+                shutil.rmtree(store.folder / RUNS, ignore_errors=True)
+
+
 def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -234,10 +248,10 @@ def _died(code: int | None) -> str:
     return f"The process ended with exit code {code} and no message."
 
 
-def _check(suite: Suite, to_do: Sequence[Case], context: Any, on_event: Callable[[Event], None]) -> None:
-    """Prepare the first seed of every recipe that is to run, in one process, and tell what is wrong with all."""
-    first = {case.name: case for case in reversed(to_do)}
-    left = [case for case in to_do if first[case.name] is case]
+def _check(suite: Suite, cases: Sequence[Case], context: Any, on_event: Callable[[Event], None]) -> None:
+    """Prepare the first seed of every recipe among the cases, in one process, and tell what is wrong with all."""
+    first = {case.name: case for case in reversed(cases)}
+    left = [case for case in cases if first[case.name] is case]
     problems: list[str] = []
     while left:
         running = _start(suite, left, context, fits_only=True)

@@ -32,10 +32,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..assets import CATALOGUE, ModelAsset
 from ..errors import SettingError, did_you_mean
 from ..recipe import Recipe
 from ..technique import plain
-from ..training.data import READERS
+from ..training.data import PACKAGED, READERS
 from ..training.explained import Problem, Sections, explain, told
 from ..training.marked_yaml import MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
 from ..training.overrides import apply_override
@@ -365,7 +366,10 @@ def _sources(settings: RunSettings) -> list[str]:
 
 
 def _content(source: str) -> str:
-    """What a local file or a model's folder holds, in short; nothing of what is elsewhere."""
+    """What a local file, a model's folder or a packaged asset holds, in short; nothing of what is elsewhere."""
+    if asset := CATALOGUE.get(source.removeprefix(PACKAGED)) if source.startswith(PACKAGED) else None:
+        converter = asset.converter_version if isinstance(asset, ModelAsset) else 0
+        return hashlib.sha256(json.dumps([*(file.sha256 for file in asset.files), converter]).encode()).hexdigest()
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (*READERS, ".gguf"):
         with path.open("rb") as file:
