@@ -132,6 +132,11 @@ def rank(r: int) -> Callable[[Model], dict[str, Any]]:
     return lambda model: lora(r)
 
 
+def logits_and_start(model: Model) -> int:
+    """Numbers of a frozen teacher's logits, and of PiSSA's start, which it needs."""
+    return model.batch[1] * 49152 + PISSA["lora"]["r"] * parameters_a_rank(ONLY_ON["ba_lora"])
+
+
 KEPT, PEAK, SECONDS = "bytes kept", "peak above the weights", "seconds"
 LIMITS: dict[str, list[Limit]] = {
     "hut": [Limit(PEAK, 1, more_bytes=lambda model: model.largest_weight_bytes)],
@@ -154,7 +159,7 @@ LIMITS: dict[str, list[Limit]] = {
     "mola": [Limit(PEAK, 1.3, rank(64)), Limit(SECONDS, 2, rank(64))],
     "miss": [Limit(PEAK, 1), Limit(SECONDS, 1)],
     "bat": [Limit(SECONDS, 1.6)],
-    "ba_lora": [Limit(PEAK, 1, lambda model: PISSA, lambda model: model.batch[1] * 49152 * FLOAT_BYTES)],
+    "ba_lora": [Limit(PEAK, 1, lambda model: PISSA, lambda model: logits_and_start(model) * FLOAT_BYTES)],
 }
 
 

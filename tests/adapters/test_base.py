@@ -190,6 +190,36 @@ def test_a_safe_merge_refuses_nan_and_changes_nothing():
     assert not layer.merged
 
 
+def test_a_model_that_moved_while_merged_is_unmerged_where_it_is_now():
+    model = adapted(HUTConfig, lambda: {"r": 2})
+    layer = model.base_model.model.first
+    before = layer.base_layer.weight.clone()
+    layer.merge()
+    model.to(torch.float64)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before.double())
+    assert layer.base_layer.weight.dtype == torch.float64
+
+
+def test_merging_into_a_packed_weight_warns_and_unmerging_brings_it_back():
+    bnb = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    model = two_layers()
+    packed = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    packed.load_state_dict(nn.Linear(64, 32).state_dict())
+    model.first = packed.to("cpu")
+    model.second = nn.Linear(32, 16)
+    model = adapted(HUTConfig, lambda: {"r": 2}, model).train()
+    layer = model.base_model.model.first
+    before, x = layer.get_base_weight().clone(), torch.randn(3, 64)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="packed and rounded again in merging"):
+        layer.merge()
+    assert not torch.equal(layer.get_base_weight(), before)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.4 * float(expected.detach().std()))
+    layer.unmerge()
+    torch.testing.assert_close(layer.get_base_weight(), before, rtol=1e-3, atol=0)
+
+
 def test_a_weight_rebuilt_over_another_adapters_layer_is_refused():
     lora = get_peft_model(two_layers(), LoraConfig(r=2, target_modules=["first"]))
     model = get_peft_model(lora, HUTConfig(r=2, target_modules=["first"]), adapter_name="mine")

@@ -7,6 +7,7 @@ from peft import LoraConfig, MissConfig, PeftModel, convert_to_lora, get_peft_mo
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from shoestring import assets
 from shoestring.memory import Ledger
@@ -244,6 +245,31 @@ def test_a_small_d_survives_a_bfloat16_weight():
         d.fill_(2.0**-13)
     delta = model.base_model.model[0].get_delta_weight("default", layer.weight)
     torch.testing.assert_close(layer.weight + delta, torch.full((8, 8), 1 + 9 * 2.0**-13), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_packed_base_it_is_that_on_the_unpacked_weight(mode: str):
+    bnb = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    packed, restored = two_layers(), two_layers()
+    packed.first, restored.first = bnb.nn.Linear4bit(64, 32, quant_type="nf4"), nn.Linear(64, 32)
+    packed.first.load_state_dict(restored.first.state_dict())
+    packed.first = packed.first.to("cpu")
+    packed.second = restored.second = nn.Linear(32, 16)
+    layer: nn.Module = packed.first
+    with torch.no_grad():
+        restored.first.weight.copy_(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    x, found = torch.randn(5, 64), []
+    for model in (miss(mode, 8, restored).train(), miss(mode, 8, packed).train()):
+        (y := model(x)).sum().backward()
+        found.append((y, *(block.grad for block in blocks(model))))
+    for ours, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_conv1d_is_refused():
+    model = nn.Sequential(Conv1D(16, 24))
+    with pytest.raises((ValueError, TypeError), match="Conv1D"):
+        get_peft_model(model, MissConfig(r=8, target_modules=["0"]))
 
 
 @pytest.mark.parametrize(

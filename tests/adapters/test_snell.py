@@ -138,7 +138,7 @@ def test_single_precision_by_products_stays_near_double_precision(method: str):
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.995, 0.9999])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.98])
 def test_the_share_that_sparsity_names_is_zero(sparsity: float, dtype: torch.dtype):
     adapter = one_layer(r=4, sparsity=sparsity).to(dtype)
     zeros = int((adapter.delta_weight() == 0).sum())
@@ -378,6 +378,15 @@ def test_layers_compete_over_a_run_and_a_resumed_run_goes_on_alike():
     assert trained(late, model, range(4, 10)) == whole
 
 
+@pytest.mark.parametrize("period_steps", [4, 40])
+def test_the_last_step_hands_out_the_last_budget(period_steps: int):
+    config = SNELLAConfig(
+        r=4, sparsity=0.6, period_steps=period_steps, target_modules=list(TARGETS), init_weights=False
+    )
+    budget = sum(size - num_zero(0.6, size) for size in (24 * 40, 40 * 16))
+    assert budget - 2 <= sum(trained(config, snella_model(config), range(10))) <= budget
+
+
 def test_what_was_allotted_is_saved_with_the_weights(tmp_path):
     config = SNELLAConfig(r=4, sparsity=0.6, target_modules=list(TARGETS), init_weights=False)
     model = snella_model(config)
@@ -386,6 +395,11 @@ def test_what_was_allotted_is_saved_with_the_weights(tmp_path):
     again = PeftModel.from_pretrained(two_layers(), tmp_path)
     assert [int(layer.num_changed) for layer in methods(again)] == parts
     assert torch.equal(again(batch()), model.eval()(batch()))
+
+
+def test_a_sparsity_that_leaves_a_layer_nothing_is_refused():
+    with pytest.raises(ValueError, match="leaves none of the 91 numbers of a layer of 7 -> 13"):
+        one_layer(r=4, sparsity=0.9999)
 
 
 def test_a_run_of_unknown_length_is_refused():

@@ -106,7 +106,10 @@ def test_results_of_others_beside_a_suite(
     ("arguments", "said"),
     [
         (["{suite}", "--quality", "loss"], "--quality is for folders of results; of a suite set quality=NAME"),
-        (["{folder}", "--list"], "is a folder of results; settings, --dry-run, --list and --retry-failed are for suites"),
+        (
+            ["{folder}", "--list"],
+            "is a folder of results; settings, --dry-run, --list and --retry-failed are for suites",
+        ),
         (["{folder}/none"], "There is no file"),
         (["{empty}"], "holds no results"),
         (["{suite}", "seeds=[]"], "seeds"),

@@ -558,6 +558,8 @@ class AdaptedLinear(AdaptedLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' change into weight and bias; copies of both are kept so that unmerge is exact.
 
+        A packed weight is packed again, both times, with a warning, since that rounds it.
+
         Raises ValueError if an adapter changes the output, or if safe_merge finds NaN or Inf.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
@@ -576,6 +578,11 @@ class AdaptedLinear(AdaptedLayer):
             after = after.T if isinstance(self.get_base_layer(), Conv1D) else after
         if safe_merge and not all(torch.isfinite(new).all() for new in (after, bias) if new is not None):
             raise ValueError(f"NaNs detected: merging {names} gives NaN or Inf in the weight; nothing was changed.")
+        if self.quantization_backend is not None:
+            warnings.warn(
+                "The weight is packed and rounded again in merging, so that outputs are not quite those before; "
+                "`shoestring merge` tells how far they are apart, or merges in 16 bits."
+            )
         if self._unmerged_weight is None:
             self._unmerged_weight = before.detach().clone()
         self.set_base_weight(after.contiguous())
@@ -591,9 +598,10 @@ class AdaptedLinear(AdaptedLayer):
         if not self.merged or self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self.set_base_weight(self._unmerged_weight)
+        self.set_base_weight(self._unmerged_weight.to(self.get_base_weight()))  # the model may have moved since
         if self._unmerged_bias is not None:
-            self.get_base_layer().bias.data = self._unmerged_bias
+            held: Tensor = self.get_base_layer().bias  # type: ignore[assignment]
+            held.data = self._unmerged_bias.to(held)
         self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters.clear()
 

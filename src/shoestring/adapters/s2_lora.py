@@ -3,7 +3,7 @@ r"""S2-LoRA: sparsely shared LoRA.
 Source   Liu, Qin, Peng, Lee 2023, arXiv:2309.11756
 Update   W'_m = W_m + (alpha / r) B diag(l_m) A, with A and B shared by all layers of one shape
 Shapes   W_m [out, in], A [r, in], B [out, r], l_m [r]
-Start    kaiming: A Kaiming, B = 0, l = 1; adalora: A and B Gaussian, l = 0; both give W' = W
+Start    A Kaiming. kaiming: B = 0, l = 1; adalora: B Gaussian, l = 0; both give W' = W
 Trains   r (in + out) numbers a shape and r a layer
 Costs    x and two [tokens, r] tensors kept at each layer
 Differs  the paper leaves open how l becomes sparse and how shapes share; we share by (out, in) and shrink l by a

@@ -31,6 +31,12 @@ class SNELL(SparseKernelAdapter):
     def __init__(self, base: nn.Module, config: "SNELLConfig"):
         super().__init__(base, config)
         self.share = config.sparsity
+        out_features, in_features = self.size
+        if self.num_zero() == out_features * in_features:
+            raise ValueError(
+                f"sparsity {self.share} of snell leaves none of the {out_features * in_features} numbers of a layer of "
+                f"{in_features} -> {out_features}, which could not learn; lower it."
+            )
 
     def num_zero(self) -> int:
         """The same at all times."""

@@ -117,7 +117,8 @@ class SNELLAConfig(SparseKernelConfig):
         """
         if not moment.num_steps:
             raise ValueError("snella lowers its budget over the run, and must know num_steps; none was given.")
-        if moment.step % (self.period_steps or max(1, moment.num_steps // NUM_ALLOCATIONS)):
+        period = self.period_steps or max(1, moment.num_steps // NUM_ALLOCATIONS)
+        if moment.step % period and moment.step < moment.num_steps:
             return
         layers = competing(moment.model)
         sizes = [layer.num_entries for layer in layers.values()]

@@ -9,7 +9,8 @@ Update   y = (W0 T + Delta) x + b
 Shapes   T [in, in]; A_d [n_d, n_d, R, R], B_d [m_d, r, r], C_d [n_d, r, r] with in = prod n_d, out = prod m_d and
          i = i_1 + n_1 i_2 + n_1 n_2 i_3 + ..., the first factor fastest
 Start    T = I and Delta = 0. asymmetric: A_1 has I in slice (1, 1) and zeros; A_d has I in slice (1, 1), zeros in
-         (1, r' > 1), and noise elsewhere. paper: I / R in all slices. B_1 = 0, or B = 0; the others are random
+         (1, r' > 1), and noise of deviation 0.1 elsewhere. paper: I / R in all slices. B_1 = 0, or B = 0; the
+         others are random
 Trains   R^2 sum n_d^2 + r^2 (sum m_d + sum n_d) numbers a layer; lora: r (out + in) in place of the second term
 Costs    x and r^2 numbers a token kept at a layer. Many tokens: W0 T + Delta is built, and again in backward, with two
          dense matrices at that moment; few tokens or a quantised base: one more [in, in] product a token
