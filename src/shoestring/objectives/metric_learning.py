@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
+from ..modes import in_training
 from ..technique import Phase, Technique, register_technique
 from .base import forward_replaced
 
@@ -88,7 +89,7 @@ class MetricLearning(Technique):
 
         def forward(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._features = None
-            self._labels = self._checked(kwargs.get("labels")) if module.training and self.slerp else None
+            self._labels = self._checked(kwargs.get("labels")) if in_training(module) and self.slerp else None
             try:
                 return plain(*args, **kwargs)
             finally:
@@ -103,7 +104,7 @@ class MetricLearning(Technique):
             f = F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1)
             if self._labels is not None:
                 f = slerp_in_classes(f, self._labels)
-            if module.training:
+            if in_training(module):
                 self._features = f
             scale = self.scale if self._learned is None else self._learned
             logits: Tensor = plain((f * scale).to(v.dtype))

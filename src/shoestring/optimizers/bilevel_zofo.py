@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import SettingError
+from ..modes import quiet
 from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
 from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
-from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, quiet, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
 
 
