@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import IA3Config, LoraConfig
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from shoestring import Recipe
+from shoestring.adapters import MoLAConfig
 from shoestring.blocks import Recompute
 from shoestring.errors import SettingError
-from shoestring.objectives import AnswerChoices, ChunkedLoss
+from shoestring.objectives import AnswerChoices, ChunkedLoss, DensityLoss
 from shoestring.objectives.answer_choices import (
     length_normalised_loss,
     log_one_minus_exp,
@@ -36,6 +38,7 @@ from shoestring.technique import Moment
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import Step, seeded, step
 from shoestring.training import RunSettings, train
+from shoestring.training.choice_trainer import ChoiceTrainer
 from shoestring.training.tasks.multiple_choice import AutoModelForChoices, ChoiceCollator
 
 WORDS, PAD, START = 31, 7, 1  # padding is not 0
@@ -223,6 +226,33 @@ def test_an_encoder_reads_each_example_once():
     assert read == [9, 3]
     torch.testing.assert_close(once, plain, rtol=1e-5, atol=1e-6)
     assert "forward" not in vars(model.encoder)
+
+
+def padded(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The batch with so many more tokens of padding in each prompt."""
+    ids, mask = (F.pad(batch[name], (0, count), value=v) for name, v in (("input_ids", PAD), ("attention_mask", 0)))
+    return {**batch, "input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("what", ["density_loss", "mola"])
+def test_padding_does_not_count_in_what_is_added_of_an_encoder_that_reads_examples_once(what, tmp_path):
+    wi = {"target_modules": ["wi"], "r": 2}
+    beside = {
+        "density_loss": [LoraConfig(**wi), DensityLoss(epsilon=0.05)],
+        "mola": [MoLAConfig(experts=3, k=1, balance=5.0, **wi)],
+    }[what]
+    with seeded(1):
+        model = Recipe(*beside, AnswerChoices()).apply(t5(feed_forward_proj="relu")).train()
+    batch = ChoiceCollator(PAD, START)(EXAMPLES)
+    torch.testing.assert_close(model(**padded(batch, 9)).loss, model(**batch).loss, rtol=1e-5, atol=1e-5)
+    if what == "density_loss":
+        trainer = ChoiceTrainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        measured = []
+        for count in (0, 9):
+            trainer.prediction_step(model.eval(), padded(batch, count), prediction_loss_only=False)
+            measured.append(attached_to(model).measured())
+        assert measured[1]["density"] == pytest.approx(measured[0]["density"], rel=1e-5)
+        assert measured[1]["density_with_padding"] != pytest.approx(measured[0]["density_with_padding"], rel=1e-3)
 
 
 @both
