@@ -11,12 +11,12 @@ from transformers import TrainingArguments
 
 from shoestring import Recipe
 from shoestring.errors import SettingError
-from shoestring.optimizers import BilevelZOFO, ZerothOrder, replay
+from shoestring.optimizers import BilevelZOFO, ParameterGroups, ZerothOrder, replay
 from shoestring.optimizers.seeded_noise import add_noise, seeds_of
 from shoestring.optimizers.step_log import StepLog
 from shoestring.planning.rehearsal import Work, rehearse
 from shoestring.recipe import attached_to, load
-from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel
+from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel, seeded
 from shoestring.training import RecipeTrainer
 from shoestring.training.checks import GradientCheck
 from shoestring.training.observe import StepMemory
@@ -70,6 +70,38 @@ def test_without_a_learning_rate_of_the_backbone_it_stays_and_only_adapters_lear
     trainer_of(model, tmp_path).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
     assert moved == set(technique_of(model).outer)
+
+
+def options_of(model: nn.Module, optimizer: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The optimizer's options of each parameter of the outer copy, and of its twin."""
+    options = {
+        id(p): {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups for p in g["params"]
+    }
+    technique = technique_of(model)
+    return [(options[id(p)], options[id(technique.inner[name])]) for name, p in technique.outer.items()]
+
+
+def test_the_inner_copy_has_the_weight_decay_and_the_options_of_the_outer_one(tmp_path):
+    with_biases = {"lora_bias": True, "modules_to_save": ["norm"]}
+    groups = {"groups": [{"names": ["lora_B"], "lr_factor": 4.0, "betas": (0.5, 0.9)}]}
+    for beside in ([], [ParameterGroups(**groups)]):
+        with seeded(1):
+            model = Recipe(DECODER.lora(**with_biases), BilevelZOFO(), *beside).apply(DECODER.make())
+        optimizer = trainer_of(model, tmp_path, weight_decay=0.3).create_optimizer()
+        options = options_of(model, optimizer)
+        assert all(p == s for p, s in options)
+        assert {s["weight_decay"] for _, s in options} == {0.0, 0.3}
+        assert {s["lr"] for _, s in options} == ({1e-3, 4e-3} if beside else {1e-3})
+
+
+def test_a_rate_of_the_outer_copy_is_not_that_of_the_inner_one(tmp_path):
+    model = applied(BilevelZOFO(outer_lr=0.1))
+    options = options_of(model, trainer_of(model, tmp_path, weight_decay=0.3).create_optimizer())
+    assert {(p["lr"], s["lr"], p["weight_decay"] == s["weight_decay"]) for p, s in options} == {(0.1, 1e-3, True)}
+    twice = ParameterGroups(groups=[{"names": ["lora_B"], "lr_factor": 4.0}])
+    model = applied(BilevelZOFO(outer_lr=0.1), twice)
+    with pytest.raises(SettingError, match="Two techniques of the recipe give one parameter optimizer options"):
+        trainer_of(model, tmp_path).create_optimizer()
 
 
 class OnHeldOutRows(RecipeTrainer):
