@@ -112,6 +112,21 @@ class OnHeldOutRows(RecipeTrainer):
         return super().training_step(model, inputs, None)
 
 
+def test_without_a_penalty_and_a_rate_of_the_backbone_p_trains_as_adapters_alone_on_held_out_rows(tmp_path):
+    run = {"lr_scheduler_type": "constant", "weight_decay": 0.1}
+    model = applied(BilevelZOFO(inner_steps=1, penalty=0.0, backbone_lr=0.0))
+    trainer_of(model, tmp_path / "ours", **run).train()
+    plain = applied()
+    OnHeldOutRows(
+        model=plain,
+        args=arguments(tmp_path / "plain", **run | {"max_steps": 2}),
+        train_dataset=DECODER.rows(1, 16),
+        eval_dataset=DECODER.rows(2, 16),
+    ).train()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=0, atol=1e-7)
+
+
 def test_without_a_penalty_and_a_rate_of_p_the_backbone_takes_the_steps_of_zeroth_order(tmp_path, monkeypatch):
     """Held-out rows alone count, so the outer steps are those of MeZO on them, with the same seeds."""
     run = {"lr_scheduler_type": "constant"}

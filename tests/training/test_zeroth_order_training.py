@@ -80,9 +80,14 @@ def test_a_step_of_a_packaged_model_takes_the_memory_of_inference(tmp_path):
 
 
 @pytest.mark.slow
-def test_bilevel_needs_less_than_half_the_steps_of_zeroth_order_on_a_packaged_model(tmp_path):
-    """minilm on rotten-tomatoes: the loss on held-out rows, with the best rates of a few tried."""
-    slow = train(reviews(["zeroth_order"], 5e-4, tmp_path / "mezo", max_steps=40))
+def test_bilevel_needs_less_than_half_the_work_of_zeroth_order_for_its_loss_on_held_out_rows(tmp_path):
+    """minilm on rotten-tomatoes, with the best rates of a few tried, one seed.
+
+    12 steps are 63 forwards, a backward counted as two: 9 inner ones of 3, and 3 outer ones of 2 * 3 + 6. 64 steps of
+    zeroth_order are 128. Of the held-out rows bilevel_zofo has trained on some: this shows how fast it optimises. On
+    test rows neither is better than the shares of the classes after so few steps, 0.69 and 0.72 when it was written.
+    """
+    slow = train(reviews(["zeroth_order"], 5e-4, tmp_path / "mezo", max_steps=64))
     settings = {"inner_steps": 3, "backbone_lr": 1e-5, "outer_lr": 1e-2, "penalty": 1.0}
     fast = train(reviews([LORA, {"bilevel_zofo": settings}], 2e-3, tmp_path / "bilevel", max_steps=12))
     assert slow.quality["validation"]["loss"] < 0.70
