@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 CROSS_KEYS = re.compile(r"(encoder_attn|EncDecAttention|cross_?attention|cross_attn)\.(.*\.)?(k|v|key|value)(_proj)?\.")
@@ -18,12 +18,26 @@ def real_tokens(
     """Which tokens of the layer `name`, whose inputs have the leading sizes `shape`, are no padding; None: all of them.
 
     A decoder beside an encoder reads the tokens of the labels, and by keys and values of cross-attention those of the
-    encoder. Tokens count all where no mask has their shape, as in packed batches.
+    encoder; which reads one row of each example where a batch has several. Tokens count all where no mask has their
+    shape, as in packed batches.
     """
     of_input, of_output = batch.get("attention_mask"), batch.get("decoder_attention_mask")
     if of_output is None and batch.get("labels") is not None:
         of_output = batch["labels"] != -100
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    reads_output = both and "decoder" in name.split(".") and not CROSS_KEYS.search(name)
-    mask = of_output if reads_output else of_input
+    in_decoder = both and "decoder" in name.split(".")
+    mask = of_output if in_decoder and not CROSS_KEYS.search(name) else of_input
+    if both and not in_decoder and batch.get("example") is not None and isinstance(mask, Tensor):
+        mask = mask[first_rows(batch["example"])]
     return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+
+
+def members(example: Int[Tensor, " rows"]) -> Bool[Tensor, "examples rows"]:
+    """Which rows of a batch belong to which example; `example` is the number of each row's."""
+    num_examples = int(example.max()) + 1
+    return example == torch.arange(num_examples, device=example.device)[:, None]
+
+
+def first_rows(example: Int[Tensor, " rows"]) -> Int[Tensor, " examples"]:
+    """The first row of each example."""
+    return members(example).int().argmax(1)

@@ -146,7 +146,8 @@ class Events:
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameters with optimizer options of their own, `[{"params": [...], "lr": 1e-4}]`.
 
-        "lr_factor" in place of "lr" is times the run's learning rate.
+        "lr_factor" in place of "lr" is times the run's learning rate. "like": for parameters that are not the model's,
+        as many of the model's, whose options they have where the group has none of its own.
         """
         return []
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import IA3Config, LoraConfig
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from shoestring import Recipe
+from shoestring.adapters import MoLAConfig
 from shoestring.blocks import Recompute
 from shoestring.errors import SettingError
-from shoestring.objectives import AnswerChoices, ChunkedLoss
+from shoestring.objectives import AnswerChoices, ChunkedLoss, DensityLoss
 from shoestring.objectives.answer_choices import (
     length_normalised_loss,
     log_one_minus_exp,
@@ -35,7 +37,8 @@ from shoestring.recipe import attached_to
 from shoestring.technique import Moment
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import Step, seeded, step
-from shoestring.training import RunSettings, train
+from shoestring.training import RunSettings, measure, train
+from shoestring.training.choice_trainer import ChoiceTrainer
 from shoestring.training.tasks.multiple_choice import AutoModelForChoices, ChoiceCollator
 
 WORDS, PAD, START = 31, 7, 1  # padding is not 0
@@ -225,6 +228,33 @@ def test_an_encoder_reads_each_example_once():
     assert "forward" not in vars(model.encoder)
 
 
+def padded(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The batch with so many more tokens of padding in each prompt."""
+    ids, mask = (F.pad(batch[name], (0, count), value=v) for name, v in (("input_ids", PAD), ("attention_mask", 0)))
+    return {**batch, "input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("what", ["density_loss", "mola"])
+def test_padding_does_not_count_in_what_is_added_of_an_encoder_that_reads_examples_once(what, tmp_path):
+    wi = {"target_modules": ["wi"], "r": 2}
+    beside = {
+        "density_loss": [LoraConfig(**wi), DensityLoss(epsilon=0.05)],
+        "mola": [MoLAConfig(experts=3, k=1, balance=5.0, **wi)],
+    }[what]
+    with seeded(1):
+        model = Recipe(*beside, AnswerChoices()).apply(t5(feed_forward_proj="relu")).train()
+    batch = ChoiceCollator(PAD, START)(EXAMPLES)
+    torch.testing.assert_close(model(**padded(batch, 9)).loss, model(**batch).loss, rtol=1e-5, atol=1e-5)
+    if what == "density_loss":
+        trainer = ChoiceTrainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        measured = []
+        for count in (0, 9):
+            trainer.prediction_step(model.eval(), padded(batch, count), prediction_loss_only=False)
+            measured.append(attached_to(model).measured())
+        assert measured[1]["density"] == pytest.approx(measured[0]["density"], rel=1e-5)
+        assert measured[1]["density_with_padding"] != pytest.approx(measured[0]["density_with_padding"], rel=1e-3)
+
+
 @both
 def test_blocks_that_run_again_give_the_same_gradients(name):
     make, collate = MODELS[name]
@@ -295,8 +325,50 @@ def test_ia3_trains_what_the_formula_says():
     model = Recipe.named("t-few").apply(base)
     inner, ff = 8 * 6, 40
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (2 * inner + ff) + 3 * (4 * inner + ff)
-    # T0 of 11 billion: 24 blocks a stack, inner width 4096, feed-forward width 10240
-    assert 24 * (2 * 4096 + 10240) + 24 * (4 * 4096 + 10240) == 1_081_344
+
+
+def test_ia3_trains_of_t0_of_11_billion_what_the_paper_says():
+    sizes = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24}
+    with torch.device("meta"):
+        base = T5ForConditionalGeneration(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes))
+        model = Recipe.named("t-few").apply(base)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 24 * (2 * 4096 + 10240) + 24 * (4 * 4096 + 10240) == 1_081_344
+
+
+def test_gradcheck_of_the_vectors_of_attention_cross_attention_and_a_gated_feed_forward_part(monkeypatch):
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # T5 takes its softmax in float32
+    with seeded(0):
+        base = t5(feed_forward_proj="gated-gelu", d_model=8, d_ff=6, num_layers=1, num_decoder_layers=1, num_heads=2)
+    for module in base.modules():  # and its norms
+        for name, child in module.named_children():
+            if type(child).__name__ == "T5LayerNorm":
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    model = Recipe.named("t-few").apply(base.double()).train()
+    vectors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    places = ("SelfAttention.k", "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v", "DenseReluDense.wo")
+    assert all(any(place in name for name in vectors) for place in places)
+    batch = ChoiceCollator(PAD, START)(EXAMPLES[:2])
+
+    def loss(*values: Tensor) -> Tensor:
+        given = dict(zip(vectors, values, strict=True))
+        return torch.func.functional_call(model, given, kwargs=dict(batch)).loss
+
+    with seeded(2):
+        start = [(1 + 0.3 * torch.randn_like(p)).detach().requires_grad_() for p in vectors.values()]
+    assert loss(*start).dtype == torch.float64
+    assert torch.autograd.gradcheck(loss, start)
+
+
+def test_feed_forward_modules_that_are_no_targets_and_targets_that_are_not_linear_are_refused():
+    ia3 = {"target_modules": ["k", "v"], "feedforward_modules": ["wo"]}
+    with pytest.raises(ValueError, match="`feedforward_modules` should be a subset of `target_modules`"):
+        Recipe.from_list([{"ia3": ia3}, "answer_choices"])
+    recipe = Recipe.from_list([{"ia3": {"target_modules": ["layer_norm"], "feedforward_modules": []}}])
+    with pytest.raises(ValueError, match=r"T5LayerNorm.*is not supported"):
+        recipe.apply(t5())
 
 
 def test_at_the_width_of_t0_its_vectors_take_little_and_a_step_no_more_than_with_lora():
@@ -430,7 +502,7 @@ def run_of(model_folder: str, tmp_path: Path, recipe: Any, rows: list[dict[str, 
     )
 
 
-def test_a_run_learns_which_answer_is_right(model_folder, tmp_path):
+def test_a_run_learns_the_right_answers_of_the_rows_it_trains_on(model_folder, tmp_path):
     rows = [{**ROWS[0], "answers": ROWS[0]["answers"][:2]}, ROWS[1]] * 6  # as files, lists of one column alike
     for row in rows:
         row["best"] = row["answers"].index(row["best"]) if isinstance(row["best"], str) else row["best"]
@@ -480,6 +552,15 @@ def test_the_planner_rehearses_a_run_without_choices(model_folder, tmp_path, rec
     run = run_of(model_folder, tmp_path, "t-few")
     assert predict(run, batch=2, length=9).trained_parameters > 0
     assert not [warning for warning in recwarn if "choose from" in str(warning.message)]
+
+
+def test_the_planner_predicts_a_step_with_a_row_for_each_choice(model_folder, tmp_path):
+    rows = [{"thing": thing, "answers": ["red", "blue", "green"], "best": 1} for thing in ("sky", "grass")] * 4
+    run = run_of(model_folder, tmp_path, "t-few", rows)
+    predicted = predict(run, batch=4 * 3, length=8).peak_bytes  # a prompt and its answer, with their ends
+    measured = measure(run, say=lambda text: None).peak_bytes
+    # beside an encoder it is more: that reads each example once, and answers are shorter than prompts
+    assert measured <= predicted < (4 if "t5" in model_folder else 1.1) * measured
 
 
 @pytest.mark.slow

@@ -450,6 +450,20 @@ def test_a_recipe_without_adapters_or_with_chunked_loss_or_prompts_is_refused():
         Recipe.from_list([{"lora": {"target_modules": ["q_proj"]}}, "ba_lora", "token_tune"])
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ("bilevel_zofo", "moves, without gradients,"),
+        ("sketchtune", "puts others in the place of"),
+        ("light_peft", "puts others in the place of"),
+    ],
+)
+def test_what_leaves_no_pretrained_weights_is_refused(other, what):
+    with pytest.raises(SettingError, match=f"pretrained model's, but {other} {what} its weights"):
+        Recipe.from_list([{"lora": {"target_modules": ["q_proj"]}}, "ba_lora", other])
+    Recipe.from_list([{"lora": {"target_modules": ["q_proj"]}}, "ba_lora", "embedding_pruning", "zeroth_order"])
+
+
 def refused_in_a_forward(message: str, model: nn.Module, *args: Any, **batch: Any) -> None:
     with pytest.raises(SettingError, match=message):
         model(*args, **batch)

@@ -250,12 +250,13 @@ def test_a_batch_of_one_class_works():
 
 
 def test_uniformity_spreads_features_and_slerp_trains(tmp_path):
-    """Four clusters of words; the features' spread after training with the loss and without."""
+    """Three clusters of words; the features' spread on other rows after training with the loss and without."""
     rows = []
-    for index in range(64):
+    for index in range(192 + 200):
         words = torch.randint(0, 9, (7,), generator=torch.Generator().manual_seed(index)) + 3 + 9 * (index % 3)
         rows.append({"input_ids": words, "labels": torch.tensor(index % 3)})
-    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    rows, others = rows[:192], rows[192:]
+    batch = {name: torch.stack([row[name] for row in others]) for name in others[0]}
     spread, right = {}, {}
     for name, settings in {
         "plain": {**PLAIN},
@@ -268,7 +269,7 @@ def test_uniformity_spreads_features_and_slerp_trains(tmp_path):
             )
         arguments = TrainingArguments(
             str(tmp_path),
-            max_steps=25,
+            max_steps=100,
             per_device_train_batch_size=16,
             learning_rate=0.02,
             report_to=[],
@@ -286,7 +287,7 @@ def test_uniformity_spreads_features_and_slerp_trains(tmp_path):
         spread[name] = float(uniformity_loss(F.normalize(seen[0], dim=1)))
         right[name] = float((logits.argmax(1) == batch["labels"]).double().mean())
     assert min(right.values()) > 0.95, right
-    assert right["spread"] >= right["plain"] - 0.02  # one of 64
+    assert right["spread"] >= right["plain"] - 0.01
     assert spread["spread"] < spread["plain"] - 0.1, spread
 
 
@@ -329,8 +330,9 @@ def test_a_classifier_of_every_token_is_refused():
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 1, dtype=torch.long)])
-def test_labels_that_are_not_one_class_a_sample_are_refused(labels):
-    model = Recipe(CLASSIFIER.lora(), MetricLearning(slerp=True)).apply(CLASSIFIER.make()).train()
+@pytest.mark.parametrize("slerp", [True, False])
+def test_labels_that_are_not_one_class_a_sample_are_refused(labels, slerp):
+    model = Recipe(CLASSIFIER.lora(), MetricLearning(slerp=slerp)).apply(CLASSIFIER.make()).train()
     with pytest.raises(SettingError, match=r"needs labels of shape \[batch\]"):
         model(**{**CLASSIFIER.batch(), "labels": labels})
 

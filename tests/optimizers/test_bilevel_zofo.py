@@ -11,12 +11,12 @@ from transformers import TrainingArguments
 
 from shoestring import Recipe
 from shoestring.errors import SettingError
-from shoestring.optimizers import BilevelZOFO, ZerothOrder, replay
+from shoestring.optimizers import BilevelZOFO, ParameterGroups, ZerothOrder, replay
 from shoestring.optimizers.seeded_noise import add_noise, seeds_of
 from shoestring.optimizers.step_log import StepLog
 from shoestring.planning.rehearsal import Work, rehearse
 from shoestring.recipe import attached_to, load
-from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel
+from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel, seeded
 from shoestring.training import RecipeTrainer
 from shoestring.training.checks import GradientCheck
 from shoestring.training.observe import StepMemory
@@ -72,12 +72,59 @@ def test_without_a_learning_rate_of_the_backbone_it_stays_and_only_adapters_lear
     assert moved == set(technique_of(model).outer)
 
 
+def options_of(model: nn.Module, optimizer: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The optimizer's options of each parameter of the outer copy, and of its twin."""
+    options = {
+        id(p): {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups for p in g["params"]
+    }
+    technique = technique_of(model)
+    return [(options[id(p)], options[id(technique.inner[name])]) for name, p in technique.outer.items()]
+
+
+def test_the_inner_copy_has_the_weight_decay_and_the_options_of_the_outer_one(tmp_path):
+    with_biases = {"lora_bias": True, "modules_to_save": ["norm"]}
+    groups = {"groups": [{"names": ["lora_B"], "lr_factor": 4.0, "betas": (0.5, 0.9)}]}
+    for beside in ([], [ParameterGroups(**groups)]):
+        with seeded(1):
+            model = Recipe(DECODER.lora(**with_biases), BilevelZOFO(), *beside).apply(DECODER.make())
+        optimizer = trainer_of(model, tmp_path, weight_decay=0.3).create_optimizer()
+        options = options_of(model, optimizer)
+        assert all(p == s for p, s in options)
+        assert {s["weight_decay"] for _, s in options} == {0.0, 0.3}
+        assert {s["lr"] for _, s in options} == ({1e-3, 4e-3} if beside else {1e-3})
+
+
+def test_a_rate_of_the_outer_copy_is_not_that_of_the_inner_one(tmp_path):
+    model = applied(BilevelZOFO(outer_lr=0.1))
+    options = options_of(model, trainer_of(model, tmp_path, weight_decay=0.3).create_optimizer())
+    assert {(p["lr"], s["lr"], p["weight_decay"] == s["weight_decay"]) for p, s in options} == {(0.1, 1e-3, True)}
+    twice = ParameterGroups(groups=[{"names": ["lora_B"], "lr_factor": 4.0}])
+    model = applied(BilevelZOFO(outer_lr=0.1), twice)
+    with pytest.raises(SettingError, match="Two techniques of the recipe give one parameter optimizer options"):
+        trainer_of(model, tmp_path).create_optimizer()
+
+
 class OnHeldOutRows(RecipeTrainer):
     """Steps on the rows that a bilevel run draws from its held-out ones, in the same order."""
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         inputs = self.held_out_batch(seeds_of(0, 2 * self.state.global_step + 1, 1)[0])
         return super().training_step(model, inputs, None)
+
+
+def test_without_a_penalty_and_a_rate_of_the_backbone_p_trains_as_adapters_alone_on_held_out_rows(tmp_path):
+    run = {"lr_scheduler_type": "constant", "weight_decay": 0.1}
+    model = applied(BilevelZOFO(inner_steps=1, penalty=0.0, backbone_lr=0.0))
+    trainer_of(model, tmp_path / "ours", **run).train()
+    plain = applied()
+    OnHeldOutRows(
+        model=plain,
+        args=arguments(tmp_path / "plain", **run | {"max_steps": 2}),
+        train_dataset=DECODER.rows(1, 16),
+        eval_dataset=DECODER.rows(2, 16),
+    ).train()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=0, atol=1e-7)
 
 
 def test_without_a_penalty_and_a_rate_of_p_the_backbone_takes_the_steps_of_zeroth_order(tmp_path, monkeypatch):

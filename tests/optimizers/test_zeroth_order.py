@@ -1,7 +1,8 @@
 """Zeroth-order training: directions come again from seeds, weights come back, steps are logged, no memory is kept."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from shoestring import Recipe
+from shoestring.adapters import MoLAConfig
 from shoestring.errors import RunFailed, SettingError
 from shoestring.memory import Ledger
+from shoestring.modes import quiet
+from shoestring.objectives import (
+    BALora,
+    ChunkedLoss,
+    DensityLoss,
+    LazyLogits,
+    MaskedAutoencoder,
+    MetricLearning,
+)
 from shoestring.optimizers import ZerothOrder, replay
-from shoestring.optimizers.seeded_noise import PART, _add, add_noise, losses_at, quiet, seeds_of, update
+from shoestring.optimizers.seeded_noise import PART, _add, add_noise, losses_at, seeds_of, update
 from shoestring.optimizers.step_log import FILE, StepLog
 from shoestring.optimizers.zeroth_order import mean_of_processes
 from shoestring.planning.rehearsal import Work, rehearse
 from shoestring.recipe import attached_to, load
 from shoestring.selection import Speft
 from shoestring.technique import Phase, Technique
-from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel
+from shoestring.testing.tiny_models import CLASSIFIER, DECODER, IMAGES, TinyModel, decoder, seeded
 from shoestring.training import RecipeCallback, RecipeTrainer
 from shoestring.training.checks import GradientCheck
 from shoestring.training.observe import StepMemory
@@ -335,6 +346,111 @@ def test_what_techniques_add_to_the_loss_is_in_it(tmp_path):
         trained(model, tmp_path, max_steps=1)
         slopes.append(log_of(model).slopes[0][0])
     assert abs(slopes[1]) > 10 * abs(slopes[0])
+
+
+RELU = replace(DECODER, make=partial(decoder, hidden_act="relu"))
+MOLA = MoLAConfig(r=2, experts=2, balance=10.0, init_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+ADDED = {
+    "density_loss": (RELU, RELU.lora, DensityLoss(epsilon=0.05)),
+    "metric_learning": (CLASSIFIER, CLASSIFIER.lora, MetricLearning(slerp=True)),
+    "mola": (DECODER, lambda: MOLA, None),
+    "chunked_loss": (DECODER, DECODER.lora, ChunkedLoss()),
+    "ba_lora": (DECODER, DECODER.lora, BALora(consistency=2.0, top_words=9)),
+}
+
+
+@pytest.mark.parametrize(("tiny", "adapters", "technique"), ADDED.values(), ids=ADDED)
+def test_a_slope_is_that_of_the_loss_in_training_mode(tmp_path, tiny, adapters, technique):
+    """With what techniques add to it; chunked_loss adds nothing."""
+
+    def made() -> RecipeTrainer:
+        with seeded(7):
+            beside = [] if technique is None else [technique]
+            model = Recipe(adapters(), *beside, ZerothOrder(eps=1e-2)).apply(tiny.make())
+        run = arguments(tmp_path, max_steps=1)
+        return RecipeTrainer(model=model, args=run, train_dataset=tiny.rows(1, 4), callbacks=[GradientCheck()])
+
+    trainer = made()
+    trainer.train()
+    ((slope,),) = log_of(trainer.model).slopes
+
+    trainer = made()
+    model, seed = trainer.model, seeds_of(0, 0, 1)[0]
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._micro_batch(model, inputs, None)
+    state, ends, plain = torch.get_rng_state(), [], []
+    for scale in (1e-2, -2e-2):
+        add_noise([p for p in model.parameters() if p.requires_grad], seed, scale)
+        torch.set_rng_state(state)
+        loss = batch.loss_of(inputs)
+        assert loss.requires_grad
+        torch.set_rng_state(state)
+        with quiet(model):
+            quiet_loss = batch.loss_of(inputs)
+        torch.testing.assert_close(quiet_loss, loss.detach(), rtol=1e-5, atol=1e-6)
+        ends.append(float(quiet_loss))
+        plain.append(float(model.eval()(**inputs).loss.detach()))
+        model.train()
+    if technique is None or technique.name != "metric_learning":  # draws other features for other numbers before
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2, abs=1e-3)
+    if technique is None or technique.name != "chunked_loss":
+        assert abs(ends[0] - plain[0]) > 1e-3
+
+
+def test_an_output_head_makes_no_logits_in_forwards_alone(tmp_path):
+    model = Recipe(DECODER.lora(), ChunkedLoss(), ZerothOrder()).apply(DECODER.make()).train()
+    with quiet(model):
+        assert isinstance(model(**DECODER.batch()).logits, LazyLogits)
+
+
+class Images(RecipeTrainer):
+    """Notes what was hidden in each forward."""
+
+    hidden: ClassVar[list[Tensor]] = []
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.hidden.append(outputs.hidden)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_both_ends_of_a_direction_see_the_same_draws_and_steps_others(tmp_path):
+    with seeded(7):
+        sizes = {"decoder_width": 16, "decoder_blocks": 1, "decoder_heads": 2}
+        recipe = Recipe(IMAGES.lora(), MaskedAutoencoder(**sizes), ZerothOrder(eps=1e-2, num_directions=2))
+        model = recipe.apply(IMAGES.make())
+    start = values(model)
+    run = arguments(tmp_path, max_steps=2, lr_scheduler_type="constant")
+    Images.hidden.clear()
+    Images(model=model, args=run, train_dataset=IMAGES.rows(1, 4), callbacks=[GradientCheck()]).train()
+    masks = Images.hidden
+    assert len(masks) == 8
+    for up, down in zip(masks[::2], masks[1::2], strict=True):
+        assert torch.equal(up, down)
+    assert not any(torch.equal(masks[0], other) for other in masks[2::2])
+
+    # the first slope with that mask fixed
+    inputs = next(iter(Images(model=model, args=run, train_dataset=IMAGES.rows(1, 4)).get_train_dataloader()))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    order = torch.cat([_rest(masks[0]), masks[0]], dim=1).argsort(1).to(torch.float32)
+    losses = []
+    with pytest.MonkeyPatch.context() as patch, quiet(model):
+        patch.setattr(torch, "rand", lambda *sizes, **settings: order)
+        for scale in (1e-2, -2e-2):
+            add_noise(weights, seeds_of(0, 0, 1)[0], scale)
+            losses.append(float(model(**inputs).loss))
+    assert log_of(model).slopes[0][0] == pytest.approx((losses[0] - losses[1]) / 2e-2, rel=1e-3)
+
+
+def _rest(hidden: Tensor) -> Tensor:
+    """The patches of each image that are not hidden."""
+    return torch.stack([torch.tensor([i for i in range(9) if i not in row]) for row in hidden.tolist()])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ LORA_OF_DECODER = {"lora": {"r": 2, "target_modules": ["q_proj"]}}
 BILEVEL = {"bilevel_zofo": {"inner_steps": 1, "backbone_lr": 1e-4}}
 
 
-@pytest.mark.parametrize("recipe", [["zeroth_order"], [LORA_OF_DECODER, BILEVEL]], ids=["zeroth_order", "bilevel_zofo"])
+UNDER_TRL = {
+    "zeroth_order": ["zeroth_order"],
+    "bilevel_zofo": [LORA_OF_DECODER, BILEVEL],
+    "ba_lora": [LORA_OF_DECODER, {"ba_lora": {"top_words": 9}}, "zeroth_order"],
+    "chunked_loss": [LORA_OF_DECODER, "chunked_loss", "zeroth_order"],
+}
+
+
+@pytest.mark.parametrize("recipe", UNDER_TRL.values(), ids=UNDER_TRL)
 def test_completions_train_under_trl(recipe, tiny_decoder_folder: Path, prompt_jsonl: Path, tmp_path: Path):
     settings = RunSettings.from_dict(
         {
@@ -26,7 +34,13 @@ def test_completions_train_under_trl(recipe, tiny_decoder_folder: Path, prompt_j
             "task": "causal-lm",
             "data": {"train": str(prompt_jsonl), "validation": str(prompt_jsonl), "prompt": "prompt"},
             "recipe": recipe,
-            "train": {"max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "gradient_accumulation_steps": 2},
+            "train": {
+                "max_steps": 4,
+                "learning_rate": 1e-3,
+                "logging_steps": 1,
+                "gradient_accumulation_steps": 2,
+                "eval_strategy": "no",
+            },
             "output_dir": str(tmp_path / "run"),
         }
     )
@@ -34,7 +48,7 @@ def test_completions_train_under_trl(recipe, tiny_decoder_folder: Path, prompt_j
     assert report.status == "finished"
     assert all(0 < loss < 10 for _, loss in report.losses)
     (record,) = (tmp_path / "run" / "final").glob(f"**/{FILE}")
-    assert len(StepLog.load(record.parent).seeds) == (4 if recipe == ["zeroth_order"] else 2)
+    assert len(StepLog.load(record.parent).seeds) == (2 if BILEVEL in recipe else 4)
 
 
 def reviews(recipe: list[Any], rate: float, folder: Path, **train_fields: Any) -> RunSettings:
@@ -66,9 +80,14 @@ def test_a_step_of_a_packaged_model_takes_the_memory_of_inference(tmp_path):
 
 
 @pytest.mark.slow
-def test_bilevel_needs_less_than_half_the_steps_of_zeroth_order_on_a_packaged_model(tmp_path):
-    """minilm on rotten-tomatoes: the loss on held-out rows, with the best rates of a few tried."""
-    slow = train(reviews(["zeroth_order"], 5e-4, tmp_path / "mezo", max_steps=40))
+def test_bilevel_needs_less_than_half_the_work_of_zeroth_order_for_its_loss_on_held_out_rows(tmp_path):
+    """minilm on rotten-tomatoes, with the best rates of a few tried, one seed.
+
+    12 steps are 63 forwards, a backward counted as two: 9 inner ones of 3, and 3 outer ones of 2 * 3 + 6. 64 steps of
+    zeroth_order are 128. Of the held-out rows bilevel_zofo has trained on some: this shows how fast it optimises. On
+    test rows neither is better than the shares of the classes after so few steps, 0.69 and 0.72 when it was written.
+    """
+    slow = train(reviews(["zeroth_order"], 5e-4, tmp_path / "mezo", max_steps=64))
     settings = {"inner_steps": 3, "backbone_lr": 1e-5, "outer_lr": 1e-2, "penalty": 1.0}
     fast = train(reviews([LORA, {"bilevel_zofo": settings}], 2e-3, tmp_path / "bilevel", max_steps=12))
     assert slow.quality["validation"]["loss"] < 0.70

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
+from ..modes import in_training, without_backward
 from ..real_tokens import real_tokens
 from ..technique import Moment, Technique
 from .base import Adapter, AdapterConfig, autocast_dtype, autocast_off, linear_sizes, register
@@ -184,9 +185,9 @@ class Experts(Adapter):
 
     def _collect(self, p: Tensor, chosen: Tensor) -> None:
         """Note the choices for the balance loss, but not again when a block is run once more in backward."""
-        if not self.training or self not in _CHOICES or torch._C._current_graph_task_id() != -1:
+        if not in_training(self) or self not in _CHOICES or torch._C._current_graph_task_id() != -1:
             return
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or without_backward():
             _CHOICES[self].append((p, chosen))
         elif not _CHOICES[self]:
             _CHOICES[self].append(None)

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..draws import undrawn
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..technique import Advised, register_technique
@@ -249,9 +250,8 @@ class TokenTune(BlockTechnique):
     def _seek(self, current: Pass) -> Tensor:
         """TokenSeek's score of each token of the last stack: one more forward, and the backward of its last block."""
         self._probe = probe = _Probe(self.stacks[-1])  # type: ignore[misc]
-        devices = sorted({p.device.index for p in current.model.parameters() if p.device.type == "cuda"})
         try:
-            with torch.random.fork_rng(devices):
+            with undrawn({p.device for p in current.model.parameters()}):
                 loss = getattr(current.model(**current.inputs), "loss", None)
         finally:
             self._probe = None  # type: ignore[misc]

@@ -15,7 +15,9 @@ from transformers.activations import ACT2FN
 from ..adapters.base import has_linear_weight
 from ..adapters.bottleneck import Bottleneck, BottleneckConfig, widths
 from ..adapters.placement import Layout, layout_of
+from ..draws import undrawn
 from ..errors import SettingError
+from ..modes import in_eval_mode
 from .block_halves import BlockHalves
 from .reversible_stack import (
     Coupling,
@@ -380,13 +382,7 @@ def _activation_of(model: nn.Module, stack_name: str) -> str:
 @contextmanager
 def _evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Modules in evaluation mode inside the context; what they draw at random does not count."""
-    modes = [(module, module.training) for root in modules for module in root.modules()]
-    devices = [] if device.type in ("cpu", "meta") else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with undrawn([device]), ExitStack() as modes:
+        for module in modules:
+            modes.enter_context(in_eval_mode(module))
+        yield

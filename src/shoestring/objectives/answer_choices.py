@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -28,15 +28,13 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..fakes import has_values
 from ..technique import Moment, Phase, Technique, register_technique
-from .base import forward_replaced
 from .choice_rows import (
     IGNORED,
     ChoiceRows,
     answer_targets,
-    encoded_once,
+    choices_taken,
     mean_log_likelihoods,
     rows_of,
-    take_rows,
     token_log_likelihoods,
 )
 
@@ -78,15 +76,7 @@ class AnswerChoices(Technique):
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Take what a batch says of its choices out of what the model is given."""
-
-        def forward(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            rows = take_rows(kwargs)
-            if rows is None:
-                return plain(*args, **kwargs)
-            with encoded_once(module, rows):
-                return plain(*args, **kwargs)
-
-        with forward_replaced(model, forward):
+        with choices_taken(model):
             yield model
 
     def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:

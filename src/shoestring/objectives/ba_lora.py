@@ -121,6 +121,13 @@ class BALora(Technique):
                 raise SettingError(
                     f"ba_lora compares outputs with the pretrained model's, but {other.name} {what}: leave one out."
                 )
+            rounds = other.phase == Phase.PRUNING and not other.exact
+            if rounds or type(other).trained_without_gradient is not Technique.trained_without_gradient:
+                what = "puts others in the place of" if rounds else "moves, without gradients,"
+                raise SettingError(
+                    f"ba_lora compares outputs with the pretrained model's, but {other.name} {what} its weights: leave "
+                    "one out."
+                )
             if type(other).loss_share is not Technique.loss_share:
                 raise SettingError(
                     f"ba_lora compares outputs of all tokens, but {other.name} gives those of a share: leave one out."

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..modes import in_training
 from ..technique import Moment, Phase, Technique
 
 
@@ -56,7 +57,7 @@ class HeadLoss(Technique, ABC):
         running: list[list[LazyLogits]] = []  # what the head returned in the forwards at work, innermost last
 
         def forward(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not (module.training and _given("labels", plain, args, kwargs)):
+            if not (in_training(module) and _given("labels", plain, args, kwargs)):
                 return plain(*args, **kwargs)
             running.append([])
             try:

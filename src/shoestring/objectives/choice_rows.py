@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..real_tokens import first_rows, members
 from .base import forward_replaced, labelled_rows
 
 ENTRIES = ("choice_labels", "example", "is_answer")
@@ -49,8 +50,7 @@ class ChoiceRows:
     @property
     def members(self) -> Bool[Tensor, "examples rows"]:
         """Which rows belong to which example."""
-        num_examples = int(self.example.max()) + 1
-        return self.example == torch.arange(num_examples, device=self.example.device)[:, None]
+        return members(self.example)
 
 
 def rows_of(batch: Mapping[str, Any]) -> ChoiceRows | None:
@@ -80,7 +80,7 @@ def encoded_once(model: nn.Module, rows: ChoiceRows) -> Iterator[None]:
     if owner is None or not owner.config.is_encoder_decoder:
         yield
         return
-    first = rows.members.int().argmax(1)
+    first = first_rows(rows.example)
 
     def forward(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def of_examples(value: Any) -> Any:
@@ -92,6 +92,21 @@ def encoded_once(model: nn.Module, rows: ChoiceRows) -> Iterator[None]:
         return encoded
 
     with forward_replaced(owner.get_encoder(), forward):
+        yield
+
+
+@contextmanager
+def choices_taken(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` takes batches with their three entries, and its encoder reads each example once."""
+
+    def forward(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        rows = take_rows(kwargs)
+        if rows is None:
+            return plain(*args, **kwargs)
+        with encoded_once(module, rows):
+            return plain(*args, **kwargs)
+
+    with forward_replaced(model, forward):
         yield
 
 

@@ -33,6 +33,7 @@ from ..blocks.stacks import find_stacks
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..feed_forward import gated_product, is_elementwise
+from ..modes import in_training, without_backward
 from ..real_tokens import real_tokens
 from ..technique import Moment, Phase, Technique, register_technique
 
@@ -97,7 +98,6 @@ class DensityLoss(Technique):
         if self.of not in ("product", "gate"):
             raise SettingError(f"of of density_loss must be 'product' or 'gate', got {self.of!r}.")
         self._now = self.epsilon if self.start_epsilon is None else self.start_epsilon
-        self._without_gradients = False  # the whole model, as methods do that need none
         self._running: list[Seen] | None = None  # of the forward that runs now; in backward, blocks may run again
         self._trained: list[Seen] = []
         self._measured: dict[Place, Tensor] = {}
@@ -120,7 +120,7 @@ class DensityLoss(Technique):
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if module is model:
-                self._running, self._without_gradients = [], not torch.is_grad_enabled()
+                self._running = []
 
         def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
             if module is not model:
@@ -128,7 +128,7 @@ class DensityLoss(Technique):
             seen, self._running = self._running or [], None
             if outputs is None:  # the forward failed
                 return
-            if not module.training:
+            if not in_training(module):
                 self._count(model, kwargs, seen)
             elif self.weight:
                 self._trained = seen
@@ -145,9 +145,9 @@ class DensityLoss(Technique):
     def _look(self, place: Place, z: Tensor) -> None:
         """Note the share of one layer; also where a block runs again in backward, which has to do the same work."""
         shares = None
-        if not place.module.training:
+        if not in_training(place.module):
             shares = (z != 0).mean(-1, dtype=torch.float32)
-        elif self.weight and (torch.is_grad_enabled() or self._without_gradients):
+        elif self.weight and (torch.is_grad_enabled() or without_backward()):
             shares = soft_density(z, self._now)
         if self._running is not None:
             self._running.append(Seen(place, shares))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..modes import in_eval_mode
 
 TAKES_A_PART = ("pissa", "olora", "corda", "lora_ga")
 """How the ways of peft to start LoRA begin that subtract the start of the product from the pretrained weight."""
@@ -58,25 +59,20 @@ class FrozenTeacher:
 
         Raises SettingError if a weight has another shape than when this was made, as when it was sharded.
         """
-        modes = [(module, module.training) for module in model.modules()]
         switches = [(layer, layer._disable_adapters) for layer in self.switched]
         places = [(m, name, m._parameters.get(name), self._start(key, m, name)) for m, name, key in self.places]
         try:
-            for module, _ in modes:
-                module.training = False
             for layer, _ in switches:
                 layer._disable_adapters = True
             for module, name, _, start in places:
                 module._parameters[name] = start  # type: ignore[assignment]  # autograd holds on to the parameter itself
-            with torch.no_grad():
+            with torch.no_grad(), in_eval_mode(model):
                 yield
         finally:
             for module, name, parameter, _ in places:
                 module._parameters[name] = parameter
             for layer, before in switches:
                 layer._disable_adapters = before
-            for module, training in modes:
-                module.training = training
 
     def _start(self, key: int, module: nn.Module, name: str) -> Tensor:
         """The kept values for one parameter, on the device where it is now."""

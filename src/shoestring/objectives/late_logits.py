@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..modes import in_training, without_backward
 from .base import forward_replaced
 
 
@@ -50,7 +51,7 @@ class LateLogits:
             self.forget()
 
     def _note(self, module: nn.Module, outputs: Any) -> None:
-        if module is self.backbone and module.training and torch.is_grad_enabled():
+        if module is self.backbone and in_training(module) and (torch.is_grad_enabled() or without_backward()):
             kind = self.owner.device.type
             self._noted = _Noted(outputs, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 

@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput
 
 from ..blocks.stacks import find_stacks, gather_tokens
 from ..errors import SettingError
+from ..modes import in_training
 from ..technique import Phase, Technique, register_technique
 
 FILE = "decoder.safetensors"
@@ -187,11 +188,11 @@ class Autoencoder(nn.Module):
 
         return_loss: whether to give it; by default in training only. labels: not used.
         """
-        if not (self.training if return_loss is None else return_loss):
+        if not (in_training(self) if return_loss is None else return_loss):
             return self.model(pixel_values=pixel_values, **inputs)
         grid = self._grid(pixel_values)
         patches = grid[0] * grid[1]
-        drawn = None if self.training else torch.Generator().manual_seed(0)
+        drawn = None if in_training(self) else torch.Generator().manual_seed(0)
         order = torch.rand(pixel_values.shape[0], patches, generator=drawn).argsort(1).to(pixel_values.device)
         visible, hidden = order.split([k := self.method.visible(patches), patches - k], dim=1)
         if self.resizes and list(pixel_values.shape[2:]) != list(self.inside[0].patch_embeddings.image_size):

@@ -11,7 +11,8 @@ Shapes   v, f [batch, features]: what enters the last linear layer of the classi
 Trains   with learn_scale one number; for the rest what the recipe trains, such as norms or adapters, and the head
 Costs    the squared distances of the pairs of a batch
 Differs  slerp makes new tensors; between near features it goes along the straight line, scaled to length 1. Losses are
-         of one micro-batch on one device. scale is ours: logits of features of length 1 are at most |W|
+         of one micro-batch on one device. Frames of a video are not averaged. scale is ours: logits of features of
+         length 1 are at most |W|
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
+from ..modes import in_training
 from ..technique import Phase, Technique, register_technique
 from .base import forward_replaced
 
@@ -88,7 +90,10 @@ class MetricLearning(Technique):
 
         def forward(plain: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._features = None
-            self._labels = self._checked(kwargs.get("labels")) if module.training and self.slerp else None
+            self._labels = None
+            if in_training(module) and (self.slerp or self.alignment or self.uniformity):
+                labels = self._checked(kwargs.get("labels"))
+                self._labels = labels if self.slerp else None
             try:
                 return plain(*args, **kwargs)
             finally:
@@ -103,7 +108,7 @@ class MetricLearning(Technique):
             f = F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1)
             if self._labels is not None:
                 f = slerp_in_classes(f, self._labels)
-            if module.training:
+            if in_training(module):
                 self._features = f
             scale = self.scale if self._learned is None else self._learned
             logits: Tensor = plain((f * scale).to(v.dtype))

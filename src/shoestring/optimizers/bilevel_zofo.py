@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import SettingError
+from ..modes import quiet
 from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
 from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
-from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, quiet, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
 
 
@@ -127,14 +128,14 @@ class BilevelZOFO(Technique):
         return list(self.backbone.values())
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The inner copy as in the run, and the outer one with its own learning rate if it has one."""
+        """The inner copy, with the options of the outer one, which has its own learning rate if it is set."""
         if not self.inner:
             start = self._saved_inner or self.outer
             self.inner = {name: nn.Parameter(start[name].detach().clone().to(p)) for name, p in self.outer.items()}
-        groups: list[dict[str, Any]] = [{"params": list(self.inner.values())}]
-        if self.outer_lr is not None:
-            groups.append({"params": list(self.outer.values()), "lr": self.outer_lr})
-        return groups
+        inner, outer = list(self.inner.values()), list(self.outer.values())
+        if self.outer_lr is None:
+            return [{"params": inner, "like": outer}]
+        return [{"params": inner, "like": outer, "lr_factor": 1.0}, {"params": outer, "lr": self.outer_lr}]
 
     @property
     def is_outer(self) -> bool:

@@ -8,7 +8,7 @@ A draw depends on the kind of device: what a GPU draws from a seed is not what a
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..draws import undrawn
 from ..errors import SettingError
 from ..fakes import has_values
-from ..quantisation.calibration import in_eval_mode
 
 PART = 2**20
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -128,31 +128,21 @@ class Walk:
 def losses_at(
     weights: Sequence[Tensor], seed: int, scales: Sequence[float], loss: Callable[[], Tensor], bring_back: BringBack
 ) -> list[Tensor]:
-    """The loss at start + scale z for each scale; the weights are back at the start afterwards, whatever happens."""
+    """The loss at start + scale z for each scale; the weights are back at the start afterwards, whatever happens.
+
+    What a loss draws at random is the same for each scale, and counts once.
+    """
     walk = Walk(weights, seed, bring_back)
+    devices = {weight.device for weight in weights if has_values(weight)}
     try:
         found = []
-        for scale in scales:
+        for index, scale in enumerate(scales):
             walk.go(scale)
-            found.append(loss().detach())
+            with undrawn(devices) if index + 1 < len(scales) else nullcontext():
+                found.append(loss().detach())
         return found
     finally:
         walk.go(0.0)
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no statistics of batches: all modules in evaluation, but for the outermost.
-
-    By the mode of that one trainers tell training from evaluation, and so what they add to a loss and write down.
-    """
-    outermost = [model]
-    while isinstance(inside := getattr(outermost[-1], "module", None), nn.Module):  # in wrappers for several processes
-        outermost.append(inside)
-    with torch.no_grad(), in_eval_mode(model):
-        for module in outermost:
-            module.training = True
-        yield
 
 
 def seeds_of(seed: int, step: int, count: int) -> list[int]:

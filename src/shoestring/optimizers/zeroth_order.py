@@ -22,8 +22,9 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..errors import RunFailed, SettingError
+from ..modes import quiet
 from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
-from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, quiet, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
 
 if TYPE_CHECKING:

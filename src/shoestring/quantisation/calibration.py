@@ -8,7 +8,7 @@ Costs    the model's forward once a row, and 2 in^2 operations a token and layer
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import SettingError
+from ..modes import in_eval_mode
 from ..technique import Events
 
 LABELS = frozenset({"label", "labels", "label_ids", "start_positions", "end_positions", "next_sentence_label"})
@@ -208,26 +209,6 @@ class _Sums:
                 )
             self._last = x, x._version, product
         return product
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back to its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    # at inference, bitsandbytes would reorder 4-bit weights on some CPUs, after which they give no gradients
-    reordering: list[Any] = [
-        module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
-    ]
-    try:
-        model.eval()
-        for module in reordering:
-            module.support_avx512bf16_for_cpu = False
-        yield
-    finally:
-        for module in reordering:
-            module.support_avx512bf16_for_cpu = True
-        for module, training in modes:
-            module.training = training
 
 
 def inputs_of(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import SettingError
-from .calibration import SECONDS_BEFORE_A_BAR, in_eval_mode, inputs_of
+from ..modes import in_eval_mode
+from .calibration import SECONDS_BEFORE_A_BAR, inputs_of
 
 
 def column_gradients(

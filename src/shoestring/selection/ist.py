@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..adapters.placement import place_in_stack
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
-from ..quantisation.calibration import in_eval_mode
+from ..modes import in_eval_mode
 from ..quantisation.gradients import loss_of
 from ..technique import Moment, Phase, Technique, register_technique
 from .base import settings_error

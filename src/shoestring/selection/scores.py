@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..errors import SettingError
 from ..feed_forward import is_elementwise
-from ..quantisation.calibration import SECONDS_BEFORE_A_BAR, in_eval_mode
+from ..modes import in_eval_mode
+from ..quantisation.calibration import SECONDS_BEFORE_A_BAR
 from ..quantisation.gradients import all_frozen, loss_of
 
 STEP_SHARE = 1e-3  # of the length of the weights: how far apart gradients are taken whose difference is a curvature

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..objectives.choice_rows import (
     answer_targets,
-    encoded_once,
+    choices_taken,
     mean_log_likelihoods,
     only_answers,
     ranked_first,
-    take_rows,
+    rows_of,
     token_log_likelihoods,
 )
 from .trainer import RecipeTrainer
@@ -35,9 +35,9 @@ class ChoiceTrainer(RecipeTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of right answers; for each example the choice with the highest score, and the right one."""
         inputs = self._prepare_inputs(inputs)
-        rows = take_rows(inputs)
+        rows = rows_of(inputs)
         assert rows is not None
-        with torch.no_grad(), self.compute_loss_context_manager(), encoded_once(model, rows):
+        with torch.no_grad(), self.compute_loss_context_manager(), choices_taken(self.attached.model):
             outputs = model(**inputs)
         if prediction_loss_only:
             return outputs.loss, None, None

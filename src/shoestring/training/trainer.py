@@ -154,12 +154,14 @@ class RecipeTrainerMixin(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's own, or Trainer's with the parameters that have options of their own in groups of their own."""
-        own_groups = self.attached.parameter_groups() if self.optimizer is None else []
-        for group in own_groups:
+        given = self.attached.parameter_groups() if self.optimizer is None else []
+        for group in given:
             if (factor := group.pop("lr_factor", None)) is not None:
                 group["lr"] = factor * self.args.learning_rate
-        own_groups = [part for group in own_groups for part in self._with_decay(model, group)]
+        own_groups = [part for group in given if "like" not in group for part in self._with_decay(model, group)]
         own = {id(p) for group in own_groups for p in group["params"]}
+        of_model = self._decay_groups(model, own) + own_groups
+        own_groups += [part for group in given if "like" in group for part in _with_options(group, of_model)]
         if self.optimizer is None:
             self.optimizer = self.attached.make_optimizer(self._decay_groups(model, own) + own_groups, self.args)
         trainers = self.optimizer is None
@@ -300,6 +302,14 @@ class RecipeTrainerMixin(Trainer):
             best_now = self.state.best_model_checkpoint
             checkpoints.rotate(folder, limit, spare={folder / name, *([Path(best_now)] if best_now else [])})
         self.accelerator.wait_for_everyone()
+
+
+def _with_options(group: dict[str, Any], of_model: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A group of parameters that are `like` those of the model, parted by the options that these have."""
+    beside = {id(p): own for p, own in zip(group["like"], group["params"], strict=True)}
+    options = {name: value for name, value in group.items() if name not in ("params", "like")}
+    parts = [[beside[id(p)] for p in each["params"] if id(p) in beside] for each in of_model]
+    return [{**each, **options, "params": part} for each, part in zip(of_model, parts, strict=True) if part]
 
 
 class _RecipeTrainerCallback(RecipeCallback):
