@@ -120,9 +120,22 @@ def test_it_is_saved_as_places_and_values_and_loaded_switched_off_and_on(tmp_pat
     monkeypatch.setitem(TECHNIQUES, "largest", Largest)
     again = load(classifier().eval(), tmp_path)
     assert torch.equal(again(**BATCH).logits, trained)
-    assert (tmp_path / FILE).stat().st_size < 50 * 8 + 4000  # and names
+    assert (tmp_path / FILE).stat().st_size < 50 * 8 + 4500  # and names and shapes
     with pytest.raises(SettingError, match="made of another model"):
         load(decoder(), tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(64, 24), (24, 40)], ids=["wider", "as many numbers"])
+def test_a_file_of_a_model_of_other_shapes_is_refused_and_changes_nothing(shape, tmp_path, monkeypatch):
+    monkeypatch.setitem(TECHNIQUES, "largest", Largest)
+    attached_to(Recipe(Largest()).apply(classifier())).save(tmp_path)
+    other = classifier()
+    other.bert.encoder.layer[1].intermediate.dense.weight = torch.nn.Parameter(torch.randn(shape))
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    told = rf"layer\.1\.intermediate\.dense\.weight had the shape \(40, 24\) there, and has \({shape[0]}, {shape[1]}\)"
+    with pytest.raises(SettingError, match=told):
+        load(other, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
 
 
 def test_a_copy_of_the_model_trains_its_own_values():
