@@ -128,6 +128,7 @@ class LightPEFT(Technique):
         self._plan: Plan | None = None
         self._sums: dict[str, dict[str, Tensor]] = {"ratios": {}, "ranks": {}}
         self._num_recorded = 0
+        self._is_recorded = False  # the step that is going on
 
     @property
     def is_pruned(self) -> bool:
@@ -265,23 +266,34 @@ class LightPEFT(Technique):
         if self.is_pruned:
             return
         self._tokens.recording = moment.step >= self.estimation_steps // 2
+        self._is_recorded = False
         if moment.step == 0 and SHORT_RUN < moment.num_steps <= self.estimation_steps:
             warnings.warn(
                 f"light_peft prunes nothing in this run: estimation_steps is {self.estimation_steps}, and the run has "
                 f"{moment.num_steps} steps. Set it to a small part of them."
             )
 
-    def on_gradients(self, moment: Moment) -> None:
-        """Add up the importance of adapters and of their ranks."""
-        if self.is_pruned or not self._tokens.recording:
+    def before_clipping(self, moment: Moment) -> None:
+        """Add up the importance of adapters and of their ranks, once a step; of no step that overflowed."""
+        if self.is_pruned or not self._tokens.recording or self._is_recorded:
+            return
+        self._is_recorded = True
+        found = {
+            (kind, ratio.adapter.key): value
+            for ratio in self._ratios
+            for kind, value in (("ratios", ratio.take()), ("ranks", ratio.adapter.rank_scores()))
+            if value is not None
+        }
+        if not all(bool(value.isfinite().all()) for value in found.values() if has_values(value)):
             return
         self._num_recorded += 1
-        for ratio in self._ratios:
-            found = {"ratios": ratio.take(), "ranks": ratio.adapter.rank_scores()}
-            for kind, value in found.items():
-                if value is not None:
-                    sums, key = self._sums[kind], ratio.adapter.key
-                    sums[key] = sums[key] + value if key in sums else value
+        for (kind, key), value in found.items():
+            sums = self._sums[kind]
+            sums[key] = sums[key] + value if key in sums else value
+
+    def on_gradients(self, moment: Moment) -> None:
+        """The same where nothing is clipped."""
+        self.before_clipping(moment)
 
     def on_step_end(self, moment: Moment) -> None:
         """Prune, once the estimation is over."""
