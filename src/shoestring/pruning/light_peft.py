@@ -39,7 +39,7 @@ from ..adapters.slicing import READ, BranchRatio, SlicedAdapter, TokensSeen, sli
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..quantisation.originals import is_same
-from ..technique import Moment, Phase, Technique, register_technique
+from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .units import Units, find_units
 
 FILE = "light_peft.safetensors"
@@ -263,6 +263,7 @@ class LightPEFT(Technique):
 
     def on_step_begin(self, moment: Moment) -> None:
         """Watch the adapters in the second half of the estimation."""
+        refuse_several_processes(self.name, "prunes by the gradients of one process, in the middle of the run")
         if self.is_pruned:
             return
         self._tokens.recording = moment.step >= self.estimation_steps // 2

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 from jaxtyping import Float, Int
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torch.optim import Optimizer
 from ..errors import SettingError
 from ..fakes import has_values
 from ..resizing import replace_data
-from ..technique import Moment, Phase, Technique, register_technique
+from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import named_parameters, settings_error
 from .optimizer_state import carry_state, check_by_number
 from .sparse import Entries, SparseSelection
@@ -331,9 +330,7 @@ class ID3(SparseSelection):
 
     def on_step_begin(self, moment: Moment) -> None:
         """Look for the numbers of this step in the gradients that are to come."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise SettingError("id3 chooses by the gradients of one process: it does not run on several.")
+        refuse_several_processes(self.name, "chooses by the gradients of one process")
         check_by_number(moment.optimizer, self.name)
         for order, entries in enumerate(self._growing):
             entries.begin_step(order)

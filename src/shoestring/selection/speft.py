@@ -34,7 +34,7 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..resizing import replace_data
-from ..technique import Moment, register_technique
+from ..technique import Moment, refuse_several_processes, register_technique
 from .base import settings_error
 from .optimizer_state import carry_state, check_by_number
 from .scores import curvature_scores, flow_scores, gradient_scores
@@ -153,8 +153,9 @@ class Speft(Calibrated, SparseSelection):
         return (Entries if self.dynamic_steps is None else MovingEntries)(name, weight, places)
 
     def on_step_begin(self, moment: Moment) -> None:
-        """Refuse optimizers whose state cannot follow numbers that move."""
+        """Refuse optimizers and processes that cannot follow numbers that move."""
         if self.dynamic_steps is not None:
+            refuse_several_processes(self.name, "with dynamic_steps chooses anew for itself")
             check_by_number(moment.optimizer, self.name)
 
     def on_step_end(self, moment: Moment) -> None:
