@@ -7,8 +7,8 @@ cost: short runs on the packaged encoder, of which one step is counted by the le
 pruning, for example). Bytes are the same on every run; seconds are the processor's, least of the steps after that one.
 quality: the packaged encoder on reviews, equal numbers of steps, learning rates looked for as `quality.py` says. Each
 method stands beside the baseline that it claims to beat or to equal, with as many trained numbers where both choose
-numbers; some beside a second one. density_loss and its baseline train an encoder with ReLU in place of GELU, which has few exact zeros; the share
-of activations that are not zero is a row of its own.
+numbers; some beside a second one. density_loss and its baseline train an encoder with ReLU in place of GELU, which has
+few exact zeros; the share of activations that are not zero is a row of its own.
 forwards: the loss that bilevel_zofo comes to with at most half of the forwards of zeroth_order, where a backward counts
 as two. Both train LoRA on queries and values; the one moves all other weights, too.
 Every run is written to the JSON file when it ends, and not run again when it is there.

@@ -339,6 +339,16 @@ def arguments(folder, **settings) -> TrainingArguments:
     return TrainingArguments(str(folder), **given)
 
 
+def test_chosen_numbers_of_biases_and_norms_get_no_weight_decay(tmp_path):
+    model = Recipe(ID3(count=60, vectors=True)).apply(classifier())
+    trainer = RecipeTrainer(model=model, args=arguments(tmp_path), train_dataset=CLASSIFIER.rows(count=8))
+    decay = {id(p): group["weight_decay"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    for name, entries in technique_of(model).entries.items():
+        assert decay[id(entries.values)] == (0.1 if entries.weight[0].dim() == 2 else 0), name
+    trainer.train()
+    assert technique_of(model).chosen_count == 60
+
+
 @pytest.mark.parametrize("settings", [{}, {"strategy": "repeat"}], ids=["increment", "repeat"])
 @pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapters"])
 def test_a_resumed_run_is_bit_equal_in_the_trainer(settings, lora, tmp_path):

@@ -7,15 +7,16 @@ from typing import ClassVar
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from shoestring import Ledger, Recipe, load
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
 from shoestring.recipe import attached_to
+from shoestring.selection import ID3, SPT, Speft
 from shoestring.selection.sparse import FILE, HOLDER, SparseSelection, top_places
 from shoestring.technique import TECHNIQUES, Moment
-from shoestring.testing.tiny_models import classifier, decoder
+from shoestring.testing.tiny_models import CLASSIFIER, classifier, decoder
 
 BATCH = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.tensor([0, 2])}
 TEXT = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.arange(26).view(2, 13)}
@@ -136,6 +137,35 @@ def test_a_file_of_a_model_of_other_shapes_is_refused_and_changes_nothing(shape,
     with pytest.raises(SettingError, match=told):
         load(other, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_without_targets_only_linear_layers_are_chosen_from():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = Recipe(Largest()).apply(T5ForConditionalGeneration(T5Config(**sizes)))
+    assert {name.split(".")[-2] for name in entries_of(model)} == {"q", "k", "v", "o", "wi", "wo"}
+    Recipe.remove(model)
+    named = Recipe(Largest(target_modules=["relative_attention_bias"])).apply(model)
+    assert len(entries_of(named)) == 2
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Largest(),
+        ID3(count=5, target_modules=["query"]),
+        Speft(count=5, score="magnitude", target_modules=["query"]),
+        SPT(budget=200, calibration_rows=4, target_modules=["query"]),
+    ],
+    ids=lambda technique: technique.name,
+)
+def test_a_quantised_weight_is_refused_by_name(technique):
+    model = classifier()
+    query = model.bert.encoder.layer[1].attention.self.query
+    query.weight = torch.nn.Parameter(query.weight.to(torch.int8), requires_grad=False)
+    told = rf"{technique.name} cannot train bert\.encoder\.layer\.1\.attention\.self\.query\.weight, .* it is quantised"
+    with pytest.raises(SettingError, match=told):
+        Recipe(technique).apply(model, data=CLASSIFIER.data())
+    assert query.weight.dtype == torch.int8
 
 
 def test_a_copy_of_the_model_trains_its_own_values():

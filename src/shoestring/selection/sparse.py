@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters.base import has_linear_weight
 from ..adapters.placement import stacks
 from ..errors import SettingError
 from ..targets import Names, targeted
@@ -226,8 +227,8 @@ class SparseSelection(Selection):
         return found
 
     def may_choose(self, module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-        """Whether numbers of a parameter of a targeted module may train."""
-        return parameter.dim() >= 2
+        """Whether numbers of a parameter of a module may train: of a matrix, and of a linear layer where none is named."""
+        return parameter.dim() >= 2 and (self.target_modules is not None or has_linear_weight(module))
 
     def _show_to_modules(self, undo: ExitStack, holders: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
         for name, entries in self.entries.items():
