@@ -227,7 +227,7 @@ class SparseSelection(Selection):
         return found
 
     def may_choose(self, module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-        """Whether numbers of a parameter of a module may train: of a matrix, and of a linear layer where none is named."""
+        """Whether numbers of a parameter may train: of a matrix; where no module is named, of linear layers."""
         return parameter.dim() >= 2 and (self.target_modules is not None or has_linear_weight(module))
 
     def _show_to_modules(self, undo: ExitStack, holders: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
