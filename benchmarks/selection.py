@@ -200,6 +200,8 @@ def cost() -> list[Row]:
     grown = short([{"id3": {"count": FEW, "steps": 6}}], counted=9)
     mlps = short([{"unfreeze": {"blocks": [], "modules": MLPS}}])
     sparse, pruned, halves, block = short(["sparse_grad"]), short(PRUNED), short([lora(8), HALF]), short([lora(8), ONE])
+    of_steps = [short([lora(8), HALF], counted=step).kept for step in range(4, 10)]
+    mean, most = statistics.mean(of_steps), max(of_steps)
     ten_steps = [short([lora(8), one], steps=17).all_seconds for one in (HALF, RANDOM)]
     updates = [run.measured["id3_updates"] for run in (growing, fixed)]
     forward = inference_peak()
@@ -214,6 +216,8 @@ def cost() -> list[Row]:
         Row("sparse_grad beside full tuning: seconds", sparse.seconds, full.seconds),
         Row("sparse_grad beside LoRA r=8: seconds", sparse.seconds, eight.seconds),
         at_most("ist, half of the blocks, beside LoRA r=8: bytes kept for backward", halves.kept, eight.kept, 0.999),
+        at_most("ist, half of the blocks, beside LoRA r=8: mean bytes kept over six steps", mean, eight.kept, 0.999),
+        Row("ist, half of the blocks, beside LoRA r=8: most bytes kept over six steps", most, eight.kept),
         at_most("ist, one block, beside half of them: bytes kept for backward", block.kept, halves.kept, 0.999),
         Row("ist, half of the blocks, beside LoRA r=8: seconds", halves.seconds, eight.seconds),
         at_most("ist beside random blocks: seconds of ten steps and what is between them", *ten_steps, 1.15),
