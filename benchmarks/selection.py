@@ -7,8 +7,8 @@ cost: short runs on the packaged encoder, of which one step is counted by the le
 pruning, for example). Bytes are the same on every run; seconds are the processor's, least of the steps after that one.
 quality: the packaged encoder on reviews, equal numbers of steps, learning rates looked for as `quality.py` says. Each
 method stands beside the baseline that it claims to beat or to equal, with as many trained numbers where both choose
-numbers. density_loss and its baseline train an encoder with ReLU in place of GELU, which has few exact zeros; the share
-of activations that are not zero is a row of its own.
+numbers; some beside a second one. density_loss and its baseline train an encoder with ReLU in place of GELU, which has
+few exact zeros; the share of activations that are not zero is a row of its own.
 forwards: the loss that bilevel_zofo comes to with at most half of the forwards of zeroth_order, where a backward counts
 as two. Both train LoRA on queries and values; the one moves all other weights, too.
 Every run is written to the JSON file when it ends, and not run again when it is there.
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from quality import REVIEWS, Contestant, Trainings, command, do, outcomes_of, result
+from quality import REVIEWS, Contestant, Trainings, command, compared, do, outcomes_of, result
 from result import Row, at_most
 from shoestring import Ledger, Recipe, assets
 from shoestring.memory import MemoryReport
@@ -39,6 +39,8 @@ from shoestring.training import RunSettings, train
 TARGETS = ["query", "key", "value", "dense"]
 COUNT = 337_920  # what LoRA r=8 trains on these layers
 FEW = 42_240  # and r=1
+BIASES, NORMS = 26_112, 9_984  # of the encoder
+MLPS = [f"layer.{index}.{part}.dense" for index in range(6) for part in ("intermediate", "output")]
 
 
 def lora(r: int) -> dict[str, Any]:
@@ -64,8 +66,11 @@ CONTESTANTS = {
     "full tuning": Contestant([]),
     "fixed Fisher mask": Contestant([speft("fisher", FEW)], "LoRA r=1"),
     "random mask": Contestant([speft("random", FEW)], "LoRA r=1"),
-    "bitfit": Contestant(["bitfit"], "random mask", apart=0.0),
-    "norm_tuning": Contestant(["norm_tuning"], "random mask", apart=0.0),
+    "random mask, 26k": Contestant([speft("random", BIASES)]),
+    "random mask, 10k": Contestant([speft("random", NORMS)]),
+    "linear probe": Contestant([{"unfreeze": {"blocks": []}}]),
+    "bitfit": Contestant(["bitfit"], "random mask, 26k", apart=0.0),
+    "norm_tuning": Contestant(["norm_tuning"], "random mask, 10k", apart=0.0),
     "id3": Contestant([{"id3": {"count": FEW}}], "fixed Fisher mask", apart=0.0),
     "speft": Contestant([speft("gradient", COUNT)], "LoRA r=8", apart=0.0),
     "sparse_grad": Contestant([{"sparse_grad": {}}], "full tuning"),
@@ -81,6 +86,8 @@ CONTESTANTS = {
     ),
     "light_peft": Contestant([lora(8), light_peft(30)], "LoRA r=8"),
 }
+ALSO_BESIDE = {"bitfit": "linear probe", "norm_tuning": "linear probe", "ist": "random layers"}
+OF_LOSS = frozenset({"ist"})  # these beside their second baseline
 
 STEPS, INNER_STEPS = 400, 3
 FORWARDS, FORWARDS_OF_ROUND = 2 * STEPS, 3 * INNER_STEPS + 2 * 3 + 6
@@ -190,18 +197,27 @@ def cost() -> list[Row]:
     """The rows of all methods whose claim is about bytes, updates or seconds."""
     one, eight, full = short([lora(1)]), short([lora(8)]), short([])
     fixed, growing = (short([{"id3": {"count": FEW, "strategy": name}}]) for name in ("static", "increment"))
+    grown = short([{"id3": {"count": FEW, "steps": 6}}], counted=9)
+    mlps = short([{"unfreeze": {"blocks": [], "modules": MLPS}}])
     sparse, pruned, halves, block = short(["sparse_grad"]), short(PRUNED), short([lora(8), HALF]), short([lora(8), ONE])
+    of_steps = [short([lora(8), HALF], counted=step).kept for step in range(4, 10)]
+    mean, most = statistics.mean(of_steps), max(of_steps)
     ten_steps = [short([lora(8), one], steps=17).all_seconds for one in (HALF, RANDOM)]
     updates = [run.measured["id3_updates"] for run in (growing, fixed)]
     forward = inference_peak()
     return [
-        at_most("id3: bytes of optimizer state beside 8 a trained number", growing.state, 8 * growing.trained, 1.01),
+        at_most("id3: bytes of optimizer state beside 8 a trained number", grown.state, 8 * grown.trained, 1.01),
         at_most("id3: updates beside those of all numbers from the first step on", *updates, 0.6),
         Row("id3 beside LoRA r=1: bytes kept for backward", growing.kept, one.kept),
         Row("id3 beside full tuning: peak bytes", growing.peak, full.peak),
+        Row("id3 beside full tuning: peak bytes once all its numbers train", grown.peak, full.peak),
         at_most("sparse_grad beside full tuning: peak bytes", sparse.peak, full.peak, 0.80),
+        at_most("sparse_grad beside training of the MLPs: peak bytes", sparse.peak, mlps.peak, 0.76),
         Row("sparse_grad beside full tuning: seconds", sparse.seconds, full.seconds),
+        Row("sparse_grad beside LoRA r=8: seconds", sparse.seconds, eight.seconds),
         at_most("ist, half of the blocks, beside LoRA r=8: bytes kept for backward", halves.kept, eight.kept, 0.999),
+        at_most("ist, half of the blocks, beside LoRA r=8: mean bytes kept over six steps", mean, eight.kept, 0.999),
+        Row("ist, half of the blocks, beside LoRA r=8: most bytes kept over six steps", most, eight.kept),
         at_most("ist, one block, beside half of them: bytes kept for backward", block.kept, halves.kept, 0.999),
         Row("ist, half of the blocks, beside LoRA r=8: seconds", halves.seconds, eight.seconds),
         at_most("ist beside random blocks: seconds of ten steps and what is between them", *ten_steps, 1.15),
@@ -238,7 +254,8 @@ def with_relu() -> str:
 def contestants(part: str, names: Collection[str] | None) -> dict[str, Contestant]:
     """Those of these names, or all, and the baselines they need, before them."""
     there = TRAININGS[part][1]
-    wanted = {base for name in names or there if name in there for base in (name, there[name].beside)}
+    named = [name for name in names or there if name in there]
+    wanted = {one for name in named for one in (name, there[name].beside, ALSO_BESIDE.get(name, ""))}
     return {name: contestant for name, contestant in there.items() if name in wanted}
 
 
@@ -246,9 +263,12 @@ class Selections(Trainings):
     """With rows of what two methods claim beside quality."""
 
     def rows(self) -> list[Row]:
-        rows = super().rows()
+        rows, done = super().rows(), self.runs.get("quality", {})
+        for name, base in ALSO_BESIDE.items():
+            part = replace(REVIEWS, measure="loss") if name in OF_LOSS else REVIEWS
+            rows += compared("quality", part, {name: replace(CONTESTANTS[name], beside=base)}, done)
         base = CONTESTANTS["density_loss"].beside
-        of_seed = [outcomes_of(self.runs.get("quality", {}), one)[1] for one in ("density_loss", base)]
+        of_seed = [outcomes_of(done, one)[1] for one in ("density_loss", base)]
         if common := of_seed[0].keys() & of_seed[1].keys():
             density = replace(REVIEWS, measure="density")
             means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]

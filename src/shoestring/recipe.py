@@ -30,6 +30,7 @@ from . import selection as _selection  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, described_by_peft, peft_configs
 from .errors import SettingError, did_you_mean
 from .fakes import has_values
+from .running_statistics import RunningStatistics
 from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique
 
 if typing.TYPE_CHECKING:
@@ -170,6 +171,7 @@ class Attached:
         self.model_loss_is_used = True  # False under a trainer that computes the loss elsewhere
         self._outputs: Any = None  # of the last forward in training, for a trainer that adds the losses by itself
         self._base_parameters = dict(model.named_parameters())
+        self._statistics = RunningStatistics(model)
         self._undo = ExitStack()
         self._undo.callback(_Snapshot(model).restore)
         addresses = self._addresses()
@@ -206,9 +208,13 @@ class Attached:
     def detach(self) -> nn.Module:
         """Undo everything; returns the base model as it was, but for base weights that were trained.
 
+        Running statistics of batch norms go back with frozen norms, and stay with trained ones.
+
         Raises ValueError, with the adapters gone, if one of them had put other values in place of pretrained weights.
         """
+        trained = {id(p) for p in self.trained_base().values()}
         self._undo.close()
+        self._statistics.go_back(trained)
         _ATTACHED.pop(self.model, None)
         if self._replaced:
             raise ValueError(
@@ -280,7 +286,7 @@ class Attached:
         return {name: p for name, p in self._base_parameters.items() if p.requires_grad or id(p) in moved}
 
     def save(self, folder: str | Path) -> None:
-        """Write the recipe, the adapters as peft does, base weights that train, and the techniques' own state.
+        """Write the recipe, the adapters as peft does, what of the base changes, and the techniques' own state.
 
         folder: made if needed; files of the same name are replaced. Every file is written beside its place first.
         """
@@ -288,8 +294,9 @@ class Attached:
         folder.mkdir(parents=True, exist_ok=True)
         for index, technique in enumerate(self.techniques):
             technique.save(self.model, self._folder(folder, index))
-        if trained := self.trained_base():
-            tensors = {name: self._to_saved(p).contiguous() for name, p in trained.items()}
+        trained = {name: self._to_saved(p) for name, p in self.trained_base().items()} | self._statistics.now()
+        if trained:
+            tensors = {name: tensor.contiguous() for name, tensor in trained.items()}
             _write(folder / TRAINED_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         plain_state, tensors = _split({str(i): t.state_dict() for i, t in enumerate(self.techniques)})
         _write(folder / STATE_FILE, lambda path: path.write_text(json.dumps(plain_state, indent=1)))
@@ -332,6 +339,8 @@ class Attached:
     def _restore_shared_files(self, folder: Path) -> None:
         if (folder / TRAINED_FILE).exists():
             tensors = load_file(folder / TRAINED_FILE)
+            self._statistics.put(tensors)
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in self._statistics.now()}
             if unknown := sorted(set(tensors) - set(self._base_parameters)):
                 raise SettingError(f"{folder / TRAINED_FILE} holds {unknown[0]!r}, which the base model does not have.")
             with torch.no_grad():

@@ -10,8 +10,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .errors import SettingError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -282,6 +285,18 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(getattr(value, "value", value))
+
+
+def refuse_several_processes(technique: str, why: str) -> None:
+    """Refuse a run in which several processes train one model.
+
+    why: what each process would do by itself.
+
+    Raises SettingError.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and (count := torch.distributed.get_world_size()) > 1:
+        raise SettingError(f"{technique} {why}: it trains in one process only, and here are {count}. Start one.")
 
 
 TECHNIQUES: dict[str, type[Technique]] = {}

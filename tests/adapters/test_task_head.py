@@ -3,11 +3,14 @@
 import torch
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     CLIPConfig,
     CLIPForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from shoestring.adapters.placement import task_head
@@ -18,8 +21,9 @@ def test_the_new_head_is_what_stands_outside_of_the_pretrained_part():
     with torch.device("meta"):
         bert = BertForSequenceClassification(BertConfig(**tiny, vocab_size=20))
         clip = CLIPForImageClassification(CLIPConfig(vision_config=tiny, text_config=tiny))  # its own base_model
+        masked = [RobertaForMaskedLM(RobertaConfig(**tiny, vocab_size=20)), BertForMaskedLM(bert.config)]
         llama = LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=20))
     for model in (bert, clip):
         assert {id(p) for p in task_head(model)} == {id(p) for p in model.classifier.parameters()}
-    assert task_head(llama) == []
+    assert [task_head(model) for model in (llama, *masked)] == [[], [], []]
     assert task_head(bert.bert) == []

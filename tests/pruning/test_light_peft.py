@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +335,28 @@ def test_importance_is_that_of_the_paper():
     for key, ratios in seen.items():
         assert torch.allclose(technique._score("ratios", key, torch.zeros(())), torch.stack(ratios).mean(), rtol=1e-3)
         assert torch.allclose(technique._score("ranks", key, torch.zeros(4)), ranks[key], rtol=1e-5)
+
+
+def test_scores_are_taken_before_clipping_and_not_of_steps_that_overflowed():
+    model = attach(build("bert"), lora("bert"), estimation_steps=8)
+    technique, attached = technique_of(model), attached_to(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted: dict[str, Tensor] = {}
+    for index in range(4, 8):
+        attached.event("on_step_begin", Moment(model, None, index))
+        step(model, batch_of("bert", index))
+        if index == 5:
+            technique._adapters[0].parameters["B"].grad.mul_(math.inf)
+        else:
+            for adapter in technique._adapters:
+                wanted[adapter.key] = wanted.get(adapter.key, 0) + adapter.rank_scores() / 3
+        if index != 7:  # where nothing is clipped, there is no such event
+            attached.event("before_clipping", Moment(model, None, index))
+            nn.utils.clip_grad_norm_(trained, 1e-3)
+        attached.event("on_gradients", Moment(model, None, index))
+    for key, scores in wanted.items():
+        torch.testing.assert_close(technique._score("ranks", key, torch.zeros(4)), scores)
+        assert technique._score("ratios", key, torch.zeros(())).isfinite()
 
 
 def test_the_loss_holds_the_masks():

@@ -14,6 +14,7 @@ from shoestring import Recipe, assets, load
 from shoestring.adapters import BottleneckConfig
 from shoestring.memory.ledger import Ledger
 from shoestring.pruning import LightPEFT, load_pruned, save_pruned
+from shoestring.pruning.light_peft import Plan
 from shoestring.recipe import attached_to
 from shoestring.technique import Moment
 from shoestring.testing.assets import need
@@ -90,7 +91,10 @@ def ranges(seed: int, count: int = 32, shift: int = 0) -> dict[str, Tensor]:
 
 
 def loss_after_pruning(base: nn.Module, draw: int | None) -> float:
-    """Estimation of 80 steps on ranges that were moved, then pruning: as estimated, or of units drawn at random."""
+    """Estimation of 80 steps on ranges that were moved, then pruning: as estimated, or of units drawn at random.
+
+    What stays keeps the mask values that it has learned, either way.
+    """
     steps, shares = 80, dict.fromkeys(("removed_heads_fraction", "removed_channels_fraction"), 0.5)
     light = LightPEFT(estimation_steps=steps, channel_multiple=4, removed_modules_fraction=0.5, **shares)
     with seeded(1):
@@ -108,17 +112,27 @@ def loss_after_pruning(base: nn.Module, draw: int | None) -> float:
             step(model, ranges(5000 + index, shift=5))
             attached.event("on_gradients", moment)
             optimizer.step()
-    generator = torch.Generator().manual_seed(draw or 0)
     if draw is not None:
-        with torch.no_grad():
-            for mask in masks["params"]:
-                mask.copy_(mask[torch.randperm(len(mask), generator=generator)])
-        for sums in technique._sums.values():
-            values, order = list(sums.values()), torch.randperm(len(sums), generator=generator).tolist()
-            sums.update({key: values[place] for key, place in zip(list(sums), order, strict=True)})
+        plan = drawn_plan(technique, torch.Generator().manual_seed(draw))
+        technique._chosen = lambda: plan  # type: ignore[method-assign]
     technique.prune(optimizer)
     with torch.no_grad():
         return float(model.eval()(**ranges(10**6, 500, shift=5)).loss)
+
+
+def drawn_plan(technique: LightPEFT, generator: torch.Generator) -> Plan:
+    """A plan that keeps as much of every layer as the technique's own, other units; and as many adapters and ranks."""
+
+    def drawn(number: int, count: int) -> Tensor:
+        return torch.randperm(number, generator=generator)[:count].sort().values
+
+    own, masks = technique._chosen(), technique._masks()
+    units = {name: drawn(len(masks[name]), len(kept)) for name, (kept, _) in own.units.items()}
+    counts = [len(ranks) for ranks in own.ranks.values()]
+    order = torch.randperm(len(counts), generator=generator).tolist()
+    sizes = {adapter.key: adapter.num_ranks for adapter in technique._adapters}
+    ranks = {key: drawn(sizes[key], counts[place]) for key, place in zip(own.ranks, order, strict=True)}
+    return Plan({name: (kept, masks[name].detach()[kept]) for name, kept in units.items()}, ranks)
 
 
 @pytest.mark.slow

@@ -4,7 +4,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, T5Config, T5EncoderModel, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5EncoderModel,
+    TrainingArguments,
+)
 
 from shoestring import Ledger, Recipe, load
 from shoestring.errors import SettingError
@@ -69,7 +78,7 @@ def test_frozen_weights_are_the_same_after_fifty_steps_with_weight_decay(tmp_pat
     }
     trainer(model, tmp_path, max_steps=50, weight_decay=0.1).train()
     for name, parameter in model.named_parameters():
-        if "key" not in name:  # whose gradient is what rounding leaves of zero
+        if not name.endswith("key.bias"):  # whose gradient is what rounding leaves of zero
             assert torch.equal(parameter, before[name]) == (name not in trained), name
 
 
@@ -164,8 +173,21 @@ def test_one_tensor_for_query_key_and_value_trains_whole_or_not():
     chosen = BitFit(biases=["key", "query", "value"]).chosen(model)
     assert set(chosen) == {"h.0.attn.c_attn.bias"}
     assert set(BitFit(biases=["output"]).chosen(model)) == {"h.0.mlp.c_proj.bias"}
+    for whole, idle in (
+        (model, set()),
+        (classifier(), {f"bert.encoder.layer.{i}.attention.self.key.bias" for i in (0, 1)}),
+    ):
+        assert attached_to(Recipe(BitFit()).apply(whole)).idle_parameters() == idle
     with pytest.raises(SettingError, match=r"h\.0\.attn\.c_attn holds the biases of key, query, value in one tensor"):
         BitFit(biases=["query"]).chosen(model)
+
+
+def test_of_what_predicts_words_only_biases_train():
+    small = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Recipe(BitFit()).apply(BertForMaskedLM(BertConfig(**small, vocab_size=20)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.endswith("bias") for name in trained)
+    assert {"cls.predictions.transform.dense.bias", "cls.predictions.transform.LayerNorm.bias"} <= trained
 
 
 def test_what_cannot_be_is_refused():

@@ -310,15 +310,16 @@ def test_optimizer_state_and_file_follow_the_budget_and_no_dense_gradient_is_kep
     assert max(peaks) < blocks / 4
     assert peaks[-1] < blocks / 6  # most of it the gradient of one weight
     attached.save(tmp_path)
-    header = sum(len(name) + 80 for name in technique_of(model).entries) * 2
+    header = sum(len(name) + 80 for name in technique_of(model).entries) * 3
     assert (tmp_path / FILE).stat().st_size < 1.01 * 8 * budget + header
     trained = model(**batch).logits
     Recipe.remove(model)
     assert torch.equal(load(base, tmp_path)(**batch).logits, trained)
     Recipe.remove(base)
-    other = BertForSequenceClassification(BertConfig(**{**config.to_dict(), "intermediate_size": 32}))
-    with pytest.raises(SettingError, match="made of another model"):
-        load(other, tmp_path)
+    for width in (32, 512):
+        other = BertForSequenceClassification(BertConfig(**{**config.to_dict(), "intermediate_size": width}))
+        with pytest.raises(SettingError, match=rf"dense\.weight had the shape \(256, 64\) .* has \({width}, 64\) here"):
+            load(other, tmp_path)
 
 
 def arguments(folder, **settings) -> TrainingArguments:
@@ -336,6 +337,16 @@ def arguments(folder, **settings) -> TrainingArguments:
         **settings,
     }
     return TrainingArguments(str(folder), **given)
+
+
+def test_chosen_numbers_of_biases_and_norms_get_no_weight_decay(tmp_path):
+    model = Recipe(ID3(count=60, vectors=True)).apply(classifier())
+    trainer = RecipeTrainer(model=model, args=arguments(tmp_path), train_dataset=CLASSIFIER.rows(count=8))
+    decay = {id(p): group["weight_decay"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    for name, entries in technique_of(model).entries.items():
+        assert decay[id(entries.values)] == (0.1 if entries.weight[0].dim() == 2 else 0), name
+    trainer.train()
+    assert technique_of(model).chosen_count == 60
 
 
 @pytest.mark.parametrize("settings", [{}, {"strategy": "repeat"}], ids=["increment", "repeat"])

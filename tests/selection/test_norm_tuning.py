@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3Model,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5EncoderModel,
 )
@@ -20,7 +22,7 @@ from shoestring import Ledger, Recipe, load
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
 from shoestring.recipe import attached_to
-from shoestring.selection import NormTuning
+from shoestring.selection import NormTuning, Unfreeze
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, classifier, decoder
 from shoestring.training import RunSettings, train
@@ -125,6 +127,43 @@ def test_parts_of_a_model_can_be_named_and_left_out():
     rest = NormTuning(exclude_modules=["layer.0", "embeddings"]).chosen(classifier())
     assert len(rest) == 4
     assert all(".layer.1." in name for name in rest)
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": 2}
+    return ResNetForImageClassification(ResNetConfig(**sizes))
+
+
+PICTURES = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1, 0, 1])}
+OF_CONVOLUTIONS = {"r": 2, "target_modules": ["convolution"], "exclude_modules": r".*shortcut.*"}
+
+
+@pytest.mark.parametrize(
+    "technique", [NormTuning(), LoraConfig(**OF_CONVOLUTIONS), Unfreeze(modules=["stages.1"], blocks=[])]
+)
+def test_running_statistics_are_saved_and_go_back_where_their_norm_was_frozen(technique, tmp_path):
+    base = resnet()
+    before = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    assert sum("running_var" in name for name in before) == 6
+    model = Recipe(technique).apply(base).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(**PICTURES).loss.backward()
+        optimizer.step()
+    want = model.eval()(**PICTURES).logits
+    attached_to(model).save(tmp_path)
+    loaded = load(resnet(), tmp_path).eval()
+    assert torch.equal(loaded(**PICTURES).logits, want)
+    resumed = Recipe(technique).apply(resnet())
+    attached_to(resumed).restore(tmp_path)
+    assert torch.equal(resumed.eval()(**PICTURES).logits, want)
+    assert all(not torch.equal(buffer, before[name]) for name, buffer in base.named_buffers())
+    stay = {id(module) for module in base.modules() if any(p.requires_grad for p in module.parameters(recurse=False))}
+    Recipe.remove(model)
+    for name, module in base.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            assert torch.equal(buffer, before[f"{name}.{key}"]) == (id(module) not in stay), (name, key)
 
 
 class Plain(PreTrainedModel):

@@ -7,15 +7,16 @@ from typing import ClassVar
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from shoestring import Ledger, Recipe, load
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
 from shoestring.recipe import attached_to
+from shoestring.selection import ID3, SPT, Speft
 from shoestring.selection.sparse import FILE, HOLDER, SparseSelection, top_places
 from shoestring.technique import TECHNIQUES, Moment
-from shoestring.testing.tiny_models import classifier, decoder
+from shoestring.testing.tiny_models import CLASSIFIER, classifier, decoder
 
 BATCH = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.tensor([0, 2])}
 TEXT = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.arange(26).view(2, 13)}
@@ -120,9 +121,51 @@ def test_it_is_saved_as_places_and_values_and_loaded_switched_off_and_on(tmp_pat
     monkeypatch.setitem(TECHNIQUES, "largest", Largest)
     again = load(classifier().eval(), tmp_path)
     assert torch.equal(again(**BATCH).logits, trained)
-    assert (tmp_path / FILE).stat().st_size < 50 * 8 + 4000  # and names
+    assert (tmp_path / FILE).stat().st_size < 50 * 8 + 4500  # and names and shapes
     with pytest.raises(SettingError, match="made of another model"):
         load(decoder(), tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(64, 24), (24, 40)], ids=["wider", "as many numbers"])
+def test_a_file_of_a_model_of_other_shapes_is_refused_and_changes_nothing(shape, tmp_path, monkeypatch):
+    monkeypatch.setitem(TECHNIQUES, "largest", Largest)
+    attached_to(Recipe(Largest()).apply(classifier())).save(tmp_path)
+    other = classifier()
+    other.bert.encoder.layer[1].intermediate.dense.weight = torch.nn.Parameter(torch.randn(shape))
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    told = rf"layer\.1\.intermediate\.dense\.weight had the shape \(40, 24\) there, and has \({shape[0]}, {shape[1]}\)"
+    with pytest.raises(SettingError, match=told):
+        load(other, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_without_targets_only_linear_layers_are_chosen_from():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = Recipe(Largest()).apply(T5ForConditionalGeneration(T5Config(**sizes)))
+    assert {name.split(".")[-2] for name in entries_of(model)} == {"q", "k", "v", "o", "wi", "wo"}
+    Recipe.remove(model)
+    named = Recipe(Largest(target_modules=["relative_attention_bias"])).apply(model)
+    assert len(entries_of(named)) == 2
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Largest(),
+        ID3(count=5, target_modules=["query"]),
+        Speft(count=5, score="magnitude", target_modules=["query"]),
+        SPT(budget=200, calibration_rows=4, target_modules=["query"]),
+    ],
+    ids=lambda technique: technique.name,
+)
+def test_a_quantised_weight_is_refused_by_name(technique):
+    model = classifier()
+    query = model.bert.encoder.layer[1].attention.self.query
+    query.weight = torch.nn.Parameter(query.weight.to(torch.int8), requires_grad=False)
+    told = rf"{technique.name} cannot train bert\.encoder\.layer\.1\.attention\.self\.query\.weight, .* it is quantised"
+    with pytest.raises(SettingError, match=told):
+        Recipe(technique).apply(model, data=CLASSIFIER.data())
+    assert query.weight.dtype == torch.int8
 
 
 def test_a_copy_of_the_model_trains_its_own_values():

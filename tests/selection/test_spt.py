@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -311,12 +312,15 @@ def peak(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
 
 
 @pytest.mark.usefixtures("few_objects")
-def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget():
+@pytest.mark.parametrize("r", [8, 1], ids=["mostly modules", "mostly single numbers"])
+def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget(r):
     targets = [n for n, m in wide().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n]
-    lora = Recipe(LoraConfig(r=8, target_modules=targets, task_type="FEATURE_EXTRACTION")).apply(wide())
+    lora = Recipe(LoraConfig(r=r, target_modules=targets, task_type="FEATURE_EXTRACTION")).apply(wide())
     budget = sum(p.numel() for p in trained(lora).values())
     rows = images(8, 64)
     model = Recipe(SPT(budget=budget, calibration_rows=4)).apply(wide(), data={"train": rows})
+    kinds = Counter(route.kind for route in spt_of(model).routes.values())
+    assert kinds["structured"] > 10 if r == 8 else kinds["sparse"] > max(8, 2 * kinds["structured"]), kinds
     batch = stacked(rows)
     ours, theirs = peak(model, batch), peak(lora, batch)
     assert ours[0] <= 1.15 * theirs[0], f"{ours} and {theirs}"

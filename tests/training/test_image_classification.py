@@ -28,7 +28,7 @@ from transformers import (
 
 from shoestring import load
 from shoestring.cli import main
-from shoestring.errors import SettingError
+from shoestring.errors import RunFailed, SettingError
 from shoestring.planning import predict
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
@@ -198,15 +198,34 @@ def test_other_modules_to_save_are_kept(image_run):
     assert {name.split(".modules_to_save")[0].split(".")[-1] for name in whole} == {"layernorm", "classifier"}
 
 
-def test_a_head_is_found_in_a_model_that_does_not_name_its_pretrained_part(image_run, tmp_path):
-    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    vision |= {"image_size": 15, "patch_size": 5}
-    text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    AutoModel.from_config(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(tmp_path / "clip")
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    """A CLIP, whose classifier of images does not read its last norm."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = CLIPConfig(vision_config={**sizes, "image_size": 15, "patch_size": 5}, text_config=sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "clip")
     ViTImageProcessor(size={"height": 15, "width": 15}).save_pretrained(tmp_path / "clip")
-    for recipe in ([LORA], ["norm_tuning"]):
-        trained = ready(image_run(model=str(tmp_path / "clip"), recipe=recipe)).attached.model.named_parameters()
-        assert any(name.endswith("classifier.weight") or "classifier.modules" in name for name, _ in trained)
+    return tmp_path / "clip"
+
+
+@pytest.mark.parametrize("recipe", [[LORA], ["norm_tuning"], ["bitfit"], []], ids=str)
+def test_clip_does_not_name_its_pretrained_part_nor_read_its_last_norm_and_trains(recipe, clip, image_run, caplog):
+    path = image_run(model=str(clip), recipe=recipe, train={"max_steps": 2})
+    trained = ready(path).attached.model.named_parameters()
+    assert any(name.endswith("classifier.weight") or "classifier.modules" in name for name, _ in trained)
+    assert train(RunSettings.load(path)).status == "finished"
+    told = [record.getMessage() for record in caplog.records if "does not depend on it" in record.getMessage()]
+    assert len(told) == (recipe != [LORA])
+    assert all("post_layernorm" in message and "CLIPForImageClassification" in message for message in told)
+
+
+def test_weights_that_only_this_run_keeps_gradients_from_still_stop_it(clip, image_run):
+    def broken(made: Any) -> None:
+        block = made.attached.base_model.vision_model.encoder.layers[0]
+        block.register_forward_hook(lambda module, args, states: states.detach())
+
+    with pytest.raises(RunFailed, match=r"pre_layrnorm\.weight \(and \d+ more\) got no gradient"):
+        train(RunSettings.load(image_run(model=str(clip), recipe=["norm_tuning"])), on_ready=broken)
 
 
 def test_convolutions_are_no_obstacle(image_run, tmp_path):

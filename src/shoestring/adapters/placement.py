@@ -226,14 +226,18 @@ def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def task_head(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside of the pretrained part of a transformers model, output embeddings aside."""
+    """The parameters outside of the pretrained part of a transformers model.
+
+    None of a model that predicts words: it was pretrained with all that stands before its output embeddings.
+    """
     backbone = getattr(model, "base_model", model)
     if backbone is model:  # it does not say what of it is pretrained, as CLIP with a classifier does not
         named = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
         return [p for head in named if isinstance(head, nn.Module) for p in head.parameters()]
     getter = getattr(model, "get_output_embeddings", None)
-    embeddings = getter() if getter is not None else None
-    known = {id(p) for part in (backbone, embeddings) if isinstance(part, nn.Module) for p in part.parameters()}
+    if getter is not None and getter() is not None:
+        return []
+    known = {id(p) for p in backbone.parameters()}
     return [p for p in model.parameters() if id(p) not in known]
 
 

@@ -39,7 +39,7 @@ from ..adapters.slicing import READ, BranchRatio, SlicedAdapter, TokensSeen, sli
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..quantisation.originals import is_same
-from ..technique import Moment, Phase, Technique, register_technique
+from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .units import Units, find_units
 
 FILE = "light_peft.safetensors"
@@ -128,6 +128,7 @@ class LightPEFT(Technique):
         self._plan: Plan | None = None
         self._sums: dict[str, dict[str, Tensor]] = {"ratios": {}, "ranks": {}}
         self._num_recorded = 0
+        self._is_recorded = False  # the step that is going on
 
     @property
     def is_pruned(self) -> bool:
@@ -262,26 +263,38 @@ class LightPEFT(Technique):
 
     def on_step_begin(self, moment: Moment) -> None:
         """Watch the adapters in the second half of the estimation."""
+        refuse_several_processes(self.name, "prunes by the gradients of one process, in the middle of the run")
         if self.is_pruned:
             return
         self._tokens.recording = moment.step >= self.estimation_steps // 2
+        self._is_recorded = False
         if moment.step == 0 and SHORT_RUN < moment.num_steps <= self.estimation_steps:
             warnings.warn(
                 f"light_peft prunes nothing in this run: estimation_steps is {self.estimation_steps}, and the run has "
                 f"{moment.num_steps} steps. Set it to a small part of them."
             )
 
-    def on_gradients(self, moment: Moment) -> None:
-        """Add up the importance of adapters and of their ranks."""
-        if self.is_pruned or not self._tokens.recording:
+    def before_clipping(self, moment: Moment) -> None:
+        """Add up the importance of adapters and of their ranks, once a step; of no step that overflowed."""
+        if self.is_pruned or not self._tokens.recording or self._is_recorded:
+            return
+        self._is_recorded = True
+        found = {
+            (kind, ratio.adapter.key): value
+            for ratio in self._ratios
+            for kind, value in (("ratios", ratio.take()), ("ranks", ratio.adapter.rank_scores()))
+            if value is not None
+        }
+        if not all(bool(value.isfinite().all()) for value in found.values() if has_values(value)):
             return
         self._num_recorded += 1
-        for ratio in self._ratios:
-            found = {"ratios": ratio.take(), "ranks": ratio.adapter.rank_scores()}
-            for kind, value in found.items():
-                if value is not None:
-                    sums, key = self._sums[kind], ratio.adapter.key
-                    sums[key] = sums[key] + value if key in sums else value
+        for (kind, key), value in found.items():
+            sums = self._sums[kind]
+            sums[key] = sums[key] + value if key in sums else value
+
+    def on_gradients(self, moment: Moment) -> None:
+        """The same where nothing is clipped."""
+        self.before_clipping(moment)
 
     def on_step_end(self, moment: Moment) -> None:
         """Prune, once the estimation is over."""

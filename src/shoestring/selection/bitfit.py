@@ -103,7 +103,7 @@ class BitFit(Selection):
             parts = parts_of(within, module, in_block=block is not None)
             if f"{name}.bias" in self._added or self._wants(name, parts):
                 found[f"{name}.bias"] = bias
-                if "key" in parts:
+                if parts == {"key"}:
                     self._keys.add(f"{name}.bias")
         if not found:
             what = "no bias" if self.biases == ALL else f"no bias of {', '.join(self.biases)}"
@@ -114,7 +114,7 @@ class BitFit(Selection):
         return found
 
     def idle_parameters(self, model: nn.Module) -> set[str]:
-        """Biases of keys: softmax takes no notice of what is added to all scores of a query."""
+        """Biases of keys alone: softmax takes no notice of what is added to all scores of a query."""
         return self._keys
 
     def _wants(self, name: str, parts: frozenset[str]) -> bool:

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 from jaxtyping import Float, Int
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torch.optim import Optimizer
 from ..errors import SettingError
 from ..fakes import has_values
 from ..resizing import replace_data
-from ..technique import Moment, Phase, Technique, register_technique
+from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import named_parameters, settings_error
 from .optimizer_state import carry_state, check_by_number
 from .sparse import Entries, SparseSelection
@@ -207,7 +206,7 @@ class ID3(SparseSelection):
     strategy: "increment"; "static": all at the first step, for good; "repeat": as many in every step, chosen anew.
     of: "weights" of the pretrained model; "adapters": of what adapters beside it have added, which then trains there
         alone.
-    vectors: choose also from biases and the weights of norms.
+    vectors: choose also from biases and the weights of norms, which get no weight decay under RecipeTrainer.
 
     Raises SettingError for settings out of range, and when attached if there are fewer numbers than are to train.
     """
@@ -280,7 +279,7 @@ class ID3(SparseSelection):
 
     def may_choose(self, module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
         """Matrices; vectors on request."""
-        return self.vectors or super().may_choose(module, key, parameter)
+        return (self.vectors and parameter.dim() < 2) or super().may_choose(module, key, parameter)
 
     def candidates(self, model: nn.Module) -> dict[str, tuple[list[tuple[nn.Module, str]], nn.Parameter]]:
         """The weights to choose from: the base model's, or those that adapters train.
@@ -331,9 +330,7 @@ class ID3(SparseSelection):
 
     def on_step_begin(self, moment: Moment) -> None:
         """Look for the numbers of this step in the gradients that are to come."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise SettingError("id3 chooses by the gradients of one process: it does not run on several.")
+        refuse_several_processes(self.name, "chooses by the gradients of one process")
         check_by_number(moment.optimizer, self.name)
         for order, entries in enumerate(self._growing):
             entries.begin_step(order)
@@ -385,6 +382,11 @@ class ID3(SparseSelection):
     def measured(self) -> dict[str, float]:
         """The numbers that train by now, and the updates of single numbers made so far."""
         return {"id3_numbers": self.chosen_count, "id3_updates": self.updates}
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Numbers of biases and norms, without weight decay, as Trainer has such weights where they train whole."""
+        spared = [entries.values for entries in self.entries.values() if entries.weight[0].dim() < 2]
+        return [{"params": spared, "weight_decay": 0.0}] if spared and self.vectors else []
 
     def idle_parameters(self, model: nn.Module) -> set[str]:
         """Weights without a chosen number so far, and adapters' own tensors, which train by what is chosen of them."""

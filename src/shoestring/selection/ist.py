@@ -36,7 +36,7 @@ from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..modes import in_eval_mode
 from ..quantisation.gradients import loss_of
-from ..technique import Moment, Phase, Technique, register_technique
+from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import settings_error
 
 TRIES = 100  # to draw a set that was not drawn yet, before the first such one in order is taken
@@ -160,6 +160,7 @@ class IST(Technique):
 
     def on_step_begin(self, moment: Moment) -> None:
         """Update the scores where it is time, and draw the blocks that train in this step."""
+        refuse_several_processes(self.name, "draws blocks and measures rewards for itself")
         if not all(has_values(p) for p in self.blocks[0].parameters):
             self._wake(range(self._num_active))  # the lowest blocks: the most memory that a step may take
             return

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters.base import has_linear_weight
 from ..adapters.placement import stacks
 from ..errors import SettingError
 from ..targets import Names, targeted
@@ -226,8 +227,8 @@ class SparseSelection(Selection):
         return found
 
     def may_choose(self, module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-        """Whether numbers of a parameter of a targeted module may train."""
-        return parameter.dim() >= 2
+        """Whether numbers of a parameter may train: of a matrix; where no module is named, of linear layers."""
+        return parameter.dim() >= 2 and (self.target_modules is not None or has_linear_weight(module))
 
     def _show_to_modules(self, undo: ExitStack, holders: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
         for name, entries in self.entries.items():
@@ -257,7 +258,7 @@ class SparseSelection(Selection):
                 entries.switch(on=True)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write places and values."""
+        """Write places and values, and the shapes of the weights that they are of."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, entries in self.entries.items():
@@ -265,6 +266,7 @@ class SparseSelection(Selection):
             order = places.argsort()
             tensors[f"{name}.places"] = places[order].contiguous()
             tensors[f"{name}.values"] = values[order].contiguous()
+            tensors[f"{name}.shape"] = torch.tensor(entries.weight[0].shape)
         partial_file = folder / f"{FILE}.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
         partial_file.replace(folder / FILE)
@@ -283,7 +285,13 @@ class SparseSelection(Selection):
             odd = sorted(names ^ self.entries.keys())[0]
             raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd} is in one only.")
         for name, entries in self.entries.items():
-            places = tensors[f"{name}.places"]
+            places, shape = tensors[f"{name}.places"], tuple(entries.weight[0].shape)
+            saved = tuple(tensors.get(f"{name}.shape", torch.tensor(shape)).tolist())  # older files do not say
+            if saved != shape:
+                raise SettingError(
+                    f"{folder / FILE} was made of another model: {name} had the shape {saved} there, and has {shape} "
+                    "here."
+                )
             if len(places) and not 0 <= int(places.min()) <= int(places.max()) < entries.weight[0].numel():
                 raise SettingError(
                     f"{folder / FILE} has places beyond the {entries.weight[0].numel()} numbers of {name}: it was made "

@@ -13,7 +13,9 @@ Trains   density out in numbers a layer
 Costs    16 bytes a number with AdamW; U and V once a type, those columns of them that some layer uses. The layer's
          input is all that is kept for backward. As many products more as a LoRA of the rank of S's used rows and
          columns has. Before training: two passes of gradients, and float32 scores of the MLPs' weights on the host
-Differs  the numbers that train are chosen once, by the sum of their squared gradients over the data, where the paper
+Differs  U and V come from gradients of rows at the pretrained weights, where the paper collects those of 30 steps of
+         training
+         the numbers that train are chosen once, by the sum of their squared gradients over the data, where the paper
          chooses anew at each step and has an optimizer with a dense state for that
          W stays as it is and S is added in forward, where the paper turns W; so nothing is rounded, and bfloat16
          weights lose no small change. Only S is in the turned basis, and weight decay acts on it

@@ -15,8 +15,10 @@ Costs    16 bytes a number with AdamW; the input of every layer with one, and on
          before training `calibration_rows` steps without optimizer, and the scores of all weights on the host
 Differs  the weights' own numbers train, not a difference to them, so that weight decay acts on them
          rows are scored one by one, so `fisher` squares gradients of single rows; in the paper's code of batches too
-         no temperature for grasp, which is signed as in its own paper and not as in the code
-         synflow runs one token: softmax of one number is 1, and queries and keys score 0
+         grasp takes the largest -(H g) W, as the paper's list of scores has it; without temperature, and H g is a
+         difference of gradients
+         synflow runs one token: softmax of one number is 1, and queries and keys score 0; norms still divide by what
+         comes in, only their weights are taken by size
          dynamic: a number that is left keeps what it has learned, as in the paper; moments of numbers that stay are
          kept, where the paper has new ones for all
 """
@@ -34,7 +36,7 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..resizing import replace_data
-from ..technique import Moment, register_technique
+from ..technique import Moment, refuse_several_processes, register_technique
 from .base import settings_error
 from .optimizer_state import carry_state, check_by_number
 from .scores import curvature_scores, flow_scores, gradient_scores
@@ -153,8 +155,9 @@ class Speft(Calibrated, SparseSelection):
         return (Entries if self.dynamic_steps is None else MovingEntries)(name, weight, places)
 
     def on_step_begin(self, moment: Moment) -> None:
-        """Refuse optimizers whose state cannot follow numbers that move."""
+        """Refuse optimizers and processes that cannot follow numbers that move."""
         if self.dynamic_steps is not None:
+            refuse_several_processes(self.name, "with dynamic_steps chooses anew for itself")
             check_by_number(moment.optimizer, self.name)
 
     def on_step_end(self, moment: Moment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import RunFailed
 from ..recipe import attached_to
+from .without_effect import without_effect
+
+logger = logging.getLogger(__name__)
 
 
 class GradientCheck(TrainerCallback):
@@ -18,7 +22,8 @@ class GradientCheck(TrainerCallback):
     In its first step every trainable parameter must have a gradient, free of NaN and Inf, and in the first step of the
     run not all may be zero. One that is zero may still start late, as one factor of a LoRA pair does while the other is
     zero: it must have had another gradient after `patience_steps` steps with a learning rate above zero. Steps in which
-    a parameter of the optimizer rests, as it does not require a gradient, do not count for it.
+    a parameter of the optimizer rests, as it does not require a gradient, do not count for it. Weights that the loss of
+    the pretrained model does not depend on, whatever the recipe, are told of and left alone.
     """
 
     def __init__(self, patience_steps: int = 3):
@@ -26,6 +31,20 @@ class GradientCheck(TrainerCallback):
         self.unseen: dict[str, torch.nn.Parameter] | None = None  # rested in all steps so far
         self.asleep: dict[str, torch.nn.Parameter] = {}  # had no gradient but zero so far
         self.steps_with_rate: Counter[str] = Counter()
+        self._inputs: dict[str, Any] = {}  # of the first forward, without values
+        self._looking: Any = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at what the model is called with, once."""
+
+        def look(module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+            self._looking.remove()
+            self._inputs = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+
+        if self._looking is None:
+            self._looking = model.register_forward_pre_hook(look, with_kwargs=True)
 
     def on_pre_optimizer_step(
         self,
@@ -45,6 +64,7 @@ class GradientCheck(TrainerCallback):
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad or id(p) in held}
             if not trained:
                 raise RunFailed("No parameter is trainable: the recipe leaves nothing to learn.")
+            idle |= self._without_effect(model, [n for n, p in trained.items() if n not in idle and p.grad is None])
             self.unseen = {name: p for name, p in trained.items() if name not in idle}
         new = {name: p for name, p in self.unseen.items() if p.requires_grad}
         self._check_new(new)
@@ -60,6 +80,19 @@ class GradientCheck(TrainerCallback):
             )
         if any(group["lr"] > 0 for group in optimizer.param_groups):
             self.steps_with_rate.update(awake)
+
+    def _without_effect(self, model: Any, missing: list[str]) -> set[str]:
+        """Those of the parameters without a gradient that the pretrained model does not read either."""
+        if not missing:
+            return set()
+        attached = attached_to(model)
+        unread = without_effect(attached.base_model, self._inputs)
+        ids = {id(p) for name, p in attached.trained_base().items() if name in unread}
+        parameters = dict(model.named_parameters())
+        if found := [name for name in missing if id(parameters[name]) in ids]:
+            kind = type(attached.base_model).__name__
+            logger.warning("%s: it stays as it is, for the loss of %s does not depend on it.", _named(found), kind)
+        return set(found)
 
     @staticmethod
     def _check_new(trained: dict[str, torch.nn.Parameter]) -> None:
