@@ -29,6 +29,7 @@ from shoestring.recipe import Recipe, attached_to
 from shoestring.technique import Moment
 from shoestring.testing.adapters import TARGETS, adapted, batch, tiny_llama, tokens, trainable, two_layers
 from shoestring.testing.assets import need
+from shoestring.testing.packed_layers import KINDS, pack_layer
 from shoestring.training import RunSettings, train
 
 PARTS = (".codes", ".step", ".offset")
@@ -416,11 +417,11 @@ def test_groups_that_do_not_divide_the_inputs_are_refused_naming_the_layer():
         get_peft_model(two_layers(), L4QConfig(group_size=16, target_modules=list(TARGETS)))
 
 
-def test_a_quantised_base_is_refused_naming_the_layer():
-    bnb = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_refused_naming_the_layer(kind: str):
     model = two_layers()
-    model.first = bnb.nn.Linear4bit(24, 40)
-    with pytest.raises(ValueError, match=r"^first: its weight, of type Linear4bit, is quantised already"):
+    pack_layer(model, "first", kind)
+    with pytest.raises(ValueError, match=r"^first: its weight, of type Linear(4bit)?, is quantised already"):
         get_peft_model(model, L4QConfig(group_size=8, target_modules=list(TARGETS)))
 
 

@@ -29,14 +29,13 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.base import has_linear_weight, linear_sizes
+from ..adapters.base import has_linear_weight, is_quantised, linear_sizes
 from ..adapters.placement import stacks, task_head
 from ..errors import SettingError
 from ..fakes import has_values
@@ -306,7 +305,7 @@ def _check_layer(name: str, layer: nn.Module, parent: nn.Module) -> None:
 
     Raises SettingError.
     """
-    if resolve_quantization_backend(layer) is not None or (
+    if is_quantised(layer) or (
         has_linear_weight(layer) and not layer.weight.is_floating_point()  # type: ignore[operator]
     ):
         raise SettingError(
