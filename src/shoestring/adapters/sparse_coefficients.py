@@ -25,7 +25,7 @@ BYTES_AT_ONCE = 1 << 26  # of the systems that are solved together
 class Coefficients:
     """The non-zeros of F.
 
-    places: row-major and ascending. unrefined: rows whose values make up for nothing, as their systems have no solution.
+    places: row-major and ascending. unrefined: how many rows have values that make up for nothing, having no solution.
     """
 
     places: Int[Tensor, " p"]
