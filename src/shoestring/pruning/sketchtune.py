@@ -14,7 +14,8 @@ Kind     what of the model is there at all: the weights are given up, which an a
          (`quantisation.save_packed`) is taken as it is, without data and without its original weights
 Differs  codes of 3 bits take 3 bits, not 4; gradients are summed by blocks of rows, with nothing of [batch, out, in];
          layers measured in a later run over the data see those before them as sketches; columns are swept in order,
-         and count in k-means as in the sweep (exponent 2, the authors 4)
+         and count in k-means as in the sweep (exponent 2, the authors 4). Of two codes of 4 bits in a byte the first is
+         in the low half, the authors' in the high one
 """
 
 from __future__ import annotations
