@@ -29,6 +29,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
@@ -251,7 +252,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
                 "permute of s2ft moves the base for one adapter, and there is another on this model; delete it, or "
                 "set permute to False for both."
             )
-        if not others and getattr(getattr(model, "config", None), MARK, False):
+        if not others and getattr(_config_of(model), MARK, False):
             raise SettingError(
                 f"The weights of this {type(model).__name__} were saved while permute of s2ft had moved its heads and "
                 "channels, so that selected ones are not where they were: load the original model, or unload the "
@@ -385,7 +386,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
         for order in orders:
             order.move(model)
             self._orders.append(order)
-        if (config := getattr(model, "config", None)) is not None:
+        if (config := _config_of(model)) is not None:
             setattr(config, MARK, True)
 
     def of_layer(self, model: nn.Module, key: str) -> dict[str, Any]:
@@ -401,10 +402,16 @@ class S2FTConfig(Calibrated, AdapterConfig):
 
     def after_removal(self, model: nn.Module) -> None:
         """Move the units back."""
-        if self._orders and hasattr(getattr(model, "config", None), MARK):
-            delattr(model.config, MARK)
+        if self._orders and hasattr(config := _config_of(model), MARK):
+            delattr(config, MARK)
         while self._orders:
             self._orders.pop().move(model, back=True)
+
+
+def _config_of(model: nn.Module) -> PretrainedConfig | None:
+    """The config that is saved with the model's weights, where it is one of transformers."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PretrainedConfig) else None
 
 
 def _reader(structures: Sequence[Structure], part: Part) -> Part:
