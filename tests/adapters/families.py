@@ -8,6 +8,8 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
+from shoestring.testing.tiny_models import seeded
+
 WIDTH = 24
 COMMON = {
     "hidden_size": WIDTH,
@@ -286,3 +288,10 @@ FAMILIES = {
         "final_layer_norm",
     ),
 }
+
+
+def gpt2() -> nn.Module:
+    """Of Conv1D layers and as many words as `tiny_models` has, without dropout."""
+    sizes = {"vocab_size": 61, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    with seeded(0):
+        return t.GPT2LMHeadModel(t.GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))

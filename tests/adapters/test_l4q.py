@@ -25,10 +25,12 @@ from shoestring.quantisation import (
 )
 from shoestring.quantisation.groups import bounds, to_groups
 from shoestring.quantisation.packed_model import TENSORS_FILE
+from shoestring.quantisation.packing import unpack
 from shoestring.recipe import Recipe, attached_to
 from shoestring.technique import Moment
 from shoestring.testing.adapters import TARGETS, adapted, batch, tiny_llama, tokens, trainable, two_layers
 from shoestring.testing.assets import need
+from shoestring.testing.packed_layers import KINDS, pack_layer
 from shoestring.training import RunSettings, train
 
 PARTS = (".codes", ".step", ".offset")
@@ -323,15 +325,18 @@ def test_the_peak_is_loras_the_grids_and_three_matrices_of_one_layer(depth: int,
 
 
 @pytest.mark.slow
-def test_a_step_of_a_decoder_peaks_below_1_05_of_lora_and_three_matrices():
-    """Linear layers with the widths of a decoder of a billion weights, 4096 tokens, counted without computing."""
+def test_a_step_of_a_decoder_peaks_below_1_03_of_lora():
+    """Linear layers with the widths of a decoder of a billion weights, 4096 tokens, counted without computing.
+
+    Activations hide the matrices of a layer, which the test above counts one by one.
+    """
 
     def peak(config) -> int:
         with torch.device("meta"):
             block = [(2048, 2048), (2048, 512), (512, 2048), (2048, 8192), (8192, 2048)]
             model = nn.Sequential(*(nn.Linear(*sizes, bias=False, dtype=torch.bfloat16) for sizes in block * 2))
             config.target_modules = {str(i) for i in range(len(block) * 2)}
-            adapted_model = get_peft_model(model, config)
+            adapted_model = get_peft_model(model, config).bfloat16()  # or LoRA keeps x in 32 bits too
             optimizer = torch.optim.AdamW(trainable(adapted_model).values())
             with Ledger(adapted_model) as ledger:
                 adapted_model(torch.empty(4096, 2048, dtype=torch.bfloat16)).sum().backward()
@@ -339,18 +344,22 @@ def test_a_step_of_a_decoder_peaks_below_1_05_of_lora_and_three_matrices():
         return ledger.report().peak_bytes
 
     lora = peak(LoraConfig(r=4))
-    allowed = 1.05 * lora + 3 * 2048 * 8192 * 2
-    assert peak(L4QConfig(r=4)) <= allowed
-    assert peak(L4QConfig(r=4, learn_offset=False)) <= 1.05 * lora
+    assert peak(L4QConfig(r=4)) <= 1.03 * lora
+    assert peak(L4QConfig(r=4, learn_offset=False)) <= 1.03 * lora
 
 
 def test_three_bits_learned_end_below_lora_rounded_after():
-    def fit(config, seed: int) -> float:
+    def in_three_bits(weight: Tensor) -> Tensor:
+        return dequantise(*round_to_nearest(weight.detach(), 3, 16))
+
+    def fit(config, seed: int, on_rounded: bool = False) -> float:
         torch.manual_seed(seed)
         base = nn.Sequential(nn.Linear(32, 24, bias=False))
         x = torch.randn(256, 32)
         change = torch.randn(24, 3) @ torch.randn(3, 32) * 0.05
         y = x @ (base[0].weight.detach() + change).T
+        if on_rounded:
+            base[0].weight.data = in_three_bits(base[0].weight)
         model = get_peft_model(base, config)
         optimizer = torch.optim.Adam(trainable(model).values(), lr=1e-2)
         for _ in range(120):
@@ -360,14 +369,14 @@ def test_three_bits_learned_end_below_lora_rounded_after():
             optimizer.step()
         if isinstance(config, LoraConfig):
             model = model.merge_and_unload()
-            model[0].weight.data = dequantise(*round_to_nearest(model[0].weight.detach(), 3, 16))
+            model[0].weight.data = in_three_bits(model[0].weight)
         with torch.no_grad():
             return float((model(x) - y).square().mean())
 
     for seed in range(3):
         learned = fit(L4QConfig(r=4, bits=3, group_size=16, target_modules=["0"]), seed)
-        after = fit(LoraConfig(r=4, target_modules=["0"]), seed)
-        assert learned < 0.9 * after, (seed, learned, after)
+        after = [fit(LoraConfig(r=4, target_modules=["0"]), seed, on_rounded) for on_rounded in (False, True)]
+        assert learned < 0.9 * min(after), (seed, learned, after)
 
 
 def test_a_step_runs_on_fake_tensors():
@@ -416,11 +425,11 @@ def test_groups_that_do_not_divide_the_inputs_are_refused_naming_the_layer():
         get_peft_model(two_layers(), L4QConfig(group_size=16, target_modules=list(TARGETS)))
 
 
-def test_a_quantised_base_is_refused_naming_the_layer():
-    bnb = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_refused_naming_the_layer(kind: str):
     model = two_layers()
-    model.first = bnb.nn.Linear4bit(24, 40)
-    with pytest.raises(ValueError, match=r"^first: its weight, of type Linear4bit, is quantised already"):
+    pack_layer(model, "first", kind)
+    with pytest.raises(ValueError, match=r"^first: its weight, of type Linear(4bit)?, is quantised already"):
         get_peft_model(model, L4QConfig(group_size=8, target_modules=list(TARGETS)))
 
 
@@ -452,12 +461,21 @@ def test_saved_steps_that_are_not_positive_numbers_are_refused_naming_the_layer(
         PeftModel.from_pretrained(two_layers(), tmp_path)
 
 
-def test_packing_a_layer_gives_codes_in_range_that_give_the_training_output():
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("learn_offset", [True, False])
+def test_packing_a_layer_gives_codes_in_range_that_give_the_training_output(learn_offset: bool, bits: int):
+    low, high = bounds(bits)
     for dtype in (torch.float32, torch.bfloat16):
-        model = adapted(L4QConfig, lambda: {"group_size": 8, "bits": 3}, two_layers(dtype))
+        settings = {"group_size": 8, "bits": bits, "learn_offset": learn_offset}
+        model = adapted(L4QConfig, lambda settings=settings: settings, two_layers(dtype))
         expected = model(batch(dtype))
         packed = pack_model(copy.deepcopy(model))
         assert torch.equal(packed(batch(dtype)), expected)
+        for adapter, name in zip(adapters_in(model).values(), TARGETS, strict=True):
+            layer, base = packed.get_submodule(name), getattr(model.base_model.model, name).base_layer
+            codes = torch.cat([block.codes.flatten(1) for block in adapter._factors(base.weight.detach()).blocks()])
+            assert low <= codes.min() <= codes.max() <= high
+            assert torch.equal(unpack(layer.codes, bits, layer.in_features).int() + low, codes.int())
         model.merge_adapter()
         assert torch.equal(packed.first.weight, model.base_model.model.first.base_layer.weight)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shoestring.adapters import QWHA, QWHAConfig
@@ -13,12 +13,13 @@ from shoestring.adapters.hadamard import matrix
 from shoestring.adapters.sparse_coefficients import allocate, best_coefficients, output_errors
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
+from shoestring.memory import Ledger
 from shoestring.quantisation import dequantise, round_to_nearest
 from shoestring.quantisation.calibration import Moments
 from shoestring.recipe import Recipe, attached_to, load
 from shoestring.testing.adapters import methods_in, tiny_llama, tokens
 from shoestring.testing.assets import need
-from shoestring.testing.tiny_models import seeded
+from shoestring.testing.tiny_models import DECODER, decoder, seeded, step
 from shoestring.training import RunSettings, train
 
 OUT, IN, TOKENS = 40, 96, 300
@@ -90,19 +91,20 @@ def test_rows_share_the_coefficients_by_their_error(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_start_is_better_than_without_refinement_at_random_places_and_by_svd(seed):
-    weight, rounded_weight, x = a_layer(seed, outliers=0.01)
+@pytest.mark.parametrize("outliers", [0.001, 0.01])
+def test_the_start_is_better_than_without_refinement_at_random_places_and_by_svd(outliers, seed):
+    weight, rounded_weight, x = a_layer(seed, outliers=outliers, out=200)
     delta, r = weight - rounded_weight, 4
     config = QWHAConfig(r=r)
     found = config.start_of(delta, moments_of(x))
-    count = r * (OUT + IN)
+    count = r * (200 + IN)
     assert len(found.values) == len(found.places) == len(found.places.unique()) == count
-    ours = error(delta - dense(found), x)
+    ours = error(delta - dense(found, 200), x)
 
     coefficients = delta @ matrix(IN).T / IN**0.5
-    unrefined = dense(type(found)(found.places, coefficients.flatten()[found.places]))
-    places = torch.randperm(OUT * IN)[:count].sort().values
-    at_random = dense(type(found)(places, coefficients.flatten()[places]))
+    unrefined = dense(type(found)(found.places, coefficients.flatten()[found.places]), 200)
+    places = torch.randperm(200 * IN)[:count].sort().values
+    at_random = dense(type(found)(places, coefficients.flatten()[places]), 200)
     u, s, v = torch.linalg.svd(delta)
     by_svd = u[:, :r] * s[:r] @ v[:r]
     assert ours < error(delta - unrefined, x) < error(delta - at_random, x) < error(delta, x)
@@ -125,6 +127,30 @@ def test_values_are_the_least_squares_fit_on_their_places(seed):
         assert set(columns.tolist()) == set(rank.tolist())
         best = torch.linalg.lstsq(x @ basis[columns].T, x @ delta[row]).solution
         torch.testing.assert_close(found.values[mine], best, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_without_a_solution_keep_their_coefficients_and_are_counted():
+    wanted = torch.randn(5, 8).double()
+    counts = torch.tensor([3, 0, 2, 8, 1])
+    one_direction = torch.ones(8, 8, dtype=torch.float64)
+    found = best_coefficients(wanted, one_direction, counts)
+    assert found.unrefined == 2, "of rows with several places, but not with all"
+    for row in (0, 2):
+        mine = (found.places // 8) == row
+        assert torch.equal(found.values[mine], wanted.flatten()[found.places[mine]])
+    assert best_coefficients(wanted, one_direction + torch.eye(8), counts).unrefined == 0
+    assert best_coefficients(wanted, None, counts).unrefined == 0
+
+
+def test_a_layer_whose_values_cannot_be_refined_is_named(tmp_path):
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(16, 8))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model[0].weight.data = rounded(model[0].weight.data, group_size=16)
+    config = QWHAConfig(r=1, original=str(tmp_path), target_modules=["0"], calibration_rows=3)
+    config.see_data({"train": [{"input": torch.zeros(1, 16)}] * 3})
+    with pytest.warns(UserWarning, match=r"qwha leaves the values of \d of 8 rows of 0 unrefined: the inputs"):
+        get_peft_model(model, config)
 
 
 def test_the_score_of_the_weight_leaves_the_inputs_out():
@@ -219,6 +245,26 @@ def test_places_at_random_are_ascending_and_never_twice():
         assert len(places) == count
         assert count == 1 or int(places.diff().min()) > 0
         assert 0 <= int(places[0]) <= int(places[-1]) < size
+
+
+def step_of(config, sizes=(512, 384), num_layers=4):
+    """The ledger of a training step through linear layers of these widths in turn, by weights."""
+    with seeded(0):
+        model = nn.Sequential(*(nn.Linear(sizes[i % 2], sizes[(i + 1) % 2]) for i in range(num_layers)))
+        config.target_modules = {str(i) for i in range(num_layers)}
+        model = get_peft_model(model, config)
+    for adapter in methods_in(model):
+        adapter.prefers_tokens = lambda count: False
+    with Ledger(model) as ledger:
+        model(torch.randn(16, sizes[0])).sum().backward()
+    return ledger.report()
+
+
+def test_inputs_alone_are_kept_and_the_peak_is_loras_and_three_matrices_of_one_layer():
+    ours, lora = step_of(QWHAConfig(r=4, init="zero")), step_of(LoraConfig(r=4))
+    assert ours.saved_bytes == 16 * 4 * (384 + 512 + 384), "inputs of layers 2 to 4; the first one's is the model's own"
+    above = [report.peak_bytes - report.at_peak["weights"] for report in (ours, lora)]
+    assert above[0] - above[1] <= 3.1 * 512 * 384 * 4, "three, and the places as indices"
 
 
 # on models
@@ -338,6 +384,76 @@ def test_places_and_values_come_back_together(original, tmp_path):
             assert loaded.places.dtype == torch.int32
 
 
+def saved(folder, size=(64, 96)):
+    """(the file of an adapter on a layer of that size, its tensors)."""
+    with seeded(0):
+        layer = nn.Sequential(nn.Linear(*size))
+        config = QWHAConfig(r=2, init="zero", init_weights=False, target_modules=["0"])
+        get_peft_model(layer, config).save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    return file, load_file(file)
+
+
+def test_places_of_a_layer_of_other_sizes_are_refused_by_layer(tmp_path):
+    file, held = saved(tmp_path)
+    refused = r"0 of 96 -> 64 takes 320 places of qwha, but 320 were saved for 64 -> 96: .* another model"
+    with pytest.raises(SettingError, match=refused):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(96, 64)), tmp_path)
+    with pytest.raises(SettingError, match=r"0 of 64 -> 64 takes 256 places of qwha, but 320 were saved"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(64, 64)), tmp_path)
+    save_file({name: value for name, value in held.items() if not name.endswith("features")}, file)
+    for low in (False, True):  # adapters saved before sizes were
+        again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(64, 96)), tmp_path, low_cpu_mem_usage=low)
+        assert [a.features.tolist() for a in methods_in(again)] == [[96, 64]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda places: places.flip(0), "0: the saved places of qwha are not in ascending order, each once"),
+        (lambda places: places[places.new_tensor([0, 0, *range(2, 320)])], "0: .* not in ascending order, each once"),
+        (lambda places: places + 6144, r"0: the saved places of qwha go from .*, but this layer has 0 to 6143"),
+        (lambda places: places - 6144, r"0: the saved places of qwha go from -.*, but this layer has 0 to 6143"),
+    ],
+)
+def test_damaged_places_are_refused_by_layer(damage, message, tmp_path):
+    file, held = saved(tmp_path)
+    (name,) = (name for name in held if name.endswith("places"))
+    save_file({**held, name: damage(held[name]).contiguous()}, file)
+    with pytest.raises(SettingError, match=message):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(64, 96)), tmp_path)
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+@pytest.mark.parametrize("other", ["recompute", "chunked_loss", {"token_tune": {"keep_fraction": 1.0}}])
+def test_gradients_are_the_same_beside_techniques_that_save_memory(other, by_tokens):
+    own = {"qwha": {"r": 2, "init": "zero", "init_weights": False, "target_modules": ["q_proj", "down_proj"]}}
+    steps = []
+    for others in ([], [other]):
+        with seeded(2):
+            model = Recipe.from_list([own, *others]).apply(decoder())
+        for adapter in methods_in(model):
+            adapter.prefers_tokens = lambda count: by_tokens
+        steps.append(step(model, DECODER.batch()))
+    assert all(gradient.abs().max() > 0 for gradient in steps[0].gradients.values())
+    assert steps[0].gradients.keys() == steps[1].gradients.keys()
+    assert steps[1].error(steps[0]) < 1e-5
+
+
+def test_gradients_of_chosen_tokens_are_the_places_of_dense_ones():
+    others = [{"token_tune": {"keep_fraction": 0.5}}]
+    own = {"qwha": {"r": 2, "init": "zero", "target_modules": ["q_proj", "down_proj"]}}
+    model = Recipe.from_list([own, *others]).apply(decoder())
+    step(model, DECODER.batch())
+    whole = step(Recipe.from_list(others).apply(decoder()), DECODER.batch()).gradients
+    for name, adapter in model.named_modules():
+        if isinstance(adapter, QWHA):
+            layer = name.removeprefix("base_model.model.").removesuffix(".qwha_.default")
+            basis = (matrix(adapter.in_features) / adapter.in_features**0.5).float()
+            wanted = adapter.scale * (whole[f"{layer}.weight"] @ basis.T).flatten()[adapter.places.long()]
+            assert (adapter.values.grad - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_a_recipe_calibrates_once_and_loads_without_data_or_original_weights(original, tmp_path):
     recipe = Recipe(calibrated(original))
     model = recipe.apply(a_packed_llama()[0], data={"train": rows_of_tokens(20)})
@@ -439,6 +555,17 @@ def test_a_base_that_is_not_rounded_starts_at_zero_with_a_warning(original):
     with pytest.warns(UserWarning, match=r"qwha starts 4 layers \(model.layers.0.* first\) at zero"):
         model = get_peft_model(a_packed_llama(quant=False)[0], config)
     assert all(not adapter.values.any() for adapter in methods_in(model))
+
+
+def test_tied_weights_stay_as_they_are_and_are_not_merged():
+    model = tiny_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    before = model.lm_head.weight.detach().clone()
+    model = get_peft_model(model, QWHAConfig(r=2, init="zero", init_weights=False, target_modules=["lm_head"]))
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    with pytest.raises(ValueError, match="The weight of lm_head is another module's too: merging would change both"):
+        model.merge_and_unload()
+    assert torch.equal(model.get_base_model().model.embed_tokens.weight, before)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, gpt2
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from shoestring import assets
 from shoestring.adapters import S2FT, S2FTConfig
@@ -30,9 +31,10 @@ from shoestring.fakes import without_values
 from shoestring.memory import Ledger
 from shoestring.objectives import ChunkedLoss
 from shoestring.recipe import Recipe, attached_to, load
-from shoestring.testing.adapters import batch, trainable, two_layers
+from shoestring.testing.adapters import assert_near, batch, trainable, two_layers
 from shoestring.testing.assets import need
-from shoestring.testing.tiny_models import DECODER, WORDS, decoder, seeded
+from shoestring.testing.packed_layers import KINDS, pack_layer
+from shoestring.testing.tiny_models import DECODER, WORDS, decoder, seeded, step
 
 ALL: dict[str, Any] = {"o_ratio": 0.4, "down_ratio": 0.1, "v_ratio": 0.5, "up_ratio": 0.1}
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -151,6 +153,17 @@ def test_a_selected_query_head_trains_its_own_columns_under_grouped_keys():
     for name, heads in selected.items():
         columns = [6 * head + i for head in heads for i in range(6)]
         assert parts(model)[name].indices.tolist() == columns
+
+
+def test_units_that_are_given_train_alone():
+    given = {"model.layers.0.self_attn.v_proj": [1], "model.layers.1.mlp.down_proj": [3, 7]}
+    model = s2ft(selected=given, o_ratio=0)
+    assert {name: part.indices.tolist() for name, part in parts(model).items()} == {
+        "model.layers.0.self_attn.v_proj": [6, 7, 8, 9, 10, 11],
+        "model.layers.1.mlp.down_proj": [3, 7],
+    }
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj: it is among target_modules of s2ft, but not in"):
+        s2ft(selected=given, target_modules=["o_proj"])
 
 
 def test_rows_of_a_kv_head_change_what_its_own_queries_read_and_nothing_else():
@@ -463,36 +476,36 @@ def test_the_indices_that_were_saved_count_whatever_would_be_selected_now(tmp_pa
 # ---- with other techniques ----
 
 
+@pytest.mark.parametrize("make", [decoder, gpt2])
 @pytest.mark.parametrize(
     "others",
     [
-        (),
         (Recompute(),),
         (ChunkedLoss(),),
         (TokenWindows(window_tokens=4),),
         (Recompute(), TokenTune(keep_fraction=1.0)),
+        (TokenTune(keep_fraction=0.5),),
     ],
     ids=lambda others: "+".join(t.name for t in others),
 )
-def test_gradients_are_the_same_beside_other_techniques(others: tuple):
-    inputs = DECODER.batch()
-    results = []
-    for techniques in ((), others):
-        with seeded(3):
-            model = Recipe(*techniques, S2FTConfig(**ALL, init_weights=False)).apply(decoder(), data=DECODER.data())
-        loss = model.train()(**inputs).loss
-        loss.backward()
-        results.append({name.split(".layers.")[1]: p.grad for name, p in trainable(model).items()})
-    assert results[0].keys() == results[1].keys()
-    for name, gradient in results[1].items():
-        torch.testing.assert_close(gradient, results[0][name], rtol=1e-4, atol=1e-5)
-
-
-def test_selected_tokens_alone_train_under_token_tune():
+def test_gradients_beside_other_techniques_are_slices_of_dense_ones(others: tuple, make: Any):
     with seeded(3):
-        model = Recipe(TokenTune(keep_fraction=0.5), S2FTConfig(**ALL)).apply(decoder(), data=DECODER.data()).train()
-    model(**DECODER.batch()).loss.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable(model).values())
+        model = Recipe(*others, S2FTConfig(**ALL, init_weights=False)).apply(make(), data=DECODER.data())
+    step(model, DECODER.batch())
+    dense = make()
+    for name, part in parts(model).items():
+        out_in(dense.get_submodule(name), "data").index_add_(part.dim, part.indices, part.delta.detach())
+    sampled = others == (TokenTune(keep_fraction=0.5),)  # changes the gradient; the others must not
+    step(Recipe(*others).apply(dense) if sampled else dense, DECODER.batch())
+    for name, part in parts(model).items():
+        wanted = out_in(dense.get_submodule(name), "grad").index_select(part.dim, part.indices)
+        assert_near(part.delta.grad, wanted, name, share=1e-4)
+
+
+def out_in(layer: Any, of: str) -> Tensor:
+    """`of` its weight, as [out, in]."""
+    tensor: Tensor = getattr(layer.weight, of)
+    return tensor.T if isinstance(layer, Conv1D) else tensor
 
 
 def test_a_step_runs_on_fake_tensors():
@@ -556,6 +569,14 @@ def no_head_size() -> nn.Module:
     return model
 
 
+def mixed_heads() -> nn.Module:
+    """q of one block has rows for three heads only, up of the other fewer than down reads."""
+    model = decoder()
+    model.model.layers[0].self_attn.q_proj = nn.Linear(24, 18)
+    model.model.layers[1].mlp.up_proj = nn.Linear(24, 32)
+    return model
+
+
 def tied_gates() -> nn.Module:
     model = decoder()
     model.model.layers[1].mlp.gate_proj.weight = model.model.layers[0].mlp.gate_proj.weight
@@ -610,6 +631,26 @@ def tied_feedforwards() -> nn.Module:
             {},
             r"mlp.down_proj in place, and its weight is held by .*0.mlp.down_proj and .*1.mlp.down_proj",
         ),
+        (
+            decoder,
+            {"selected": {"model.layers.0.self_attn.v_proj": [2]}},
+            r"v_proj has the heads 0 to 1, but 2 was selected",
+        ),
+        (
+            mixed_heads,
+            {"v_ratio": 0.5, "target_modules": ["v_proj"]},
+            r"0.self_attn.v_proj has no heads .* paired: rows of q, k and v do not fit 4 heads of 6.*Set v_ratio",
+        ),
+        (
+            mixed_heads,
+            {"permute": True, "o_ratio": 0.5},
+            r"0.self_attn cannot be permuted: rows of q, k and v do not fit 4 heads of 6; set permute to False",
+        ),
+        (
+            mixed_heads,
+            {"up_ratio": 0.5, "target_modules": ["up_proj"]},
+            r"1.mlp.up_proj has no heads or channels that .*: .*up_proj has 32 rows, and .* reads 40 channels",
+        ),
         (tied_gates, {"permute": True}, r"mlp.gate_proj cannot be permuted: .* hold the same weight"),
         (
             two_layers,
@@ -625,6 +666,34 @@ def test_what_does_not_fit_the_model_is_refused_and_leaves_it_as_it_was(make: An
         get_peft_model(model, S2FTConfig(**{"o_ratio": 0.5, "down_ratio": 0.2, **settings}))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(isinstance(m, S2FT) for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permute_moves_no_packed_weights(kind: str):
+    model = decoder()
+    name = "model.layers.1.self_attn.k_proj"  # trains nothing, and would move
+    pack_layer(model, name, kind)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SettingError, match=rf"^{name} is quantised and cannot be permuted: Linear.*set permute to"):
+        get_peft_model(model, S2FTConfig(**ALL, permute=True))
+    for key, value in model.state_dict().items():
+        assert not isinstance(value, Tensor) or not key.startswith("model.layers.1") or str(value) == str(before[key])
+    get_peft_model(model, S2FTConfig(**ALL))
+
+
+def test_weights_saved_in_the_order_of_permute_are_refused(tmp_path: Path):
+    model = s2ft(permute=True)
+    model.get_base_model().config.save_pretrained(tmp_path)
+    permuted = LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path))
+    for settings in ({}, {"permute": True}):
+        with pytest.raises(SettingError, match="LlamaForCausalLM were saved while permute of s2ft had moved its heads"):
+            get_peft_model(permuted, S2FTConfig(**ALL, **settings))
+    assert permuted.config.s2ft_permuted
+    get_peft_model(permuted, LoraConfig(target_modules=["q_proj"])).unload()
+    base = model.unload()
+    assert not hasattr(base.config, "s2ft_permuted")
+    get_peft_model(base, S2FTConfig(**ALL, permute=True)).delete_adapter("default")
+    assert not hasattr(base.config, "s2ft_permuted")
 
 
 def test_a_structure_moved_by_hand_moves_every_part():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from shoestring import Recipe, assets, load
 from shoestring.errors import SettingError
 from shoestring.planning.prediction import work_of_model
 from shoestring.planning.rehearsal import rehearse, run_one_step
-from shoestring.pruning import SketchTune
+from shoestring.pruning import SketchTune, sketchtune
 from shoestring.pruning.sketchtune import CODES_FILE, TABLES_FILE
 from shoestring.quantisation import groups as grids
 from shoestring.quantisation import load_packed, save_packed, sketched_linear
@@ -40,6 +41,7 @@ from shoestring.quantisation.sketch import (
 from shoestring.quantisation.sketched_linear import SketchedLinear
 from shoestring.recipe import attached_to
 from shoestring.testing.assets import need
+from shoestring.testing.packed_layers import KINDS, pack_layer
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, decoder, seeded, step
 
 LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]  # (out, in) of the linear layers of a block
@@ -273,7 +275,7 @@ def test_the_paper_counts_the_same_for_llama_7b():
     with torch.device("meta"):
         block = [SketchedLinear(columns, rows, 4, 1, False, torch.float16) for rows, columns in LLAMA_7B]
     assert 32 * sum(layer.tables.numel() for layer in block) == 21_757_952
-    packed = sum(layer.codes.nbytes + 2 * 4 * layer.tables.numel() for layer in block)  # 4 groups, stored in 16 bits
+    packed = sum(layer.codes.nbytes + 4 * layer.tables.nbytes for layer in block)  # 4 groups
     assert packed <= 0.30 * sum(2 * rows * columns for rows, columns in LLAMA_7B)
 
 
@@ -474,6 +476,23 @@ def with_another_class(model: Any) -> None:
 def with_integers(model: Any) -> None:
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(torch.zeros(40, 24, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_layers_are_refused_by_name(kind: str):
+    model = decoder()
+    pack_layer(model, "model.layers.1.mlp.up_proj", kind)
+    with pytest.raises(SettingError, match=r"^model\.layers\.1\.mlp\.up_proj is quantised already \(Linear"):
+        Recipe(sketch_of()).apply(model)
+
+
+def test_moments_of_no_inputs_are_refused_by_layer(monkeypatch):
+    with pytest.raises(ValueError, match="the moments of its inputs are not positive definite: give more rows"):
+        curvature_of(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 1)
+    refused = Mock(side_effect=ValueError("no moments"))
+    monkeypatch.setattr(sketchtune, "curvature_of", refused)
+    with pytest.raises(SettingError, match=r"^model\.layers\.0\.self_attn\.q_proj: no moments"):
+        Recipe(sketch_of(calibrate=True, calibration_rows=2)).apply(decoder(), data=DECODER.data())
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from shoestring.cli import main
 from shoestring.errors import SettingError
-from shoestring.recipe import load
+from shoestring.recipe import Recipe, attached_to, load
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
-from shoestring.training.merging import merge
+from shoestring.training.merging import merge, merged_model
 from shoestring.training.models import load_pretrained
+from shoestring.training.settings import ModelSettings
 
 LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 HUT = {"hut": {"r": 4, "target_modules": "all-linear"}}
@@ -119,6 +120,14 @@ def test_a_packed_base_is_unpacked_merged_and_packed_again(kind, recipe, finishe
         assert layer.name == exact.name
         assert 1e-4 < layer.error < bound
         assert layer.change == pytest.approx(exact.change, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_a_model_in_hand_with_a_packed_base_is_refused_without_a_word_of_peft(kind, wide_decoder):
+    pytest.importorskip("torchao" if kind == "torchao-int8" else "bitsandbytes")
+    model, _ = load_pretrained(ModelSettings(name=str(wide_decoder), quantization=kind), AutoModelForCausalLM)
+    with pytest.raises(SettingError, match="its base is packed"):
+        merged_model(attached_to(Recipe.from_list([LORA]).apply(model)))
 
 
 def test_a_wider_dtype_holds_what_a_narrow_one_rounds_away(finished, tmp_path, tiny_decoder_folder):

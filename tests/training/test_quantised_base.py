@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shoestring.errors import SettingError
-from shoestring.recipe import load
+from shoestring.recipe import Recipe, load
+from shoestring.testing.adapters import assert_near
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, measure, train
 from shoestring.training.models import load_pretrained
@@ -67,6 +68,56 @@ def test_a_run_on_a_packed_base_learns_saves_and_loads(kind, run_file, decoder_f
     assert not torch.allclose(learned, before, atol=1e-2)
     again, _ = load_pretrained(settings.model, AutoModelForCausalLM)
     torch.testing.assert_close(outputs(load(again, report.saved["weights"])), learned)
+
+
+def test_the_named_qlora_is_that_of_transformers_and_peft(decoder_folder):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    def filled(make):
+        torch.manual_seed(3)
+        model = make().train()
+        started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at the start, and so A's gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model, started
+
+    def plain():
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        config.bnb_4bit_compute_dtype = torch.float32
+        model = AutoModelForCausalLM.from_pretrained(decoder_folder, quantization_config=config)
+        return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+    def named():
+        model, _ = load_pretrained(ModelSettings(name=str(decoder_folder), quantization="nf4"), AutoModelForCausalLM)
+        return Recipe.named("qlora").apply(model)
+
+    (ours, start), (theirs, start_of_theirs) = filled(named), filled(plain)
+    ids = torch.randint(4, 38, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert start.keys() == start_of_theirs.keys()
+    assert all(torch.equal(value, start_of_theirs[name]) for name, value in start.items())
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    losses = [model(input_ids=ids, labels=ids).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    for name in start:
+        assert_near(ours.get_parameter(name).grad, theirs.get_parameter(name).grad, name, share=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("nf4", {"init_lora_weights": "pissa"}, "Please initialize PiSSA under float32, float16, or bfloat16"),
+        ("torchao-int8", {"lora_bias": True}, "TorchaoLoraLinear does not support lora_bias yet, set it to False"),
+        ("torchao-int8", {"init_lora_weights": "olora"}, "Int8Tensor dispatch: attempting to run unimplemented"),
+    ],
+)
+def test_what_peft_cannot_do_on_a_packed_base_is_refused(kind, settings, message, run_file, decoder_folder):
+    recipe = [{"lora": {"r": 4, "target_modules": "all-linear", **settings}}]
+    with pytest.raises(SettingError, match=f"The recipe does not fit the model: {message}"):
+        prepare(a_quantised_run(run_file, decoder_folder, kind, recipe=recipe), say=no_words)
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "text-classification"])

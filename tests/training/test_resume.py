@@ -44,6 +44,10 @@ RECIPES = {
     # what trains is found in the data once more
     "routed": [{"spt": {"budget": 300, "calibration_rows": 8, "r": 1}}],
     "full": [],
+    # steps and offsets begin to learn at a step of their own
+    "warm_up": [{"l4q": {"target_modules": ["query", "value"], "group_size": 4, "r": 2, "warmup_steps": 3}}],
+    # which units train is drawn once, and the base stands in another order
+    "permuted": [{"s2ft": {"o_ratio": 0.25, "down_ratio": 0.2, "permute": True}}],
 }
 # 24 rows in batches of 4 are 3 steps of 2 batches an epoch: the checkpoints at 2 and 4 lie inside epochs, 6 between two
 STEPS = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 2, "lr_scheduler_type": "cosine"}
@@ -200,6 +204,9 @@ def uninterrupted(path: Path) -> None:
         pytest.param("routed", ("step", 5), marks=pytest.mark.slow),
         pytest.param("light_peft", ("step", 5), marks=pytest.mark.slow),
         pytest.param("light_peft", ("step", 3), marks=pytest.mark.slow),
+        ("warm_up", ("step", 5)),
+        pytest.param("warm_up", ("step", 3), marks=pytest.mark.slow),
+        ("permuted", ("step", 5)),
         pytest.param("full", ("rename", 6), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value[0].replace(' ', '_')}-{value[1]}",

@@ -168,7 +168,7 @@ class Adapter(nn.Module):
         """Whether the method has a place on this layer: by class, and quantised layers as linear ones."""
         if isinstance(layer, cls.layer_types):
             return True
-        return nn.Linear in cls.layer_types and resolve_quantization_backend(layer) is not None
+        return nn.Linear in cls.layer_types and is_quantised(layer)
 
     @classmethod
     def shared(cls, model: nn.Module, config: Any) -> nn.Module | None:
@@ -270,8 +270,8 @@ class _RebuiltWeight(torch.autograd.Function):
         if trained:
             edge, dtype = get_gradient_edge(weight), weight.dtype
             del weight  # its gradient is as large: never both at once
-            d_weight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-            given = iter(torch.autograd.grad(edge, trained, d_weight.to(dtype), allow_unused=True))
+            d_weight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
+            given = iter(torch.autograd.grad(edge, trained, d_weight, allow_unused=True))
         return dx, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
 
 
@@ -850,7 +850,12 @@ def remove_tap(adapter: Adapter) -> None:
 
 def has_linear_weight(layer: nn.Module) -> bool:
     """Whether the layer is linear, quantised ones included."""
-    return isinstance(layer, (nn.Linear, Conv1D)) or resolve_quantization_backend(layer) is not None
+    return isinstance(layer, (nn.Linear, Conv1D)) or is_quantised(layer)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether its weight is packed by one of the packages that peft knows, whatever dtype it is stored in."""
+    return resolve_quantization_backend(layer, get_apply_tensor_subclass=NotImplemented) is not None  # never called
 
 
 def check_own_weight(model: nn.Module, key: str) -> None:
@@ -860,7 +865,7 @@ def check_own_weight(model: nn.Module, key: str) -> None:
     """
     layer: Any = model.get_submodule(key)
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if resolve_quantization_backend(layer, **get_quantization_kwargs(model)) is not None:
+    if is_quantised(layer):
         raise ValueError(
             f"its weight, of type {type(layer).__name__}, is quantised already, and is needed as it was before: load "
             "the model without quantization."

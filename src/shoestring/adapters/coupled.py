@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
-from .base import has_linear_weight, holders, linear_sizes
+from .base import has_linear_weight, holders, is_quantised, linear_sizes
 from .placement import has_module, stacks
 
 Role = Literal["o", "v", "q", "k", "down", "up", "gate"]
@@ -290,7 +290,7 @@ def check_separable(model: nn.Module, structure: Structure, done: str, hint: str
         raise SettingError(f"{structure.name} cannot be {done}: {structure.fixed}{hint}.")
     layers = {part.layer: layer_at(model, part.layer) for part in structure.parts}
     for name, layer in layers.items():
-        if not isinstance(layer, (nn.Linear, Conv1D)) or not layer.weight.is_floating_point():
+        if is_quantised(layer) or not isinstance(layer, (nn.Linear, Conv1D)) or not layer.weight.is_floating_point():
             raise SettingError(f"{name} is quantised and cannot be {done}: {type(layer).__name__}{hint}.")
         if len(held := holders(model, layer)) > 1:
             raise SettingError(f"{name} cannot be {done}: {' and '.join(held)} hold the same weight{hint}.")

@@ -30,14 +30,15 @@ def transform(x: Float[Tensor, "*batch n"], transposed: bool = False) -> Float[T
 
     Raises ValueError if there is no transform of that size.
     """
-    n = x.shape[-1]
-    y, right = x.reshape(-1, n), 1
+    shape, n, right = x.shape, x.shape[-1], 1
+    y = x.reshape(-1, n)
+    del x  # where nobody else holds it, only what a product reads and what it gives are there
     for array in reversed(_factors(n)):
-        factor = torch.as_tensor(array.T if transposed else array, dtype=x.dtype, device=x.device)
+        factor = torch.as_tensor(array.T if transposed else array, dtype=y.dtype, device=y.device)
         k = len(factor)
         y = (y.reshape(-1, k) @ factor.T) if right == 1 else factor @ y.reshape(-1, k, right)
         right *= k
-    return y.reshape(x.shape)
+    return y.reshape(shape)
 
 
 def matrix(n: int) -> Float[Tensor, "n n"]:

@@ -12,7 +12,8 @@ Costs    x is all that is kept. W' is made in forward and in backward, by blocks
          once is W' in x's dtype and a block of W_c, w, n and D. One product of tokens, in and out more than LoRA
 Differs  t and z are learned through u = log t and in units of t: no step can become zero or negative, whatever the
          optimizer does, and one learning rate fits the factors and weights of any size. In a group without positive
-         weights the first step is bound by the smallest weight alone. Groups of zeros start with the layer's mean step
+         weights the first step is bound by the smallest weight alone. Groups of zeros start with the layer's mean step.
+         s = alpha / r, as in LoRA, for the paper's plain alpha
 """
 
 from collections.abc import Callable, Iterator

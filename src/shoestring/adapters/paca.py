@@ -8,7 +8,8 @@ Trains   r out numbers a layer
 Costs    x[..., I] is all a layer keeps; one product, with D written into W for its time
 Differs  D is a change and the weight itself stays, where the authors' code writes into the weight: so adapters can be
          switched, and evaluation never sees weights of one step ago. Of a base in few bits the columns I are not kept
-         in 16 bits beside it; there D acts by a second, small product
+         in 16 bits beside it; there D acts by a second, small product, as it does on layers that another adapter
+         changes too. Convolutions, of which it takes input channels for columns, are left out
 """
 
 from collections.abc import Mapping

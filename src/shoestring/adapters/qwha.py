@@ -9,9 +9,11 @@ Start    calibrated: places and values of `sparse_coefficients.py` for D = W_0 -
          weight: the same for inputs of equal strength, which needs no data     zero: c = 0, places at random
 Trains   p = r (in + out) numbers a layer, and holds their places, 4 bytes each
 Costs    x and c kept at a layer. Few tokens: U x and a sparse product, both again in backward. Many: s F U is formed
-         and added to the unpacked weight, again in backward, with one dense gradient: two [out, in] tensors at a time
+         and added to the unpacked weight, again in backward, with one dense gradient. So of one layer there are two
+         [out, in] tensors in forward and three in backward, in 32 bits, beside the weight where it has to be unpacked
 Differs  s U is the authors' alpha / sqrt(out) H / in, with U orthonormal. Inputs are those of the quantised model,
-         without padding. Places at random are one in each of p equal stretches of F, so that none comes twice
+         without padding. Places at random are one in each of p equal stretches of F, so that none comes twice. While
+         all values are zero the output is the base's to the bit for few tokens; of an unpacked weight, but for rounding
 """
 
 import warnings
@@ -28,6 +30,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated, Moments
 from ..quantisation.originals import OriginalWeights, is_same, source_of_model
@@ -48,6 +51,7 @@ class QWHA(Adapter):
     name = "qwha"
     decides_when_packed = True
     places: Tensor
+    features: Tensor  # (out, in), saved with the places, which mean nothing to a layer of other sizes
 
     def __init__(self, base: nn.Module, config: "QWHAConfig", start: Coefficients | None = None):
         super().__init__()
@@ -58,6 +62,7 @@ class QWHA(Adapter):
         places = start.places if start else spread_at_random(count, self.out_features * self.size)
         kind = torch.int32 if self.out_features * self.size < 2**31 else torch.int64
         self.register_buffer("places", places.to(kind))
+        self.register_buffer("features", torch.tensor([self.out_features, self.in_features]))
         self.values = nn.Parameter(torch.zeros(count))
         if start is not None:
             self.values.data = (start.values / self.scale).float()
@@ -66,9 +71,13 @@ class QWHA(Adapter):
 
     def change(self) -> Float[Tensor, "out in"]:
         """s F U."""
+        return hadamard.transform(self._coefficients(), transposed=True)[:, : self.in_features]
+
+    def _coefficients(self) -> Float[Tensor, "out n"]:
+        """s F."""
         rows = self.values.new_zeros(self.out_features * self.size)
-        rows = rows.index_copy(0, self.places.long(), self.scale * self.values).view(self.out_features, self.size)
-        return hadamard.transform(rows, transposed=True)[:, : self.in_features]
+        rows = rows.index_copy_(0, self.places.long(), self.scale * self.values)
+        return rows.view(self.out_features, self.size)
 
     def new_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         return weight + self.change()
@@ -86,6 +95,36 @@ class QWHA(Adapter):
         by_tokens = passes * num_tokens * (of_transform + dearer * len(self.values))
         gradient = num_tokens * self.out_features * self.in_features if self.training else 0
         return by_tokens < passes * self.out_features * of_transform + gradient
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As in torch.
+
+        Raises SettingError, naming the layer, if the places are none of this layer's.
+        """
+        features = state_dict.setdefault(f"{prefix}features", torch.tensor([self.out_features, self.in_features]))
+        places = state_dict.get(f"{prefix}places")
+        if places is not None and has_values(places):
+            self._check_saved(places, features.tolist(), prefix.partition(f".{self.name}_.")[0])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_saved(self, places: Tensor, features: list[int], layer: str) -> None:
+        """Refuse places that were saved for another layer, or are damaged."""
+        other = "the adapter belongs to another model, or this one has changed; load it on the model it was trained on."
+        if features != [self.out_features, self.in_features] or len(places) != len(self.places):
+            raise SettingError(
+                f"{layer} of {self.in_features} -> {self.out_features} takes {len(self.places)} places of qwha, but "
+                f"{len(places)} were saved for {features[1]} -> {features[0]}: {other}"
+            )
+        first, last, end = int(places.min()), int(places.max()), self.out_features * self.size
+        if not 0 <= first <= last < end:
+            raise SettingError(
+                f"{layer}: the saved places of qwha go from {first} to {last}, but this layer has 0 to {end - 1}: "
+                f"{other}"
+            )
+        if (places.diff() <= 0).any():
+            raise SettingError(
+                f"{layer}: the saved places of qwha are not in ascending order, each once: damaged file."
+            )
 
     def _of_tokens(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         rows = F.pad(x.to(self.values.dtype), (0, self.size - self.in_features)).reshape(-1, self.size)
@@ -246,7 +285,12 @@ class QWHAConfig(Calibrated, AdapterConfig):
             if is_same(original, weight):
                 unchanged.append(name)
             else:
-                self._starts[name] = self.start_of(original.double() - weight.double(), moments)
+                start = self._starts[name] = self.start_of(original.double() - weight.double(), moments)
+                if start.unrefined:
+                    warnings.warn(
+                        f"qwha leaves the values of {start.unrefined} of {len(weight)} rows of {name} unrefined: the "
+                        "inputs of its calibration rows are too much alike. Give more rows, or other ones."
+                    )
         if unchanged:
             warnings.warn(
                 f"qwha starts {len(unchanged)} layers ({unchanged[0]} first) at zero and at random places: their "

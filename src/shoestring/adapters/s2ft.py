@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
@@ -40,6 +42,7 @@ from .placement import place_in_stack
 
 SELECTIONS = ("random", "weight", "activation", "product", "gradient")
 TRAINED: tuple[Role, ...] = ("o", "down", "v", "up")
+MARK = "s2ft_permuted"  # in the config of a model whose units are moved, which is saved with its weights
 PRECISION = 1e-9  # of ratio times count, so that a product that is whole but for rounding is taken as it is
 
 
@@ -221,10 +224,12 @@ class S2FTConfig(Calibrated, AdapterConfig):
         return self.selection in ("activation", "product", "gradient")
 
     def default_targets(self, model: nn.Module) -> set[str]:
-        """The layers of known structures whose ratio is above 0, in the blocks asked for.
+        """Those of `selected`, or the layers of known structures whose ratio is above 0, in the blocks asked for.
 
         Raises SettingError if the model has none.
         """
+        if self.selected is not None:
+            return set(self.selected)
         roles = [role for role in TRAINED if self.ratio(role)]
         found = {p.layer for s in find_structures(model) for p in s.parts if p.role in roles}
         if (blocks := self.layers_to_transform) is not None:
@@ -246,6 +251,12 @@ class S2FTConfig(Calibrated, AdapterConfig):
             raise SettingError(
                 "permute of s2ft moves the base for one adapter, and there is another on this model; delete it, or "
                 "set permute to False for both."
+            )
+        if not others and getattr(_config_of(model), MARK, False):
+            raise SettingError(
+                f"The weights of this {type(model).__name__} were saved while permute of s2ft had moved its heads and "
+                "channels, so that selected ones are not where they were: load the original model, or unload the "
+                "adapter before saving."
             )
         structures = find_structures(model)
         if self.selected is None:
@@ -375,18 +386,32 @@ class S2FTConfig(Calibrated, AdapterConfig):
         for order in orders:
             order.move(model)
             self._orders.append(order)
+        if (config := _config_of(model)) is not None:
+            setattr(config, MARK, True)
 
     def of_layer(self, model: nn.Module, key: str) -> dict[str, Any]:
-        """Which units of this layer train, and where they are."""
-        part = self._parts[key]
+        """Which units of this layer train, and where they are.
+
+        Raises ValueError if nothing of it is selected.
+        """
+        if (part := self._parts.get(key)) is None:
+            raise ValueError("it is among target_modules of s2ft, but not in selected; add it there, or leave it out.")
         order = next((order for order in self._orders if part in order.structure.parts), None)
         units = (self.selected or {})[key]
         return {"part": part, "units": units, "moved": None if order is None else order.places_now(part)}
 
     def after_removal(self, model: nn.Module) -> None:
         """Move the units back."""
+        if self._orders and hasattr(config := _config_of(model), MARK):
+            delattr(config, MARK)
         while self._orders:
             self._orders.pop().move(model, back=True)
+
+
+def _config_of(model: nn.Module) -> PretrainedConfig | None:
+    """The config that is saved with the model's weights, where it is one of transformers."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PretrainedConfig) else None
 
 
 def _reader(structures: Sequence[Structure], part: Part) -> Part:
@@ -401,7 +426,8 @@ def _reader(structures: Sequence[Structure], part: Part) -> Part:
 def _norms(model: nn.Module, part: Part) -> Float[Tensor, " units"]:
     """The norm of each unit's rows or columns, in double precision."""
     with torch.no_grad():
-        weight = AdaptedLinear(layer_at(model, part.layer), "s2ft_").weight_out_in().detach()
+        layer = layer_at(model, part.layer)
+        weight = AdaptedLinear(layer, "s2ft_", **get_quantization_kwargs(model)).weight_out_in().detach()
         squares = weight.double().square().sum(1 - part.dim)
         own = squares[part.start : part.start + part.num_units * part.width]
         return own.view(part.num_units, part.width).sum(1).sqrt().cpu()

@@ -23,10 +23,14 @@ BYTES_AT_ONCE = 1 << 26  # of the systems that are solved together
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The non-zeros of F. places: row-major and ascending."""
+    """The non-zeros of F.
+
+    places: row-major and ascending. unrefined: how many rows have values that make up for nothing, having no solution.
+    """
 
     places: Int[Tensor, " p"]
     values: Float[Tensor, " p"]
+    unrefined: int = 0
 
 
 def best_coefficients(
@@ -39,8 +43,11 @@ def best_coefficients(
     weights = wanted.square() if moments is None else wanted.square() * moments.diagonal()
     rank = weights.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     kept = rank < counts[:, None]
-    values = wanted if moments is None else wanted + _corrections(wanted, moments, kept, counts)
-    return Coefficients(kept.flatten().nonzero().flatten(), values[kept])
+    values, unrefined = wanted, 0
+    if moments is not None:
+        added, unrefined = _corrections(wanted, moments, kept, counts)
+        values = wanted + added
+    return Coefficients(kept.flatten().nonzero().flatten(), values[kept], unrefined)
 
 
 def allocate(errors: Float[Tensor, " out"], total: int, most: int, power: float = 1.0) -> Int[Tensor, " out"]:
@@ -73,8 +80,12 @@ def _corrections(
     moments: Float[Tensor, "n n"],
     kept: Bool[Tensor, "out n"],
     counts: Int[Tensor, " out"],
-) -> Float[Tensor, "out n"]:
-    """What is added to each kept coefficient to make up for those that are not; zero where that cannot be solved."""
+) -> tuple[Float[Tensor, "out n"], int]:
+    """What is added to each kept coefficient to make up for those that are not, and the number of rows without.
+
+    A row gets zeros where that cannot be solved.
+    """
+    unrefined = 0
     pull = wanted.masked_fill(kept, 0) @ moments
     added = torch.zeros_like(wanted)
     for rows in _batches(counts, wanted.shape[1]):
@@ -86,9 +97,10 @@ def _corrections(
         system = torch.where(real[:, :, None] & real[:, None, :], system, one)
         factor, failed = torch.linalg.cholesky_ex(system)
         solved = torch.cholesky_solve((pull[rows].gather(1, columns) * real)[..., None], factor)[..., 0]
-        solved = torch.where((failed == 0)[:, None] & solved.isfinite(), solved, 0) * real
-        added[rows] = added[rows].scatter(1, columns, solved)
-    return added
+        found = (failed == 0) & solved.isfinite().all(dim=1)
+        added[rows] = added[rows].scatter(1, columns, torch.where(found[:, None], solved, 0) * real)
+        unrefined += int((~found).sum())
+    return added, unrefined
 
 
 def _batches(counts: Int[Tensor, " out"], most: int) -> Iterator[Int[Tensor, " rows"]]:

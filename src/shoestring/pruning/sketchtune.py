@@ -14,7 +14,8 @@ Kind     what of the model is there at all: the weights are given up, which an a
          (`quantisation.save_packed`) is taken as it is, without data and without its original weights
 Differs  codes of 3 bits take 3 bits, not 4; gradients are summed by blocks of rows, with nothing of [batch, out, in];
          layers measured in a later run over the data see those before them as sketches; columns are swept in order,
-         and count in k-means as in the sweep (exponent 2, the authors 4)
+         and count in k-means as in the sweep (exponent 2, the authors 4). Of two codes of 4 bits in a byte the first is
+         in the low half, the authors' in the high one
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.base import has_linear_weight, linear_sizes
+from ..adapters.base import has_linear_weight, is_quantised, linear_sizes
 from ..adapters.placement import stacks, task_head
 from ..errors import SettingError
 from ..fakes import has_values
@@ -306,7 +306,7 @@ def _check_layer(name: str, layer: nn.Module, parent: nn.Module) -> None:
 
     Raises SettingError.
     """
-    if resolve_quantization_backend(layer) is not None or (
+    if is_quantised(layer) or (
         has_linear_weight(layer) and not layer.weight.is_floating_point()  # type: ignore[operator]
     ):
         raise SettingError(

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.base import is_quantised
 from ..errors import SettingError
 from ..recipe import Attached, Recipe, attached_to, load
 from ..technique import Phase
@@ -165,7 +166,7 @@ def merged_model(trained: Attached) -> Any:
     Raises SettingError where something cannot be merged; what came before it in the model is merged then.
     """
     check_mergeable(trained.recipe)
-    if any(resolve_quantization_backend(layer) is not None for layer in trained.model.modules()):
+    if any(map(is_quantised, trained.model.modules())):
         raise SettingError("its base is packed")
     for _ in merge_layers(trained.model):
         pass

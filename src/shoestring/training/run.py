@@ -350,7 +350,7 @@ def _version(package: str) -> str:
 def _attach(recipe: Recipe, model: Any, data: DatasetDict | None, processor: Any) -> Any:
     try:
         return recipe.apply(model, data, processor)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise SettingError(f"The recipe does not fit the model: {error}") from error
 
 
