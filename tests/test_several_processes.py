@@ -5,6 +5,7 @@ import torch
 
 from shoestring import Recipe
 from shoestring.errors import SettingError
+from shoestring.optimizers import BilevelZOFO
 from shoestring.pruning import LightPEFT
 from shoestring.recipe import attached_to
 from shoestring.selection import ID3, IST, Speft
@@ -16,6 +17,7 @@ ALONE = {
     "ist": IST(importance=False, active_layers=1),
     "speft": Speft(count=5, score="random", dynamic_steps=2),
     "light_peft": LightPEFT(channel_multiple=4),
+    "bilevel_zofo": BilevelZOFO(),
 }
 
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..modes import quiet
 from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
-from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
+from ..technique import MicroBatch, Moment, Phase, Technique, refuse_several_processes, register_technique
 from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
 
@@ -144,8 +144,7 @@ class BilevelZOFO(Technique):
 
     def on_step_begin(self, moment: Moment) -> None:
         """Note which step it is."""
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise SettingError("bilevel_zofo trains in one process only: start one.")
+        refuse_several_processes(self.name, "draws held-out rows and moves the backbone for itself")
         self._step, self._num_seen = moment.step, 0
 
     def training_step(self, batch: MicroBatch) -> Tensor:
