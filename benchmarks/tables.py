@@ -102,9 +102,28 @@ def _cost(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
     ]
 
 
+def plain(file: str, without: Iterable[str] = ()) -> str:
+    """Rows as they are, but for those whose names begin with one of `without`; bytes in MB."""
+    rows = [row for row in read_rows(RESULTS / file) if not row.name.startswith(tuple(without))]
+    words = {True: "yes", False: "**no**", None: ""}
+    lines = []
+    for row in rows:
+        scale = 1e6 if "bytes" in row.name else 1
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
+        values = (_number(value / scale) for value in (row.ours, row.baseline))
+        goal = row.goal.removeprefix("ratio ")
+        lines.append([row.name.replace("bytes", "MB"), *values, ratio, goal, words[row.holds]])
+    return markdown(["", "ours", "beside", "ratio", "goal", "holds"], lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 ON_TEXTS = {"classification": "reviews", "decoder": "word problems"}
 TABLES: dict[str, Callable[[], str]] = {
     "costs of weight adapters": lambda: costs("adapters.json", {"minilm": "encoder", "smollm2": "decoder"}),
+    "costs of selections": lambda: plain("selection.json", ["quality", "forwards"]),
     "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
     "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
 }
