@@ -299,6 +299,8 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
                 "metric_for_best_model": task.metric,
                 "greater_is_better": task.higher_is_better,
             }
+            if (steps := settings.train.get("eval_steps")) is not None:
+                defaults["save_steps"] = steps  # what was evaluated must be there to be the best
     elif settings.train.get("eval_strategy", "no") != "no":
         raise SettingError("train.eval_strategy needs a validation split; name one as data.validation.")
     elif settings.early_stopping_patience is not None:
