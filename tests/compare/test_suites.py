@@ -11,6 +11,8 @@ from shoestring.compare.suite import Suite
 from shoestring.recipe import known_techniques
 from shoestring.testing.assets import need
 from shoestring.training.marked_yaml import dump_yaml, read_marked_yaml
+from shoestring.training.run import training_arguments
+from shoestring.training.tasks import TASKS
 
 SUITES = sorted(Path("benchmarks/suites").glob("*.yaml"))
 RATES = sorted(Path("benchmarks/suites/rates").glob("*.yaml"))  # learning rates for some of them
@@ -29,6 +31,14 @@ def test_every_suite_is_read(path: Path) -> None:
     suite = Suite.load(path)
     assert suite.seeds == ((0,) if path in RATES else (0, 1, 2))
     assert path.read_text().count(f"shoestring compare {path}") == 1  # it says how to run it
+
+
+@pytest.mark.parametrize("path", [*SUITES, *RATES, *Path("examples").glob("suite*.yaml")], ids=str)
+def test_the_trainer_takes_the_settings_of_every_run(path: Path) -> None:
+    runs = {json.dumps(case.settings.train, sort_keys=True): case.settings for case in Suite.load(path).cases}
+    for run in runs.values():
+        made = training_arguments(run, TASKS[run.task](run), {"validation": ()})  # type: ignore[arg-type]
+        assert made.max_steps == run.train.get("max_steps", -1)
 
 
 @pytest.mark.parametrize("path", RATES, ids=lambda path: path.stem)
