@@ -91,7 +91,8 @@ def _recipe(name, place, seeds, steps, chance):
     }  # fmt: skip
     noisy = {
         "eval_loss": 1.2 - accuracy, "process_peak_bytes": memory + 500 * 2**20, "step_seconds": step,
-        "step_seconds_p90": 1.2 * step, "train_seconds": step * steps, "tokens_a_second": 1280 / step,
+        "step_seconds_p90": 1.2 * step, "all_steps_seconds": step * steps, "train_seconds": 1.1 * step * steps,
+        "tokens_a_second": 1280 / step,
         "latency_seconds": 0.04, "forgetting": chance.uniform(0.001, 0.2),
     }  # fmt: skip
     values = {key: Spread(value, 0.0 if seeds > 1 else None, (value,) * seeds) for key, value in exact.items()}

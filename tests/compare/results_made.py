@@ -6,7 +6,7 @@ from shoestring.compare.results import SCHEMA_VERSION, MetaInfo, Own, Result, Ru
 
 
 def made_result(name: str = "lora", seed: int = 0, recipe: str = "- lora: {}\n", **own: Any) -> Result:
-    """A finished run of text classification; `own` goes into the part that is ours."""
+    """A finished run, of text classification if nothing else is said; `own` goes into the part that is ours."""
     values = own.pop("values", {"accuracy": 0.8, "peak_bytes": 1000.0, "step_seconds": 0.5})
     return Result(
         run_info=RunInfo(
@@ -19,10 +19,11 @@ def made_result(name: str = "lora", seed: int = 0, recipe: str = "- lora: {}\n",
         meta_info=MetaInfo(package_info={"torch-version": "2.13.0"}, system_info={"machine": "x86_64"}),
         shoestring=Own(
             schema_version=SCHEMA_VERSION,
-            task="text-classification",
+            task=own.pop("task", "text-classification"),
             name=name,
             seed=seed,
             digest=own.pop("digest", f"{name}{seed}"),
+            of_all_seeds=own.pop("of_all_seeds", name),
             run_file="model: tiny\n",
             recipe=recipe,
             values=values,

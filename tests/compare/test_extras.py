@@ -132,8 +132,9 @@ def test_latency_is_that_of_the_merged_model(ready: Callable[..., Ready]) -> Non
     change(run.attached.model)
     inputs = {"input_ids": torch.tensor([[2, 6, 7, 8]])}
     expected = run.attached.model.eval()(**inputs).logits
-    base = run.attached.base_model
+    base, rows = run.attached.base_model, run.trainer.args.per_device_eval_batch_size
     found = extra.after(run)
+    assert run.trainer.args.per_device_eval_batch_size == rows != 2
     assert found["latency_seconds"] > 0
     assert extra.notes == []
     assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())

@@ -169,6 +169,15 @@ class TestWhatStandsInIt:
         assert found.name in advice
         assert difference_text(found.difference, "share") in advice
 
+    def test_where_the_baseline_needs_least_it_says_so(self):
+        compared = comparisons.make(25)
+        cheap = {"peak_bytes": Spread(1.0, None, (1.0,))}
+        recipes = [replace(r, values=r.values | cheap) if r.name == compared.baseline else r for r in compared.recipes]
+        compared = replace(compared, recipes=tuple(recipes))
+        assert frugal(compared, costs(compared)[0]).name == compared.baseline
+        advice = page(compared).split('class="advice">')[1].split("</p>")[0]
+        assert advice.startswith(f"Nothing that is not clearly worse than <b><bdi>{compared.baseline}</bdi></b> takes less")
+
 
 class TestHostileText:
     def test_names_make_no_elements(self, hostile):

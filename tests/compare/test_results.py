@@ -36,7 +36,7 @@ def test_a_file_of_peft_is_read_and_written_without_loss(tmp_path: Path) -> None
         "trained_share": 9 / 3200,
         "checkpoint_bytes": 36e6,
         "gpu_peak_bytes": 22e9,
-        "train_seconds": 900.0,
+        "all_steps_seconds": 900.0,
         "tokens_a_second": 5000.0,
         "forgetting": 0.05,
     }
@@ -72,7 +72,7 @@ def with_peft_fields_edited(values: dict) -> None:
     [
         (edited, "was changed since it was written"),
         (with_peft_fields_edited, "was changed since it was written"),
-        (of_another_version, "has schema_version 99, and this version of Shoestring reads 1"),
+        (of_another_version, "has schema_version 99, and this version of Shoestring reads 2"),
         (without_a_field, "is not the result of a run: run_info.total_time"),
     ],
 )

@@ -9,16 +9,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 from shoestring.compare import runner
+from shoestring.compare.extras import Extra
+from shoestring.compare.measures import Measure
 from shoestring.compare.results import Result
 from shoestring.compare.runner import Store, check_suite, comparison_of, run_suite, state_of
 from shoestring.compare.suite import Suite
+from shoestring.compare.worker import Order, run_case
 from shoestring.errors import SettingError
+from shoestring.training.run import Ready
 from tiny_runs import reviews
 
 LORA = [{"lora": {"r": 2, "target_modules": ["query"]}}]
@@ -85,7 +90,7 @@ def test_a_suite_runs_and_says_what_each_recipe_cost(suite_file: Callable[..., P
     assert "seconds_to_target" in lora.values
     assert full.difference is not None
     assert found.missing == 0
-    assert not (Path(suite.output_dir) / runner.RUNS).exists()
+    assert not (Path(suite.output_dir) / runner.AT_WORK).exists()
     (result,) = [r for r in state_of(suite).results.values() if r.run_info.experiment_name == "lora/seed1"]
     assert len(result.shoestring.scores) == 24
     assert sum(result.shoestring.scores) / 24 == pytest.approx(result.shoestring.values["accuracy"])
@@ -211,7 +216,7 @@ def test_an_interrupted_run_is_written_down_and_run_again(suite_file: Callable[.
 def test_two_comparisons_do_not_share_a_folder(suite_file: Callable[..., Path]) -> None:
     suite = Suite.load(suite_file())
     with (
-        Store(suite.output_dir).locked(),
+        Store(suite).locked(),
         pytest.raises(SettingError, match="Another comparison runs in"),
     ):
         run_suite(suite)
@@ -236,6 +241,50 @@ def test_an_edited_result_is_refused_before_anything_runs(suite_file: Callable[.
         run_suite(suite)
 
 
+class Precision(Extra):
+    """Tells whether it looks at the model in mixed precision."""
+
+    name: ClassVar[str] = "precision"
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        return ()
+
+    def before(self, ready: Ready) -> None:
+        self.notes.append(f"before {torch.is_autocast_enabled('cpu')}")
+
+    def after(self, ready: Ready) -> dict[str, float]:
+        self.notes.append(f"after {torch.is_autocast_enabled('cpu')}")
+        return {}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_all_is_measured_in_the_precision_of_training(
+    suite_file: Callable[..., Path], tmp_path: Path, bf16: bool
+) -> None:
+    (case,) = Suite.load(suite_file(recipes={"lora": LORA}, seeds=[0], train={"bf16": bf16})).cases
+    order = Order((case,), None, (Precision(),), str(tmp_path), None, keep_weights=False)
+    result = run_case(case, order, lambda message: None)
+    assert result.shoestring is not None
+    assert result.shoestring.notes == [f"before {bf16}", f"after {bf16}"]
+
+
+def test_nothing_is_removed_that_a_comparison_has_not_made(suite_file: Callable[..., Path]) -> None:
+    path = suite_file(recipes={"lora": LORA}, seeds=[0], keep_weights=True)
+    suite = Suite.load(path)
+    mine = Path(suite.output_dir, "runs", "mine.txt")
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    run_suite(suite)
+    kept = list(Path(suite.output_dir, "runs").rglob("*.safetensors"))
+    assert kept
+    again = Suite.load(path, ("keep_weights=false",))
+    check_suite(again)
+    run_suite(again)
+    assert all(file.is_file() for file in (mine, *kept))
+    assert not Path(suite.output_dir, runner.AT_WORK).exists()
+
+
 def test_recipes_are_compared_on_the_split_that_is_wanted(suite_file: Callable[..., Path], tmp_path: Path) -> None:
     few = tmp_path / "few.csv"
     few.write_text("text,label\na lovely film,good\na dull film,bad\na warm plot,good\n")
@@ -257,6 +306,7 @@ def test_budgets_in_tokens_and_seconds_become_steps(suite_file: Callable[..., Pa
     (result,) = state_of(suite).results.values()
     made = result.run_info.train_config["max_steps"]
     assert made == result.train_info.metrics[-1]["step"]
+    assert yaml.safe_load(result.shoestring.run_file)["train"]["max_steps"] == made
     if "tokens" in budget:
         a_row = sum(len(row["text"].split()) + 2 for row in reviews(24)) / 24
         assert made == round(170 / (4 * a_row))

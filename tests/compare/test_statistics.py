@@ -58,6 +58,11 @@ def test_scores_of_other_rows_are_not_compared() -> None:
     assert paired_difference({0: []}, {0: []}) is None
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_give_no_difference(odd: float) -> None:
+    assert paired_difference({0: [1.0, odd]}, {0: [1.0, 0.5]}) is None
+
+
 def test_a_spread_of_one_has_no_deviation() -> None:
     assert spread([0.5]).std is None
     assert spread([0.25, 0.75]).std == pytest.approx(np.std([0.25, 0.75], ddof=1))

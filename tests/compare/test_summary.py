@@ -49,7 +49,8 @@ def test_recipes_are_ranked_by_their_mean() -> None:
 def test_lower_is_first_where_lower_is_better() -> None:
     asked = replace(ASKED, task="causal-lm", quality="loss")
     results = [
-        made_result(name, values={"loss": loss}) for name, loss in (("full", 1.2), ("lora", 1.1), ("small", 1.3))
+        made_result(name, task="causal-lm", values={"loss": loss})
+        for name, loss in (("full", 1.2), ("lora", 1.1), ("small", 1.3))
     ]
     assert [recipe.name for recipe in compare_results(asked, results).recipes] == ["lora", "full", "small"]
 
@@ -72,8 +73,8 @@ def test_differences_are_to_the_baseline_in_units_of_the_quality() -> None:
 def test_a_difference_of_losses_is_that_of_losses() -> None:
     asked = replace(ASKED, task="causal-lm", quality="loss", names=("lora", "other"))
     results = [
-        made_result("lora", values={"loss": 1.0}, scores=[-1.0] * 20),
-        made_result("other", values={"loss": 1.5}, scores=[-1.5] * 20),
+        made_result("lora", task="causal-lm", values={"loss": 1.0}, scores=[-1.0] * 20),
+        made_result("other", task="causal-lm", values={"loss": 1.5}, scores=[-1.5] * 20),
     ]
     other = compare_results(asked, results).recipes[1]
     assert other.difference.mean == other.difference.low == other.difference.high == pytest.approx(0.5)
@@ -120,6 +121,46 @@ def test_results_of_peft_stand_in_the_same_table() -> None:
     assert (theirs.name, theirs.values["accuracy"].mean) == ("theirs", 0.95)
     assert theirs.values["gpu_peak_bytes"].mean == 22e9
     assert theirs.difference is None
+
+
+def test_other_settings_of_one_name_are_another_recipe_and_the_same_run_counts_once() -> None:
+    results = [
+        *runs_of("lora", [0.8, 0.82], 500.0, 0.5),
+        made_result("lora", 0, digest="earlier", of_all_seeds="other settings", values={"accuracy": 0.6}),
+        *runs_of("lora", [0.8], 500.0, 0.5),
+    ]
+    found = compare_results(ASKED, results)
+    assert [(recipe.name, recipe.values["accuracy"].values) for recipe in found.recipes] == [
+        ("lora", (0.8, 0.82)),
+        ("lora (2)", (0.6,)),
+    ]
+    theirs = of_peft("theirs", 0.95)
+    theirs["run_info"]["train_config"]["max_steps"] = 10
+    results = [Result.model_validate(values) for values in (of_peft("theirs", 0.9), theirs)]
+    assert {recipe.name for recipe in compare_results(ASKED, results).recipes} == {"theirs", "theirs (2)"}
+
+
+def test_results_of_another_task_are_refused() -> None:
+    with pytest.raises(SettingError, match="Results of causal-lm cannot stand in one table with those of text-class"):
+        compare_results(ASKED, [*RESULTS, made_result("other", task="causal-lm")])
+
+
+def test_a_seed_without_a_finite_quality_is_told() -> None:
+    results = [made_result("lora", 0), made_result("lora", 1, values={"peak_bytes": 1000.0})]
+    (lora,) = compare_results(ASKED, results).recipes
+    assert lora.notes == ("1 of 2 seeds came to no finite accuracy and are not in its mean",)
+
+
+@pytest.mark.parametrize(("quality", "first"), [("exact_match", "good"), ("forgetting", "bad")])
+def test_without_a_suite_the_direction_of_a_measure_is_known(quality: str, first: str) -> None:
+    results = [made_result("good", values={quality: 0.9}), made_result("bad", values={quality: 0.1})]
+    found = compare_results(replace(ASKED, names=(), quality=quality, baseline=None), results)
+    assert found.recipes[0].name == first
+
+
+def test_what_has_no_direction_ranks_nothing() -> None:
+    with pytest.raises(SettingError, match="Which way of 'density' is better is not known here"):
+        compare_results(replace(ASKED, quality="density"), [made_result(values={"density": 0.3})])
 
 
 def test_runs_that_came_to_nothing_are_told_and_not_ranked() -> None:

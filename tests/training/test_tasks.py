@@ -12,7 +12,9 @@ from shoestring.cli import main
 from shoestring.errors import RunFailed, SettingError
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
+from shoestring.training.data import load_splits
 from shoestring.training.run import prepare
+from shoestring.training.settings import DataSettings
 from shoestring.training.tasks.base import QuicklyHashed
 
 
@@ -139,3 +141,22 @@ def test_tokenizers_are_told_apart_by_what_they_make_of_a_text(tiny_classifier_f
     others.append({"eos_token": "film"})
     names = {mine, name_of(tiny_decoder_folder), *(name_of(tiny_classifier_folder, **one) for one in others)}
     assert len(names) == 6
+
+
+class TestHeldOutForValidation:
+    def test_a_share_of_the_training_rows_the_same_with_every_seed(self, review_csv):
+        whole = load_splits(DataSettings(train=str(review_csv)), seed=0)["train"]
+        made = [load_splits(DataSettings(train=str(review_csv), validation_share=0.25), seed=seed) for seed in (0, 1)]
+        assert {name: len(rows) for name, rows in made[0].items()} == {"train": 18, "validation": 6}
+        assert sorted(made[0]["train"]["text"] + made[0]["validation"]["text"]) == sorted(whole["text"])
+        assert made[0]["validation"]["text"] == made[1]["validation"]["text"]
+
+    def test_beside_validation_data_it_is_refused(self, review_csv):
+        data = DataSettings(train=str(review_csv), validation=str(review_csv), validation_share=0.25)
+        with pytest.raises(SettingError, match=r"data\.validation_share is given, but the data has a validation split"):
+            load_splits(data, seed=0)
+
+    @pytest.mark.parametrize(("share", "left"), [(0.01, 0), (0.99, 24)])
+    def test_both_sides_have_rows(self, review_csv, share, left):
+        with pytest.raises(SettingError, match=rf"validation_share is {share}, which leaves {left} of 24 rows"):
+            load_splits(DataSettings(train=str(review_csv), validation_share=share), seed=0)

@@ -39,6 +39,7 @@ COSTS = (
     Measure("checkpoint_bytes", "saved weights", "bytes"),
     Measure("trained_share", "trained share of the parameters", "share"),
     Measure("step_seconds_p90", "90th percentile of steps", "seconds"),
+    Measure("all_steps_seconds", "all steps, evaluations left out", "seconds"),
     Measure("train_seconds", "training, evaluations included", "seconds"),
     Measure("tokens_a_second", "tokens a second", "tokens a second", "higher"),
     Measure("seconds_to_target", "training until the target quality", "seconds"),
@@ -58,8 +59,12 @@ QUALITIES: dict[str, tuple[Better | None, Unit]] = {
     "loss": ("lower", ""),
     "perplexity": ("lower", ""),
     "majority_class": (None, "share"),
+    "exact_match": ("higher", "share"),
+    "generation_f1": ("higher", "share"),
+    "chrf": ("higher", "share"),
+    "general_loss": ("lower", ""),
 }
-"""Which way measures of tasks are better, and their units; of others, such as those of techniques, neither way is."""
+"""Which way qualities are better, and their units; of others, such as those of techniques, neither way is known."""
 
 
 def quality_measure(name: str) -> Measure:

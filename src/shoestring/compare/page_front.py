@@ -71,9 +71,13 @@ def _times(recipe: Compared, baseline: Compared | None, cost: Measure) -> str:
 
 def _advice(comparison: Comparison, cost: Measure) -> str:
     found, baseline, quality = frugal(comparison, cost), baseline_of(comparison), quality_of(comparison)
-    if found is None or baseline is None or found.difference is None:
+    if found is None or baseline is None or not any(recipe.difference for recipe in comparison.recipes):
         return ""
     name, times = isolated(baseline.name), _times(found, baseline, cost)
+    if found.difference is None:
+        less = "gives more" if cost.better == "higher" else "takes less"
+        nothing = f"Nothing that is not clearly worse than <b>{name}</b> {less}: {escape(cost.label)}."
+        return f'<p class="advice">{nothing}</p>'
     return (
         f'<p class="advice">{"Most" if cost.better == "higher" else "Least"} {escape(cost.label)} of those not clearly '
         f"worse than <b>{name}</b>: <b>{link(comparison, comparison.recipes.index(found))}</b>, "

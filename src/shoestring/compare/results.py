@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import SettingError
 from ..training.output import write
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Status = Literal["success", "failed", "cancelled"]
 
 
@@ -71,7 +71,8 @@ class MetaInfo(_Part):
 class Own(BaseModel):
     """What peft's format has no place for.
 
-    name, seed, digest: the recipe, the seed, and what shaped the run's numbers in short. run_file, recipe: as YAML.
+    name, seed, digest: the recipe, the seed, and what shaped the run's numbers in short. of_all_seeds: the same without
+    the seed. run_file, recipe: as YAML.
     values: figures by measure. quality: measures by split. memory: bytes by part at the peak of a step. losses: (step,
     loss). curve: (step, seconds of training, quality) of evaluations on the way. scores: of the held-out rows or
     batches in their order, higher is better; paired tests need them. notes: what is to be said of the figures.
@@ -84,6 +85,7 @@ class Own(BaseModel):
     name: str
     seed: int
     digest: str
+    of_all_seeds: str
     run_file: str
     recipe: str
     values: dict[str, float] = Field(default_factory=dict)
@@ -184,12 +186,12 @@ def values_of_peft(result: Result) -> dict[str, float]:
         "trained_share": info.num_trainable_params / max(info.num_total_params, 1),
         "checkpoint_bytes": info.file_size,
         "gpu_peak_bytes": info.accelerator_memory_max,
-        "train_seconds": info.train_time,
+        "all_steps_seconds": info.train_time,
         "accuracy": last.get("test accuracy"),
         "forgetting": last.get("forgetting"),
         "tokens_a_second": _ratio(last.get("train total tokens"), info.train_time),
     }
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+    return finite((name, value) for name, value in found.items() if isinstance(value, int | float))
 
 
 def _ratio(count: Any, seconds: float) -> float | None:
@@ -197,5 +199,5 @@ def _ratio(count: Any, seconds: float) -> float | None:
 
 
 def finite(values: Iterable[tuple[str, float | None]]) -> dict[str, float]:
-    """Those that are numbers."""
-    return {name: float(value) for name, value in values if value is not None and not math.isnan(value)}
+    """Those that are numbers, and not infinite."""
+    return {name: float(value) for name, value in values if value is not None and math.isfinite(value)}

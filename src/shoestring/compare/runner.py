@@ -3,7 +3,8 @@
 Process  A server process imports torch and transformers once; every run is forked from it, so that it starts at once
          and its memory is its own. Where there is no fork, each run imports them anew.
 Folder   results/ one file a finished run, failed/ and cancelled/ those that came to nothing, with the reason and all
-         that was printed; files are named by recipe, seed and a digest of the run. runs/ what is being trained.
+         that was printed; files are named by recipe, seed and a digest of the run. .at_work/ what is being trained,
+         gone after; with keep_weights it is runs/, and stays.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .results import SCHEMA_VERSION, MetaInfo, Own, Result, RunInfo, Status, Tra
 from .suite import Case, Suite
 from .summary import Asked, compare_results
 
-RESULTS, FAILED, CANCELLED, RUNS = "results", "failed", "cancelled", "runs"
+RESULTS, FAILED, CANCELLED, AT_WORK, KEPT = "results", "failed", "cancelled", ".at_work", "runs"
 PATIENCE = 10.0  # seconds a run gets to end when asked
 
 Event = tuple[Any, ...]
@@ -37,10 +38,14 @@ Event = tuple[Any, ...]
 
 
 class Store:
-    """The folder of a suite. Reading it checks every file."""
+    """The folder of a suite. Reading it checks every file.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    runs: where runs are made.
+    """
+
+    def __init__(self, suite: Suite):
+        self.folder = Path(suite.output_dir)
+        self.runs = self.folder / (KEPT if suite.keep_weights else AT_WORK)
 
     def results(self) -> dict[str, Result]:
         """Finished runs by digest.
@@ -77,6 +82,10 @@ class Store:
         finally:
             lock.release()
 
+    def clear(self) -> None:
+        """Remove what runs have left that are not to be kept, of a comparison that was killed as well."""
+        shutil.rmtree(self.folder / AT_WORK, ignore_errors=True)
+
     def keep(self, case: Case, result: Result) -> None:
         """Write a finished run."""
         result.write(self.folder / RESULTS / f"{case.file}.json")
@@ -88,7 +97,7 @@ class Store:
         while place.exists():
             count += 1
             place = folder / f"{case.file}--{count}.json"
-        log = self.folder / RUNS / f"{case.file}.log"
+        log = self.runs / f"{case.file}.log"
         if log.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, place.with_suffix(".log"))
@@ -106,6 +115,7 @@ class Store:
                 name=case.name,
                 seed=case.seed,
                 digest=case.digest,
+                of_all_seeds=case.of_all_seeds,
                 run_file=settings.to_yaml(),
                 recipe=dump_yaml(settings.recipe),
             ),
@@ -139,7 +149,7 @@ class State:
 
 def state_of(suite: Suite, *, retry_failed: bool = False) -> State:
     """What is finished, has failed, and is to do: what failed only if asked, what stands under two names once."""
-    store = Store(suite.output_dir)
+    store = Store(suite)
     results, failures = store.results(), store.failures()
     known = results.keys() | (set() if retry_failed else failures.keys())
     to_do = {case.digest: case for case in reversed(suite.cases) if case.digest not in known}
@@ -163,16 +173,15 @@ def run_suite(
     """
     if jobs < 1:
         raise SettingError(f"jobs must be at least 1, got {jobs}.")
-    store = Store(suite.output_dir)
+    store = Store(suite)
     with store.locked():
         state = state_of(suite, retry_failed=retry_failed)
-        if not suite.keep_weights:
-            shutil.rmtree(store.folder / RUNS, ignore_errors=True)  # of a comparison that was killed
+        store.clear()
         if not state.to_do:
             return
         context = _context()
         if check:
-            _check(suite, state.to_do, context, on_event)
+            _check(suite, store, state.to_do, context, on_event)
         _run_all(suite, store, list(state.to_do), jobs, context, on_event)
 
 
@@ -181,13 +190,12 @@ def check_suite(suite: Suite, *, on_event: Callable[[Event], None] = lambda even
 
     Raises SettingError with all that cannot work at once.
     """
-    store = Store(suite.output_dir)
+    store = Store(suite)
     with store.locked():
         try:
-            _check(suite, suite.cases, _context(), on_event)
+            _check(suite, store, suite.cases, _context(), on_event)
         finally:
-            if not suite.keep_weights:
-                shutil.rmtree(store.folder / RUNS, ignore_errors=True)
+            store.clear()
 
 
 def _context() -> Any:
@@ -199,7 +207,13 @@ def _context() -> Any:
 
 
 def _start(
-    suite: Suite, cases: list[Case], context: Any, *, threads: int | None = None, fits_only: bool = False
+    suite: Suite,
+    store: Store,
+    cases: list[Case],
+    context: Any,
+    *,
+    threads: int | None = None,
+    fits_only: bool = False,
 ) -> _Running:
     from .worker import Order, work
 
@@ -208,7 +222,7 @@ def _start(
         cases=tuple(cases),
         budget=suite.budget,
         extras=suite.extras,
-        folder=str(Path(suite.output_dir, RUNS).absolute()),
+        folder=str(store.runs.absolute()),
         split=suite.split,
         keep_weights=suite.keep_weights,
         threads=threads,
@@ -248,13 +262,13 @@ def _died(code: int | None) -> str:
     return f"The process ended with exit code {code} and no message."
 
 
-def _check(suite: Suite, cases: Sequence[Case], context: Any, on_event: Callable[[Event], None]) -> None:
+def _check(suite: Suite, store: Store, cases: Sequence[Case], context: Any, on_event: Callable[[Event], None]) -> None:
     """Prepare the first seed of every recipe among the cases, in one process, and tell what is wrong with all."""
     first = {case.name: case for case in reversed(cases)}
     left = [case for case in cases if first[case.name] is case]
     problems: list[str] = []
     while left:
-        running = _start(suite, left, context, fits_only=True)
+        running = _start(suite, store, left, context, fits_only=True)
         try:
             while left:
                 on_event(("checking", left[0]))
@@ -287,7 +301,7 @@ def _run_all(
     try:
         while to_do or running:
             while to_do and len(running) < jobs:
-                started = _start(suite, [to_do.pop(0)], context, threads=threads)
+                started = _start(suite, store, [to_do.pop(0)], context, threads=threads)
                 running[started.connection] = started
                 on_event(("started", started.cases[0]))
             for connection in wait(list(running)):
@@ -316,8 +330,7 @@ def _run_all(
             if one.cases[0].digest not in one.ended:
                 store.keep_failure(one.cases[0], "Interrupted.", "cancelled")
                 on_event(("cancelled", one.cases[0]))
-        if not suite.keep_weights:
-            shutil.rmtree(store.folder / RUNS, ignore_errors=True)
+        store.clear()
 
 
 def comparison_of(suite: Suite, command: str = "", others: Sequence[Result] = ()) -> Comparison:

@@ -27,10 +27,12 @@ def paired_difference(
     the rows alike for all seeds of a draw and for both sides, so what is hard for both counts for neither. The same
     scores give the same result.
 
-    Returns None where no seed has scores of as many rows on both sides.
+    Returns None where no seed has scores of as many rows on both sides, or one of them is no finite number.
     """
     common = [seed for seed in ours if seed in theirs and len(ours[seed]) == len(theirs[seed]) > 0]
     if not common or len({len(ours[seed]) for seed in common}) > 1:
+        return None
+    if not all(np.isfinite(scores[seed]).all() for scores in (ours, theirs) for seed in common):
         return None
     apart = np.array([np.subtract(ours[seed], theirs[seed]) for seed in common], dtype=np.float64)  # [seeds, rows]
     seeds, rows = apart.shape

@@ -20,6 +20,7 @@ over those of the base. All problems of all recipes are told at once.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -44,6 +45,7 @@ from ..training.settings import RunSettings
 from ..training.tasks import TASKS
 from ..training.train_fields import shown
 from .extras import EXTRAS, Extra
+from .measures import quality_measure
 
 OVER_BASE = ("model", "data", "train", "early_stopping_patience")  # sections that a recipe may bring
 LENGTHS = ("max_steps", "num_train_epochs")
@@ -97,12 +99,17 @@ class _SuiteFile(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """One run of a suite. digest: of all that shapes its numbers, so that a finished one is known again."""
+    """One run of a suite.
+
+    digest: of all that shapes its numbers, so that a finished one is known again. of_all_seeds: the same without the
+    seed.
+    """
 
     name: str
     seed: int
     settings: RunSettings
     digest: str
+    of_all_seeds: str
 
     @property
     def file(self) -> str:
@@ -163,6 +170,8 @@ class Suite:
         base = _base(marked, folder)
         problems: list[Problem] = []
         extras = _extras(marked, problems)
+        if file.budget is not None:
+            problems += _own_lengths(marked)
         runs: dict[str, RunSettings] = {}
         refused: dict[str, list[str]] = {}
         for recipe in file.recipes:
@@ -307,6 +316,15 @@ def _variants(
         yield f"{recipe}, {', '.join(named)}", variant
 
 
+def _own_lengths(marked: MarkedYaml) -> Iterator[Problem]:
+    """Lengths that recipes bring, where all have the budget of the suite."""
+    for recipe, value in marked.values["recipes"].items():
+        sections = [value.get(key) for key in ("train", "grid")] if isinstance(value, dict) else []
+        keys = [str(key).removeprefix("train.") for section in sections if isinstance(section, dict) for key in section]
+        for name in dict.fromkeys(key for key in keys if key in LENGTHS):
+            yield marked.place(("recipes", recipe)), f"recipes.{recipe} sets train.{name}, which the budget decides."
+
+
 def _with_budget(run: MarkedYaml, file: _SuiteFile) -> MarkedYaml:
     """The run with the suite's length in place of its own; seconds and tokens are known once it is ready."""
     run.values["output_dir"] = file.output_dir or "comparisons"
@@ -326,6 +344,8 @@ def _fits(run: RunSettings, file: _SuiteFile, extras: list[Extra], marked: Marke
     if file.quality is not None and file.quality not in measures:
         known = did_you_mean(file.quality, measures)
         yield marked.place(("quality",)), f"quality {file.quality!r} is no measure of {run.task}. {known}"
+    elif file.quality is not None and quality_measure(file.quality).better is None and file.quality in task.measures:
+        yield marked.place(("quality",)), f"quality {file.quality!r} says nothing of a recipe; neither way is better."
     if file.target is not None and run.train.get("eval_strategy", "epoch") == "no":
         yield marked.place(("target",)), "target needs evaluations on the way: set train.eval_strategy and eval_steps."
     if file.target is not None and file.quality not in (None, task.metric):
@@ -349,32 +369,42 @@ def _case(name: str, run: RunSettings, seed: int, file: _SuiteFile, extras: list
         "task": settings.task,
         "data": settings.data.model_dump(),
         "recipe": Recipe.from_list(settings.recipe).to_list(),
-        "train": {key: plain(value) for key, value in settings.train.items()},
+        "train": {key: plain(value) for key, value in settings.train.items() if key != "seed"},
         "early_stopping_patience": settings.early_stopping_patience,
         "budget": file.budget.model_dump(exclude_none=True) if file.budget else None,
         "split": file.split,
         "measure": {extra.name: extra.model_dump() for extra in extras},
-        "sources": {source: _content(source) for source in _sources(settings)},
+        "sources": {source: _content(source) for source in _sources(settings, extras)},
     }
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
-    return Case(name, seed, settings, digest)
+    return Case(name, seed, settings, _digest({**shaping, "seed": seed}), _digest(shaping))
 
 
-def _sources(settings: RunSettings) -> list[str]:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _sources(settings: RunSettings, extras: list[Extra]) -> list[str]:
     data = settings.data
-    return [source for source in (settings.model.name, data.train, data.validation, data.test) if source is not None]
+    named = (settings.model.name, data.train, data.validation, data.test, *(extra.source for extra in extras))
+    return [source for source in named if source is not None]
 
 
 def _content(source: str) -> str:
     """What a local file, a model's folder or a packaged asset holds, in short; nothing of what is elsewhere."""
     if asset := CATALOGUE.get(source.removeprefix(PACKAGED)) if source.startswith(PACKAGED) else None:
         converter = asset.converter_version if isinstance(asset, ModelAsset) else 0
-        return hashlib.sha256(json.dumps([*(file.sha256 for file in asset.files), converter]).encode()).hexdigest()
+        return _digest([*(file.sha256 for file in asset.files), converter])
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (*READERS, ".gguf"):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _of_file(path, path.stat().st_mtime_ns)
     if path.is_dir():
-        files = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+        return _digest([(str(file.relative_to(path)), _of_file(file, file.stat().st_mtime_ns)) for file in files])
     return ""
+
+
+@functools.cache
+def _of_file(path: Path, changed: int) -> str:
+    """Of what it holds; read once as long as it does not change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

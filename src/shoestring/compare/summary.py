@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import SettingError
@@ -37,21 +38,30 @@ def compare_results(
 ) -> Comparison:
     """The comparison of results, the best recipe first; those without the quality to rank by last.
 
-    Raises SettingError if no result has that quality.
+    A result that is there twice counts once. Results of one name are its seeds, unless other settings than the seed
+    differ: then each setting is a recipe, in the order in which they come.
+
+    Raises SettingError if no result has that quality, neither way of it is better, or a result is of another task.
     """
     failed = [result for result in results if result.train_info.status != "success"]
     failures = [*failures, *(Failure(r.name, _seed(r), r.run_info.error_msg) for r in failed)]
     results = [result for result in results if result not in failed]
+    if foreign := {_task(result) for result in results} - {None, asked.task}:
+        raise SettingError(f"Results of {foreign.pop()} cannot stand in one table with those of {asked.task}.")
     by_name: dict[str, list[Result]] = {name: [] for name in asked.names}
-    for result in results:
-        by_name.setdefault(result.name, []).append(result)
-    better = quality_measure(asked.quality).better or _way(asked.extras, asked.quality)
+    named = list(_named_apart(results))
+    for name, result in named:
+        by_name.setdefault(name, []).append(result)
+    results = [result for _, result in named]
+    better = _measure(asked, asked.quality).better
     full = [_values(result, asked).get("peak_bytes") for result in results if _recipe(result) == FULL]
     memory_of_full = max((peak for peak in full if peak), default=None)
     recipes = [_compared(asked, name, runs, memory_of_full) for name, runs in by_name.items() if runs]
     if recipes and not any(asked.quality in recipe.values for recipe in recipes):
         known = sorted({name for recipe in recipes for name in recipe.values})
         raise SettingError(f"No result has the measure {asked.quality!r} to rank by. They have {', '.join(known)}.")
+    if recipes and better is None:
+        raise SettingError(f"Which way of {asked.quality!r} is better is not known here, so nothing is ranked by it.")
     recipes = _with_differences(asked, recipes, by_name, better)
     measures = _measures(asked, recipes)
     recipes = _with_fronts(asked.quality, better, recipes, measures)
@@ -74,8 +84,37 @@ def compare_results(
     )
 
 
-def _way(extras: Iterable[Measure], name: str) -> Better | None:
-    return next((measure.better for measure in extras if measure.name == name), None)
+def _task(result: Result) -> str | None:
+    return result.shoestring.task if result.shoestring else None
+
+
+def _named_apart(results: Sequence[Result]) -> Iterator[tuple[str, Result]]:
+    """Each result once, under its name, or under one with a number where that has other settings already."""
+    settings: dict[str, list[str]] = {}
+    seen: set[tuple[str, str]] = set()
+    for result in results:
+        of_all_seeds, digest = _identity(result)
+        if (result.name, digest) in seen:
+            continue
+        seen.add((result.name, digest))
+        known = settings.setdefault(result.name, [])
+        if of_all_seeds not in known:
+            known.append(of_all_seeds)
+        number = known.index(of_all_seeds) + 1
+        yield result.name if number == 1 else f"{result.name} ({number})", result
+
+
+def _identity(result: Result) -> tuple[str, str]:
+    """What shaped the numbers of a run in short, without its seed and whole."""
+    if result.shoestring is not None:
+        return result.shoestring.of_all_seeds, result.shoestring.digest
+    info = result.run_info
+    config = {key: value for key, value in info.train_config.items() if key != "seed"}
+    return json.dumps([config, info.peft_config], sort_keys=True, default=str), result.model_dump_json()
+
+
+def _measure(asked: Asked, name: str) -> Measure:
+    return next((each for each in (*asked.extras, *COSTS) if each.name == name), None) or quality_measure(name)
 
 
 def _recipe(result: Result) -> str:
@@ -128,6 +167,9 @@ def _compared(asked: Asked, name: str, runs: list[Result], memory_of_full: float
     first = next(iter(own.values()), None)
     notes = dict.fromkeys(note for one in own.values() for note in one.notes)
     late = sum("seconds_to_target" not in values for values in found)
+    without = sum(asked.quality not in values for values in found)
+    if 0 < without < len(found):
+        notes[f"{without} of {len(found)} seeds came to no finite {asked.quality} and are not in its mean"] = None
     if asked.target is not None and late:
         notes[f"the target was not reached by {late} of {len(found)} seeds"] = None
     return Compared(
@@ -168,12 +210,10 @@ def _with_differences(
 def _measures(asked: Asked, recipes: Sequence[Compared]) -> tuple[Measure, ...]:
     """All that some recipe has: the quality first, then others of the task, of techniques, of extras, then costs."""
     has = dict.fromkeys(name for recipe in recipes for name in recipe.values)
-    costs = {measure.name: measure for measure in COSTS}
-    extras = {measure.name: measure for measure in asked.extras}
+    costs, extras = ([measure.name for measure in each] for each in (COSTS, asked.extras))
     task = [name for name in has if name not in costs and name not in extras and name != asked.quality]
-    known = {**costs, **extras}
-    first = [known.get(asked.quality) or quality_measure(asked.quality)] if asked.quality in has else []
-    rest = [known[name] for name in dict.fromkeys((*extras, *costs)) if name in has and name != asked.quality]
+    first = [_measure(asked, asked.quality)] if asked.quality in has else []
+    rest = [_measure(asked, name) for name in dict.fromkeys((*extras, *costs)) if name in has and name != asked.quality]
     return (*first, *(quality_measure(name) for name in task), *rest)
 
 

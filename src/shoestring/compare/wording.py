@@ -150,12 +150,16 @@ def _count(count: int, noun: str) -> str:
 
 
 def frugal(comparison: Comparison, cost: Measure) -> Compared | None:
-    """The recipe that needs least of a cost among those not clearly worse than the baseline."""
+    """The recipe that needs least of a cost among those not clearly worse than the baseline, which is one of them."""
     quality = quality_of(comparison)
     sign = -1 if cost.better == "higher" else 1
     good = [
         recipe
         for recipe in comparison.recipes
-        if recipe.difference and cost.name in recipe.values and verdict(recipe.difference, quality) != "worse"
+        if cost.name in recipe.values
+        and (
+            recipe.name == comparison.baseline
+            or (recipe.difference is not None and verdict(recipe.difference, quality) != "worse")
+        )
     ]
     return min(good, key=lambda recipe: sign * recipe.values[cost.name].mean, default=None)

@@ -131,7 +131,8 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
             ready.trainer.args.max_steps = steps
         for extra in order.extras:
             tell(("stage", f"{extra.name} before"))
-            extra.before(ready)
+            with ready.trainer.accelerator.autocast():
+                extra.before(ready)
         watch.follow(ready)
 
     report = train(
@@ -143,7 +144,8 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
     notes: list[str] = []
     for extra in sorted(order.extras, key=lambda extra: extra.alters_model):
         tell(("stage", extra.name))
-        values |= finite(extra.after(ready).items())
+        with ready.trainer.accelerator.autocast():  # a merged model's forward is not the one that training has wrapped
+            values |= finite(extra.after(ready).items())
         notes += extra.notes
     scores = watch.scores.get(split or "", [])
     result = _result(case, settings, report, ready, watch, values, scores, notes)
@@ -294,6 +296,7 @@ def _values(report: Report, ready: Ready, watch: _Watch, split: str | None) -> d
             "step_seconds": report.step_seconds,
             "step_seconds_p90": _percentile(watch.seconds, 0.9),
             "train_seconds": report.train_seconds,
+            "all_steps_seconds": sum(watch.seconds),
             "tokens_a_second": report.tokens_a_second,
         }.items()
     )
@@ -338,7 +341,8 @@ def _result(
         name=case.name,
         seed=case.seed,
         digest=case.digest,
-        run_file=case.settings.model_copy(update={"output_dir": f"runs/{case.file}"}).to_yaml(),
+        of_all_seeds=case.of_all_seeds,
+        run_file=_as_run(case.settings, f"runs/{case.file}", ready.trainer.args.max_steps).to_yaml(),
         recipe=dump_yaml(case.settings.recipe),
         values=values,
         quality=report.quality,
@@ -389,6 +393,12 @@ def _result(
         ),
         shoestring=own,
     )
+
+
+def _as_run(settings: RunSettings, output_dir: str, max_steps: int) -> RunSettings:
+    """The run for `shoestring train`: with the steps that a budget in tokens or seconds has come to."""
+    train = {**settings.train, "max_steps": max_steps} if max_steps > 0 else settings.train
+    return settings.model_copy(update={"output_dir": output_dir, "train": train})
 
 
 def _as_peft(entry: dict[str, Any], metric: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def load_splits(data: DataSettings, seed: int) -> DatasetDict:
     for name in ("validation", "test"):
         if (source := getattr(data, name)) is not None:
             splits[name] = _read(source, name)[name]
+    if data.validation_share is not None:
+        splits = _with_validation(splits, data.validation_share)
     for name, dataset in splits.items():
         limit = data.max_train_rows if name == "train" else data.max_eval_rows
         if len(dataset) == 0:
@@ -37,6 +39,25 @@ def load_splits(data: DataSettings, seed: int) -> DatasetDict:
         if limit is not None and limit < len(dataset):
             splits[name] = dataset.shuffle(seed=seed).select(range(limit))
     return splits
+
+
+def _with_validation(splits: DatasetDict, share: float) -> DatasetDict:
+    """With a share of the training rows as validation data in their place.
+
+    Raises SettingError if there is validation data already, or too few rows.
+    """
+    from datasets import DatasetDict
+
+    if "validation" in splits:
+        raise SettingError(
+            "data.validation_share is given, but the data has a validation split; leave one of them out."
+        )
+    rows = len(splits["train"])
+    held_out = round(share * rows)
+    if not 0 < held_out < rows:
+        raise SettingError(f"data.validation_share is {share}, which leaves {held_out} of {rows} rows for validation.")
+    parts = splits["train"].train_test_split(held_out, seed=0)
+    return DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})
 
 
 def need_columns(split: str, dataset: Dataset, *names: str | None) -> None:

@@ -69,6 +69,9 @@ class DataSettings(_Section):
 
     train: str = Field(min_length=1, description="hub id, .csv, .jsonl or .parquet file, or packaged:NAME")
     validation: str | None = Field(None, min_length=1, description="as train; looked at during training")
+    validation_share: float | None = Field(
+        None, gt=0, lt=1, description="of the training rows, held out for validation; the same ones with every seed"
+    )
     test: str | None = Field(None, min_length=1, description="as train; looked at once, at the end")
     text: str = Field("text", min_length=1, description="column of the text")
     text_pair: str | None = Field(None, min_length=1, description="column of a second text, read together with text")

@@ -44,6 +44,11 @@ class Extra(BaseModel, ABC):
         Raises SettingError where the data is not fit for it.
         """
 
+    @property
+    def source(self) -> str | None:
+        """A file or folder that its figures depend on."""
+        return None
+
     @abstractmethod
     def after(self, ready: Ready) -> dict[str, float]:
         """The figures, from the trained model."""

@@ -37,6 +37,10 @@ class Forgetting(Extra):
             Measure("general_loss", "loss on other text"),
         )
 
+    @property
+    def source(self) -> str:
+        return self.data
+
     def check(self, run: RunSettings) -> None:
         if TASKS[run.task].peft_task_type != "CAUSAL_LM":
             raise SettingError(f"it is the loss of a language model, which {run.task} does not train.")

@@ -32,10 +32,7 @@ class Latency(Extra):
         return (Measure("latency_seconds", f"a forward of {self.batch} rows, adapters merged", "seconds"),)
 
     def after(self, ready: Ready) -> dict[str, float]:
-        rows: Any = ready.trainer.train_dataset
-        ready.trainer.args.per_device_eval_batch_size = self.batch
-        loader = ready.trainer.get_eval_dataloader(rows.select(range(min(self.batch, len(rows)))))
-        batch = dict(ready.trainer._prepare_inputs(next(iter(loader))))
+        batch = self._batch(ready.trainer)
         model: Any = ready.attached.model
         try:
             model = merged_model(ready.attached)
@@ -54,3 +51,13 @@ class Latency(Extra):
                 if repeat >= 2:
                     seconds.append(time.perf_counter() - began)
         return {"latency_seconds": statistics.median(seconds)}
+
+    def _batch(self, trainer: Any) -> dict[str, Any]:
+        rows, arguments = trainer.train_dataset, trainer.args
+        evaluated = arguments.per_device_eval_batch_size
+        arguments.per_device_eval_batch_size = self.batch
+        try:
+            loader = trainer.get_eval_dataloader(rows.select(range(min(self.batch, len(rows)))))
+            return dict(trainer._prepare_inputs(next(iter(loader))))
+        finally:
+            arguments.per_device_eval_batch_size = evaluated

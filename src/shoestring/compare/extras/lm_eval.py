@@ -40,6 +40,10 @@ class LmEval(Extra):
         pairs = [(task, metric) for task in self.tasks for metric in self.metrics]
         return tuple(Measure(_name(task, metric), f"{metric} of {task}", "", way_of(metric)) for task, metric in pairs)
 
+    @property
+    def source(self) -> str | None:
+        return self.include_path
+
     def check(self, run: RunSettings) -> None:
         if TASKS[run.task].peft_task_type != "CAUSAL_LM":
             raise SettingError(f"it is for language models, which {run.task} does not train.")
