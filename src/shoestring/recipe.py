@@ -30,6 +30,7 @@ from . import selection as _selection  # noqa: F401  registers its techniques
 from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, described_by_peft, peft_configs
 from .errors import SettingError, did_you_mean
 from .fakes import has_values
+from .item_count import passes_item_count
 from .running_statistics import RunningStatistics
 from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique
 
@@ -397,7 +398,8 @@ class Attached:
                 "model, or train with shoestring.training.RecipeTrainer or recipe_sft_trainer(), which add to any loss."
             )
         # given the number of items of the whole accumulated batch, a model's loss is a share of it: so is what is added
-        shares = self.accumulation_steps if batch.get("num_items_in_batch") is not None else 1
+        is_share = batch.get("num_items_in_batch") is not None and passes_item_count(type(self.base_model))
+        shares = self.accumulation_steps if is_share else 1
         outputs.loss = outputs.loss + added.to(outputs.loss) / shares
         return outputs
 

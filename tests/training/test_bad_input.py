@@ -74,6 +74,11 @@ class TestRunFile:
         ("change", "message"),
         [
             ({"train": {"learning_rat": 1}}, "Did you mean 'learning_rate'"),
+            ({"train": {"save_only_model": True}}, "checkpoints hold all that --resume needs"),
+            (
+                {"train": {"train_sampling_strategy": "group_by_length"}},
+                "must be random or sequential, since a",
+            ),
             ({"modle": "x"}, "Did you mean 'model'"),
             ({"task": "text-clasification"}, "Did you mean 'text-classification'"),
             ({"recipe": [{"lorra": {}}]}, "unknown technique 'lorra'. Did you mean 'lora'"),
@@ -196,6 +201,23 @@ class TestOutputFolder:
         assert main(["train", str(path), "--overwrite"]) == 0
         assert (kept / "notes.txt").read_text() == "mine"
 
+    def test_the_end_of_a_run_removes_no_checkpoint_of_another_name(self, run_file, review_csv):
+        train = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2}
+        path = run_file("limited", data={"validation": str(review_csv)}, train=train)
+        kept = path.with_suffix("") / "checkpoint-2-to-keep"
+        kept.mkdir(parents=True)
+        (kept / "notes.txt").write_text("mine")
+        finished(path)
+        assert (kept / "notes.txt").read_text() == "mine"
+
+    def test_a_readme_that_was_there_stays(self, run_file):
+        path = run_file("documented", task="causal-lm")
+        readme = path.with_suffix("") / "README.md"
+        readme.parent.mkdir()
+        readme.write_text("mine")
+        finished(path)
+        assert readme.read_text() == "mine"
+
     def test_several_processes_are_refused(self, run_file, capsys, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert "trained by one process so far" in fails(capsys, run_file("two"))
@@ -279,7 +301,9 @@ class TestFailedRuns:
         assert all(checkpoints.damage(folder / name) is None for name in left)
         assert not (folder / "report.json").exists()
         assert main(["train", str(path), "--resume"]) == 0
-        assert json.loads((folder / "report.json").read_text())["status"] == "finished"
+        report = json.loads((folder / "report.json").read_text())
+        assert (report["status"], report["steps"]) == ("finished", 4)
+        assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
     @pytest.mark.skipif(
         not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("mount") is None,

@@ -332,7 +332,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resumes(run_file, child, tmp_path):
     many = {"max_steps": 60, "save_steps": 50, "gradient_accumulation_steps": 2}
     uninterrupted(run_file("whole", recipe=RECIPES["lora"], train=many))
     path, folder = run_file("stopped", recipe=RECIPES["lora"], train=many), tmp_path / "stopped"
-    with started("train", str(path)) as process:
+    with started("train", str(path), "train.logging_steps=1") as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 3/"):
@@ -345,7 +345,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resumes(run_file, child, tmp_path):
     assert 3 <= step < 50
     assert checkpoints.damage(written) is None
     assert f"Stopped after step {step}, with a checkpoint." in said
-    assert f"shoestring train {path} --resume" in " ".join(said.split())
+    assert f"shoestring train {path} train.logging_steps=1 --resume" in " ".join(said.split())
     assert "Traceback" not in said
     assert not (folder / "report.json").exists()
     assert child(path, resume=True) == 0

@@ -85,6 +85,16 @@ def test_chats_are_learned_whole(run_file, tmp_path):
     assert all(len(row) < 5 for row in answers)
 
 
+def test_held_out_rows_are_packed_once(run_file, prompt_jsonl):
+    """The figures of the report are those of the last evaluation on the way, by the same weights."""
+    arguments = {"packing": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    data = {"validation": str(prompt_jsonl), "max_length": 24}
+    prepared = []
+    report = train(RunSettings.load(run_file(task="causal-lm", data=data, train=arguments)), on_ready=prepared.append)
+    losses = [row["eval_loss"] for row in prepared[0].trainer.state.log_history if "eval_loss" in row]
+    assert report.quality["validation"]["loss"] == losses[-1]
+
+
 def test_packing_fills_rows(run_file):
     packed = ready(run_file(task="causal-lm"), "train.packing=true", "data.max_length=24")
     assert len(packed.trainer.train_dataset) < 24
@@ -148,8 +158,8 @@ class TestHeldOutForValidation:
         whole = load_splits(DataSettings(train=str(review_csv)), seed=0)["train"]
         made = [load_splits(DataSettings(train=str(review_csv), validation_share=0.25), seed=seed) for seed in (0, 1)]
         assert {name: len(rows) for name, rows in made[0].items()} == {"train": 18, "validation": 6}
-        assert sorted(made[0]["train"]["text"] + made[0]["validation"]["text"]) == sorted(whole["text"])
-        assert made[0]["validation"]["text"] == made[1]["validation"]["text"]
+        assert sorted([*made[0]["train"]["text"], *made[0]["validation"]["text"]]) == sorted(whole["text"])
+        assert list(made[0]["validation"]["text"]) == list(made[1]["validation"]["text"])
 
     def test_beside_validation_data_it_is_refused(self, review_csv):
         data = DataSettings(train=str(review_csv), validation=str(review_csv), validation_share=0.25)

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -224,7 +226,11 @@ def test_a_plain_trainer_resumed_from_elsewhere_never_drops_the_state_silently(c
 @pytest.mark.parametrize("trainer_class", [Trainer, RecipeTrainer])
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])
 def test_added_loss_gives_the_gradients_of_a_loss_added_by_hand(trainer_class, kind, request, tmp_path):
-    """A decoder's loss is a share of the accumulated batch (num_items_in_batch), a classifier's is divided later."""
+    """A decoder's loss is a share of the accumulated batch (num_items_in_batch), a classifier's is divided later.
+
+    transformers' Trainer leaves that out for classifiers that take any keyword, so that all counts twice there.
+    """
+    times = 2.0 if kind == "classifier" and trainer_class is Trainer else 1.0
     model = request.getfixturevalue(kind)
     data = sentences(labels=kind == "classifier")
     config = lora(kind == "classifier", init_lora_weights=False)
@@ -240,7 +246,7 @@ def test_added_loss_gives_the_gradients_of_a_loss_added_by_hand(trainer_class, k
             extra: dict[str, Tensor] = {}
             learned = {n: p for n, p in attached.named_parameters() if p.requires_grad}
             if not techniques:
-                by_hand = torch.autograd.grad(3.0 * decay(attached), list(learned.values()))
+                by_hand = torch.autograd.grad(times * 3.0 * decay(attached), list(learned.values()))
                 extra = dict(zip(learned, by_hand, strict=True))
 
             def look(seen: nn.Module, optimizer: Any) -> None:
@@ -253,6 +259,50 @@ def test_added_loss_gives_the_gradients_of_a_loss_added_by_hand(trainer_class, k
     run("hand")
     for name, gradient in found["hand"].items():
         torch.testing.assert_close(found["recipe"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def encoder_decoder() -> nn.Module:
+    set_seed(0)
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 4, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=40, decoder_start_token_id=0, **sizes))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "decoder", "encoder-decoder"])
+def test_an_accumulated_step_has_the_gradients_of_one_batch(kind, request, tmp_path):
+    model = encoder_decoder() if kind == "encoder-decoder" else request.getfixturevalue(kind)
+    layers = {"classifier": ["query"], "decoder": ["q_proj"], "encoder-decoder": ["q"]}[kind]
+    config = LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+    for dropout in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        dropout.p = 0.0
+    found = []
+    for rows, accumulated in ((4, 1), (2, 2), (1, 4)):
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+        settings = TrainingArguments(**arguments(tmp_path, max_steps=1, max_grad_norm=0.0, **sizes))
+        set_seed(1)
+        with Recipe(config, Decay())(model) as attached:
+            gradients: list[Tensor] = []
+
+            def look(
+                seen: nn.Module, optimizer: Any, learned: nn.Module = attached, to: list[Tensor] = gradients
+            ) -> None:
+                to += [p.grad.clone() for p in learned.parameters() if p.grad is not None]
+
+            data = sentences(labels=kind == "classifier")
+            trainer = RecipeTrainer(attached, settings, train_dataset=data, callbacks=[Watch(look)])
+            trainer.train()
+            found.append((losses(trainer), gradients))
+    for logged, gradients in found[1:]:
+        assert logged == pytest.approx(found[0][0], rel=1e-4)  # rounded where it is logged
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_smoothed_for_the_next_token_below_two_adapters(decoder, tmp_path):
+    batch = {name: torch.tensor(sentences(4, labels=False)[name]) for name in ("input_ids", "labels")}
+    settings = TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1))
+    expected = Trainer(decoder, settings).compute_loss(decoder.eval(), dict(batch))
+    model = Recipe(lora(False), S2LoRAConfig(r=4, target_modules=["o_proj"])).apply(decoder)
+    found = RecipeTrainer(model, settings).compute_loss(model.eval(), dict(batch))
+    torch.testing.assert_close(found, expected)
 
 
 def test_added_loss_is_refused_in_plain_sft_trainer_and_right_in_recipe_sft_trainer(
@@ -337,6 +387,7 @@ def test_losses_and_weights_equal_those_of_plain_peft_and_trainer(tiny_classifie
         model = Recipe(config).apply(model) if recipe else get_peft_model(model, config)
         settings = TrainingArguments(**arguments(tmp_path, gradient_accumulation_steps=2))
         trainer = (RecipeTrainer if recipe else Trainer)(model, settings, train_dataset=sentences())
+        trainer.model_accepts_loss_kwargs = False  # transformers takes this classifier for one that divides its loss
         trainer.train()
         return losses(trainer), [p.detach() for p in model.parameters() if p.requires_grad]
 

@@ -4,9 +4,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from shoestring.errors import SettingError
 from shoestring.training import RunSettings
 from shoestring.training.run import training_arguments
 from shoestring.training.tasks import TASKS
+
+
+def made(path: Path) -> Any:
+    settings = RunSettings.load(path)
+    return training_arguments(settings, TASKS[settings.task](settings), {"validation": ()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "higher"),
+    [
+        ("text-classification", None, True),
+        ("text-classification", "eval_accuracy", True),
+        ("text-classification", "loss", False),
+        ("causal-lm", None, False),
+        ("causal-lm", "mean_token_accuracy", True),
+    ],
+)
+def test_the_best_model_is_that_of_the_metric_asked_for(
+    run_file: Callable[..., Path], task: str, metric: str | None, higher: bool
+) -> None:
+    train = {"save_strategy": None, "save_steps": None, "metric_for_best_model": metric}
+    assert made(run_file("run", task=task, train=train)).greater_is_better is higher
+
+
+def test_evaluations_by_the_steps_of_logging_have_checkpoints_too(run_file: Callable[..., Path]) -> None:
+    train = {"eval_strategy": "steps", "logging_steps": 30, "save_steps": None}
+    arguments = made(run_file("run", train=train))
+    assert (arguments.load_best_model_at_end, arguments.eval_steps, arguments.save_steps) == (True, 30, 30)
+
+
+def test_early_stopping_needs_no_checkpoints_but_evaluations(run_file: Callable[..., Path]) -> None:
+    train = {"save_strategy": "no", "eval_strategy": "epoch"}
+    arguments = made(run_file("run", train=train, early_stopping_patience=2))
+    assert (arguments.load_best_model_at_end, arguments.metric_for_best_model) == (False, "accuracy")
+    with pytest.raises(SettingError, match=r"early_stopping_patience needs evaluations; set train\.eval_strategy"):
+        made(run_file("none", train={"eval_strategy": "no"}, early_stopping_patience=2))
 
 
 def test_checkpoints_come_where_evaluations_do(run_file: Callable[..., Path]) -> None:

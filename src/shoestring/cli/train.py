@@ -1,5 +1,6 @@
 """`shoestring train`: the main job, with progress, checkpoints, resume and a final report."""
 
+import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,8 +66,9 @@ def train(
     else:
         _show(console, report)
     if report.status == "interrupted":
+        again = shlex.join(["shoestring", "train", str(run), *(overrides or ()), "--resume"])
         console.print(
-            f"Stopped after step {report.steps}, with a checkpoint. Go on with: shoestring train {run} --resume",
+            f"Stopped after step {report.steps}, with a checkpoint. Go on with: {again}",
             style="yellow",
             soft_wrap=True,
         )

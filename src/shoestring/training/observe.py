@@ -163,7 +163,7 @@ class StopWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave out what belongs to the end of an epoch where the run stops within one: the loop calls this anyway."""
-        if self.asked and (state.epoch or 0) % 1:
+        if self.asked and state.global_step < state.max_steps and (state.epoch or 0) % 1:
             control.should_save = control.should_evaluate = False
 
     @contextmanager

@@ -105,12 +105,13 @@ def train(
                 set_seed(ready.trainer.args.seed)
             with stop.listening():
                 result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            interrupted = stop.asked and ready.trainer.state.global_step < ready.trainer.state.max_steps
             saved = {"checkpoints": str(folder)}
-            if not stop.asked:
+            if not interrupted:
                 saved["weights"] = str(_save_final(ready, folder))
-            quality = before | ({} if stop.asked else evaluate(ready, say))
+            quality = before | ({} if interrupted else evaluate(ready, say))
             report = Report(
-                status="interrupted" if stop.asked else "finished",
+                status="interrupted" if interrupted else "finished",
                 steps=ready.trainer.state.global_step,
                 quality=quality,
                 trained_parameters=sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad),
@@ -290,17 +291,19 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
     }
-    if "validation" in data:
+    if "validation" in data and settings.train.get("eval_strategy") != "no":
         strategy = settings.train.get("eval_strategy", "epoch")
-        defaults |= {"eval_strategy": strategy, "save_strategy": strategy if strategy != "no" else "epoch"}
-        if settings.train.get("save_strategy", strategy) == strategy != "no":
-            defaults |= {
-                "load_best_model_at_end": True,
-                "metric_for_best_model": task.metric,
-                "greater_is_better": task.higher_is_better,
-            }
-            if (steps := settings.train.get("eval_steps")) is not None:
-                defaults["save_steps"] = steps  # what was evaluated must be there to be the best
+        defaults |= {"eval_strategy": strategy, "save_strategy": strategy, "metric_for_best_model": task.metric}
+        if settings.train.get("metric_for_best_model", task.metric).removeprefix("eval_") == task.metric:
+            defaults["greater_is_better"] = task.higher_is_better  # of others transformers tells by the name
+        if settings.train.get("save_strategy", strategy) == strategy:
+            defaults["load_best_model_at_end"] = True
+            steps = settings.train.get("eval_steps") or settings.train.get("logging_steps", defaults["logging_steps"])
+            defaults["save_steps"] = steps  # what was evaluated must be there to be the best
+    elif "validation" in data and settings.early_stopping_patience is not None:
+        raise SettingError("early_stopping_patience needs evaluations; set train.eval_strategy to epoch or steps.")
+    elif "validation" in data:
+        defaults["eval_strategy"] = "no"
     elif settings.train.get("eval_strategy", "no") != "no":
         raise SettingError("train.eval_strategy needs a validation split; name one as data.validation.")
     elif settings.early_stopping_patience is not None:
@@ -323,7 +326,7 @@ def evaluate(ready: Ready, say: Callable[[str], None]) -> dict[str, dict[str, fl
     for split in ("validation", "test"):
         if split in ready.data:
             say(f"Evaluating on {split}")
-            dataset = ready.trainer.eval_dataset if split == "validation" else ready.data[split]
+            dataset = None if split == "validation" else ready.data[split]  # None: as the trainer has prepared it
             metrics = ready.trainer.evaluate(dataset, metric_key_prefix=split)
             quality[split] = ready.task.quality(metrics, split)
     return quality

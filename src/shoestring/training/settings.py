@@ -91,7 +91,9 @@ class DataSettings(_Section):
     chat: bool = Field(False, description="write prompt and completion as turns of the model's chat template")
     messages: str = Field("messages", min_length=1, description="column of a chat: a list of {role, content}")
     max_length: int | None = Field(
-        None, ge=1, description="tokens kept of an example; empty: as many as the model takes"
+        None,
+        ge=1,
+        description="tokens kept of an example; empty: all the model takes, of causal-lm at most 1,024",
     )
     max_train_rows: int | None = Field(None, ge=1, description="train on this many rows; empty: all")
     max_eval_rows: int | None = Field(None, ge=1, description="evaluate on this many rows of each set; empty: all")

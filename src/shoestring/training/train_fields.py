@@ -25,6 +25,7 @@ SET_ELSEWHERE = {
     "local_rank": "start the run with `accelerate launch`",
     "parallelism_config": "start the run with `accelerate launch`",
     "hub_token": "a token does not belong in a run file; set the environment variable HF_TOKEN",
+    "save_only_model": "checkpoints hold all that --resume needs",
     "trust_remote_code": "Shoestring runs no code that comes with a model",
     "model_init_kwargs": "write model as a mapping: {name: ..., dtype: ..., attn_implementation: ...}",
     "dataset_text_field": "set data.text",
@@ -79,6 +80,10 @@ RANGES: dict[str, Rule] = {
     "dataloader_num_workers": AT_LEAST_0,
     "seed": SEED,
     "data_seed": SEED,
+    "train_sampling_strategy": (
+        lambda value: value in ("random", "sequential"),
+        "random or sequential, since a resumed run would go on with other rows of groups",
+    ),
 }
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import RunFailed, SettingError, did_you_mean
+from ..item_count import passes_item_count
 from ..recipe import attached_to
 from ..technique import MicroBatch, Moment
 from . import checkpoints
@@ -44,6 +46,8 @@ class RecipeTrainerMixin(Trainer):
         self.run_identity = run_identity or {}
         self.attached = attached_to(self.model)
         self.attached.add_losses_in_forward = False
+        if self.label_smoother is not None and _is_causal(self.attached.base_model):  # below however many adapters
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         self.add_callback(_RecipeTrainerCallback(self))
         self._saving_in: Path | None = None
         self._held_out: Any = None  # a loader of the evaluation rows
@@ -238,13 +242,14 @@ class RecipeTrainerMixin(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """As in Trainer; a run that early stopping had ended has no epoch left."""
+        """As in Trainer; a run that was at its end, or that early stopping had ended, has no epoch left."""
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint is not None else None
         begin = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         waiting = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in waiting)
+        ended |= self.state.global_step >= max_steps
         return (num_train_epochs, 0) if self.resumed_from is not None and ended else begin
 
     def _load_callback_state(self) -> None:
@@ -268,6 +273,14 @@ class RecipeTrainerMixin(Trainer):
             self.attached.restore(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, but no checkpoint is removed: `_save_checkpoint` has done so, by our rules."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_in) if self._saving_in is not None else super()._get_output_dir(trial)
@@ -304,6 +317,10 @@ class RecipeTrainerMixin(Trainer):
         self.accelerator.wait_for_everyone()
 
 
+def _is_causal(model: nn.Module) -> bool:
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
 def _with_options(group: dict[str, Any], of_model: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A group of parameters that are `like` those of the model, parted by the options that these have."""
     beside = {id(p): own for p, own in zip(group["like"], group["params"], strict=True)}
@@ -333,6 +350,10 @@ class _RecipeTrainerCallback(RecipeCallback):
 class RecipeTrainer(RecipeTrainerMixin, Trainer):
     """transformers' Trainer, for a model that a recipe is attached to."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs &= passes_item_count(type(self.attached.base_model))
+
 
 @functools.cache
 def recipe_sft_trainer() -> type[Trainer]:
@@ -356,6 +377,9 @@ def recipe_sft_trainer() -> type[Trainer]:
             wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
             plain = self.args.loss_type == "nll" and not wants_logits and not self.aux_loss_enabled
             return plain and self.attached.loss_in_model
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """None: TRL would write it over a README.md in the output folder at every checkpoint."""
 
     RecipeSFTTrainer.__doc__ = recipe_sft_trainer.__doc__
     return RecipeSFTTrainer
