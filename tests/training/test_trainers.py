@@ -378,6 +378,40 @@ def test_ranks_of_adalora_fall(classifier, tmp_path):
     assert sum(int((p != 0).sum()) for p in singular) <= len(singular)  # target_r = 1 a layer on average
 
 
+@pytest.mark.parametrize("trl", [False, True], ids=["RecipeTrainer", "RecipeSFTTrainer"])
+def test_factors_of_adalora_are_kept_orthogonal_in_training_alone(trl, request, tmp_path, tiny_decoder_folder):
+    model = request.getfixturevalue("decoder" if trl else "classifier")
+    batch = {name: torch.tensor(sentences(4, labels=not trl)[name]) for name in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    found = {}
+    for weight in (0.0, 0.5):
+        set_seed(0)
+        config = AdaLoraConfig(
+            init_r=4,
+            total_step=8,
+            orth_reg_weight=weight,
+            target_modules=["q_proj"] if trl else ["query"],
+            task_type="CAUSAL_LM" if trl else "SEQ_CLS",
+        )
+        with Recipe(config)(model) as attached:
+            if trl:
+                tokenizer = AutoTokenizer.from_pretrained(tiny_decoder_folder)
+                rest = {"train_dataset": sentences(labels=False), "processing_class": tokenizer}
+                trainer = recipe_sft_trainer()(attached, sft_arguments(tmp_path), **rest)
+            else:
+                trainer = RecipeTrainer(attached, TrainingArguments(**arguments(tmp_path)))
+            evaluated = trainer.compute_loss(attached.eval(), dict(batch))
+            set_seed(1)
+            trained = trainer.compute_loss(attached.train(), dict(batch))
+            factors = [p.T if "lora_B" in n else p for n, p in attached.named_parameters() if "lora_" in n]
+            factors = [f for f in factors if f.shape[0] == 4 and f.shape[1] > 1]
+            term = torch.stack([(f @ f.T - torch.eye(4)).norm() for f in factors]).mean()
+            found[weight] = (evaluated, trained, term)
+    torch.testing.assert_close(found[0.5][0], found[0.0][0])
+    torch.testing.assert_close(found[0.5][1], found[0.0][1] + 0.5 * found[0.5][2])
+    assert found[0.5][2] > 0
+
+
 def test_losses_and_weights_equal_those_of_plain_peft_and_trainer(tiny_classifier_folder, tmp_path):
     def run(recipe: bool) -> tuple[list[float], list[Tensor]]:
         set_seed(0)

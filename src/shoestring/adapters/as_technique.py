@@ -1,6 +1,7 @@
 """A peft config, peft's own or ours, as a technique of a recipe."""
 
 import copy
+import functools
 import json
 import re
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, match_target_against_key
@@ -64,6 +66,9 @@ class PeftTechnique(Technique):
             if stacked:  # peft warns of a second adapter, which is what the recipe asks for
                 warnings.filterwarnings("ignore", message=".*(second time|Already found a `peft_config`).*")
             self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)
+        if self._orthogonality:  # peft adds it to a loss that the model gives, in evaluation too; we, to any
+            tuner = self.wrapped.base_model
+            tuner.forward = functools.partial(BaseTuner.forward, tuner)
         if isinstance(model, PeftModel):  # TRL and others look there for the model inside
             self.wrapped.get_base_model = model.get_base_model  # type: ignore[method-assign]
         for parameter in trained:  # peft would leave only its newest adapter trained and active
@@ -192,8 +197,19 @@ class PeftTechnique(Technique):
         self._events.on_epoch_end(moment)
 
     def added_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
-        """The config's own term."""
-        return self._events.added_loss(model, batch, outputs)
+        """The config's own term; of AdaLoRA that which keeps its factors orthogonal."""
+        if not self._orthogonality:
+            return self._events.added_loss(model, batch, outputs)
+        named = self.wrapped.base_model.model.named_parameters()
+        pattern = re.compile(rf"\.lora_([AB])\.{re.escape(self.adapter_name)}$")
+        found = [(match[1], p) for name, p in named if (match := pattern.search(name))]
+        factors = [p if side == "A" else p.T for side, p in found]
+        apart = [torch.linalg.matrix_norm(f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
+        return self._orthogonality * torch.stack(apart).mean()
+
+    @property
+    def _orthogonality(self) -> float:
+        return float(getattr(self.config, "orth_reg_weight", 0.0))
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The config's own groups."""
