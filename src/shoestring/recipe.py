@@ -398,7 +398,7 @@ class Attached:
                 "model, or train with shoestring.training.RecipeTrainer or recipe_sft_trainer(), which add to any loss."
             )
         # given the number of items of the whole accumulated batch, a model's loss is a share of it: so is what is added
-        is_share = batch.get("num_items_in_batch") is not None and passes_item_count(type(self.base_model))
+        is_share = batch.get("num_items_in_batch") is not None and passes_item_count(self.base_model)
         shares = self.accumulation_steps if is_share else 1
         outputs.loss = outputs.loss + added.to(outputs.loss) / shares
         return outputs

@@ -38,6 +38,7 @@ class RecipeTrainerMixin(Trainer):
 
     model: Any
     optimizer: Any
+    label_smoother: Any
     run_identity: dict[str, Any]
 
     def __init__(self, *args: Any, run_identity: dict[str, Any] | None = None, **kwargs: Any):
@@ -352,7 +353,7 @@ class RecipeTrainer(RecipeTrainerMixin, Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs &= passes_item_count(type(self.attached.base_model))
+        self.model_accepts_loss_kwargs &= passes_item_count(self.attached.base_model)
 
 
 @functools.cache
