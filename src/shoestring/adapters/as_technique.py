@@ -67,7 +67,7 @@ class PeftTechnique(Technique):
                 warnings.filterwarnings("ignore", message=".*(second time|Already found a `peft_config`).*")
             self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)
         if self._orthogonality:  # peft adds it to a loss that the model gives, in evaluation too; we, to any
-            tuner = self.wrapped.base_model
+            tuner: Any = self.wrapped.base_model
             tuner.forward = functools.partial(BaseTuner.forward, tuner)
         if isinstance(model, PeftModel):  # TRL and others look there for the model inside
             self.wrapped.get_base_model = model.get_base_model  # type: ignore[method-assign]
@@ -200,9 +200,9 @@ class PeftTechnique(Technique):
         """The config's own term; of AdaLoRA that which keeps its factors orthogonal."""
         if not self._orthogonality:
             return self._events.added_loss(model, batch, outputs)
-        named = self.wrapped.base_model.model.named_parameters()
+        tuner: Any = self.wrapped.base_model
         pattern = re.compile(rf"\.lora_([AB])\.{re.escape(self.adapter_name)}$")
-        found = [(match[1], p) for name, p in named if (match := pattern.search(name))]
+        found = [(match[1], p) for name, p in tuner.model.named_parameters() if (match := pattern.search(name))]
         factors = [p if side == "A" else p.T for side, p in found]
         apart = [torch.linalg.matrix_norm(f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
         return self._orthogonality * torch.stack(apart).mean()
