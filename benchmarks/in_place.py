@@ -8,17 +8,25 @@ what trains in float32; and so with `chunked_loss`, without which logits of its 
 method stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the
 method's trained parameters; both are rows of their own. `paca` stands beside a LoRA of equal r too, and `qwha` of r
 64 beside one of 64, in batches of 2,048 tokens, where its paper takes 8,192 and more: steps of these would take
-minutes here, and what it makes beside its products counts for less there. Bytes are the ledger's. Seconds are those
-of the processor on one thread, the least of several steps, the method's and LoRA's in turn. No optimizer is in it.
-Those with limits beside full tuning stand there too, with AdamW's update in both, and bytes of all there is, weights
-and states included; full tuning has its weights in float32.
+minutes here, and what it makes beside its products counts for less there. In bfloat16, peft casts the input of each
+layer to the float32 of LoRA's weights and autocast casts it back, so that q, k and v keep a copy each of an input that
+is one; there each method stands, with the same limits, beside a LoRA whose own weights are in bfloat16 too, as with
+peft's `autocast_adapter_dtype=False`, and whose layers share it. Bytes are the ledger's. Seconds are those of the
+processor on one thread, the least of several steps, the method's and LoRA's in turn. No optimizer is in it. Those with
+limits beside full tuning stand there too, with AdamW's update in both, and bytes of all there is, weights and states
+included; full tuning has its weights in float32.
 
-stored: the decoder as `save_packed` writes it, beside its weights in 16 bit.
+stored: the decoder as `save_packed` writes it, beside its weights in 16 bit: the whole file with what stays as it was,
+embeddings above all, and the packed layers in it alone.
 
 classification, decoder, rounded: trainings at equal numbers of steps, with learning rates looked for as `quality.py`
 says, beside LoRA of equal trained parameters. rounded: the decoder's linear layers hold the nearest of 4 levels in
-groups of 64 weights; `qwha` stands beside a LoRA that starts at the singular vectors of what rounding took, and that
-beside LoRA. Every run is written to the JSON file when it ends, and not run again when it is there.
+groups of 64 weights; `qwha` stands beside LoRA and beside a LoRA that starts at the singular vectors of what rounding
+took, of which a row without a goal tells how it does beside LoRA. Every run is written to the JSON file when it ends,
+and not run again when it is there.
+
+The packaged decoder was itself distributed in 4 bits, as a GGUF file, and dequantised: the "16-bit" weights of its
+linear layers lie on a grid of 16 levels in groups of 32. What methods that round lose here says little of other models.
 """
 
 import argparse
@@ -31,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from quality import REVIEWS, WORD_PROBLEMS, Contestant, Trainings, command, do
@@ -39,6 +48,7 @@ from rounded import folder
 from shoestring import Recipe, assets
 from shoestring.adapters.base import AdaptedLinear
 from shoestring.quantisation import save_packed
+from shoestring.quantisation.packed_model import TENSORS_FILE, packed_layers
 from steps import above_weights, memory, seconds, stepped, with_adamw
 
 KEPT, PEAK, SECONDS, WHOLE = "bytes kept", "peak above the weights", "seconds", "peak, weights and states included"
@@ -61,8 +71,9 @@ class Method:
     targets: the layers of LoRA, and of the method where it does not say its own. full: limits beside full tuning.
     same_r: an r that the method and a LoRA both take, and limits beside that one; None for no such rows.
     without_data: settings that let its first technique attach without data, for costs; None leaves one out. parts: the
-    trainings. nf4: LoRA stands on the base in nf4. stored: how many times the bytes of 16 bit its file may be. apart:
-    how much worse than LoRA's its quality may be; None for as much as the part says.
+    trainings. nf4: LoRA stands on the base in nf4. stored: how many times the bytes of 16 bit its file may be, and the
+    packed layers in it. apart: by part, how much worse than LoRA's its quality may be, where not as much as the part
+    says.
     """
 
     recipe: list[Any]
@@ -74,7 +85,7 @@ class Method:
     parts: tuple[str, ...] = ("classification", "decoder")
     nf4: bool = False
     stored: float | None = None
-    apart: float | None = None
+    apart: dict[str, float] = field(default_factory=dict)
 
 
 QWHA = {"r": 16, "original": f"packaged:{MODEL}"}
@@ -91,16 +102,16 @@ METHODS: dict[str, Method] = {
         same_r=(64, {PEAK_AND_ONE: 1.0, SECONDS: 1.2}),
         without_data={"init": "zero", "original": None},
         parts=("rounded",),
-        apart=0.0,
+        apart={"rounded": 0.0},
     ),
-    "l4q": Method([{"l4q": {"group_size": 64}}], {PEAK: 1.05}),
+    "l4q": Method([{"l4q": {"group_size": 64}}], {PEAK: 1.05}, apart={"classification": 0.01}),
     "sketchtune": Method(
         [{"sketchtune": {"groups": 1, "target_modules": None}}],
         without_data={"calibrate": False},
         parts=("decoder",),
         nf4=True,
         stored=0.40,
-        apart=0.0,
+        apart={"decoder": 0.0},
     ),
     "SHiRA": Method([{"shira": {"r": 8}}]),
     "LoRA-FA": Method([{"lora": {"r": 16, "lora_alpha": 32}}, "lora_fa"]),
@@ -120,19 +131,25 @@ def entries(recipe: list[Any], targets: Any, **more: Any) -> list[Any]:
 
 
 class Stepped:
-    """A packaged model with a recipe, and one step of it."""
+    """A packaged model with a recipe, and one step of it.
 
-    def __init__(self, model: str, recipe: list[Any], dtype: str = "float32", update: bool = False):
+    half: what trains is in bfloat16, which peft would leave so with `autocast_adapter_dtype=False`.
+    """
+
+    def __init__(self, model: str, recipe: list[Any], dtype: str = "float32", update: bool = False, half: bool = False):
         auto = AutoModelForCausalLM if model == MODEL else AutoModelForSequenceClassification
         frozen = any(isinstance(entry, dict) for entry in recipe)
         held = dtype if frozen else "float32"  # weights that train are not rounded
         loaded = auto.from_pretrained(assets.model_folder(model), dtype=held)
         ids = torch.randint(0, loaded.config.vocab_size, BATCH, generator=torch.Generator().manual_seed(0))
         self.model, self.step = stepped(loaded, ids, recipe, autocast=dtype == "bfloat16")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trained if half else ():
+            parameter.data = parameter.data.bfloat16()
         self.optimizer: torch.optim.Optimizer | None = None
         if update:
             self.step, self.optimizer = with_adamw(self.model, self.step)
-        self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.trained = sum(p.numel() for p in trained)
 
     @functools.cached_property
     def bytes_of_step(self) -> dict[str, int]:
@@ -159,14 +176,35 @@ def cost_of(name: str, variant: str, rounds: int) -> list[Row]:
     method = METHODS[name]
     r, recipe = equal_lora(name, MODEL)
     label = f"{MODEL} {variant}, {name} beside"
-    rows = rows_of(f"{label} LoRA r={r}", name, recipe, method.limits, variant, rounds, update=False)
+    rows = rows_beside_lora(f"{label} LoRA r={r}", name, recipe, method.limits, variant, rounds)
     if method.full:
         rows += rows_of(f"{label} full tuning, with AdamW", name, [], method.full, variant, rounds, update=True)
     if method.same_r:
         r, limits = method.same_r
         recipe = [lora(r, target_modules=method.targets[MODEL])]
-        rows += rows_of(f"{label} LoRA of the same r, {r}", name, recipe, limits, variant, rounds, update=False, r=r)
+        rows += rows_beside_lora(f"{label} LoRA of the same r, {r}", name, recipe, limits, variant, rounds, r=r)
     return rows
+
+
+def rows_beside_lora(
+    label: str, name: str, recipe: list[Any], limits: dict[str, float], variant: str, rounds: int, **more: Any
+) -> list[Row]:
+    """The rows beside one LoRA, and in bfloat16 beside it with weights in bfloat16 too."""
+    halves = (False, True) if VARIANTS[variant][0] == "bfloat16" else (False,)
+    return [
+        row
+        for half in halves
+        for row in rows_of(
+            f"{label} with weights in bfloat16" if half else label,
+            name,
+            recipe,
+            limits,
+            variant,
+            rounds,
+            half=half,
+            **more,
+        )
+    ]
 
 
 def rows_of(
@@ -176,14 +214,15 @@ def rows_of(
     limits: dict[str, float],
     variant: str,
     rounds: int,
-    update: bool,
+    update: bool = False,
+    half: bool = False,
     **more: Any,
 ) -> list[Row]:
-    """The rows beside one baseline. more: settings of the method for them."""
+    """The rows beside one baseline. half: what trains in it is in bfloat16. more: settings of the method for them."""
     gc.collect()
     dtype, others = VARIANTS[variant]
     ours = Stepped(MODEL, [*without_data(METHODS[name], MODEL, **more), *others], dtype, update)
-    base = Stepped(MODEL, [*baseline, *others], dtype, update)
+    base = Stepped(MODEL, [*baseline, *others], dtype, update, half)
     rows = [Row(f"{label}: trained parameters", ours.trained, base.trained)]
     rows += [
         Row(f"{label}: {measure}", ours.bytes_of_step[measure], base.bytes_of_step[measure])
@@ -202,16 +241,25 @@ def rows_of(
 
 
 def stored(name: str) -> list[Row]:
-    """What the file of a model takes whose layers the method holds packed, beside 16 bit."""
+    """What the file of a model takes whose layers the method holds packed, and these layers alone, beside 16 bit."""
     method = METHODS[name]
     if method.stored is None:
         return []
     model = AutoModelForCausalLM.from_pretrained(assets.model_folder(MODEL), dtype=torch.bfloat16)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    model = Recipe.from_list(without_data(method, MODEL)).apply(model)
+    layers: dict[str, Any] = dict(packed_layers(model))
+    of_layers = sum(2 * layer.in_features * layer.out_features for layer in layers.values())
     with tempfile.TemporaryDirectory() as written:
-        save_packed(Recipe.from_list(without_data(method, MODEL)).apply(model), written)
-        packed = sum(file.stat().st_size for file in Path(written).rglob("*.safetensors"))
-    return [at_most(f"{MODEL}, {name} stored, beside 16 bit: bytes", packed, whole, method.stored)]
+        save_packed(model, written)
+        file = Path(written) / TENSORS_FILE
+        packed = file.stat().st_size
+        in_layers = sum(t.nbytes for key, t in load_file(file).items() if key.rpartition(".")[0] in layers)
+    label = f"{MODEL}, {name} stored"
+    return [
+        at_most(f"{label}, beside 16 bit: bytes", packed, whole, method.stored),
+        at_most(f"{label}, its layers alone, beside 16 bit: bytes", in_layers, of_layers, method.stored),
+    ]
 
 
 def contestants(part: str, names: Collection[str] | None) -> dict[str, Contestant]:
@@ -223,15 +271,15 @@ def contestants(part: str, names: Collection[str] | None) -> dict[str, Contestan
             continue
         r, recipe = equal_lora(name, model)
         where = "" if method.targets is EVERYWHERE else f" on {' and '.join(method.targets[model])}"
-        ours = entries(method.recipe, method.targets[model])
+        ours, apart = entries(method.recipe, method.targets[model]), method.apart.get(part)
         base = f"LoRA r={r}{where}{' in nf4' if method.nf4 else ''}"
         if part == "rounded":
             made[base] = Contestant(recipe, model=rounded)
-            made["svd_start"] = Contestant([*recipe, "svd_start"], base, model=rounded)
-            made[name] = Contestant(ours, "svd_start", model=rounded, apart=method.apart)
+            made["svd_start"] = Contestant([*recipe, "svd_start"], base, model=rounded, goal=False)
+            made[name] = Contestant(ours, (base, "svd_start"), model=rounded, apart=apart)
         else:
             made[base] = Contestant(recipe, model=(lambda: NF4) if method.nf4 else None)
-            made[name] = Contestant(ours, base, apart=method.apart)
+            made[name] = Contestant(ours, base, apart=apart)
     return made
 
 

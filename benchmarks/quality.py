@@ -66,17 +66,23 @@ WORD_PROBLEMS = Part(
 
 @dataclass(frozen=True)
 class Contestant:
-    """A recipe, and the name of the contestant that it stands beside.
+    """A recipe, and the name of the contestant that it stands beside, or the names of several.
 
     beside: empty for one that is a baseline only. model: as in a run file; None for that of the part. apart: as in the
-    part; None for the part's own. train: over the settings of the part.
+    part; None for the part's own. train: over the settings of the part. goal: False where rows only tell.
     """
 
     recipe: list[Any]
-    beside: str = ""
+    beside: str | tuple[str, ...] = ""
     model: Callable[[], Any] | None = None
     apart: float | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
+    goal: bool = True
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The names in `beside`."""
+        return tuple(filter(None, (self.beside,) if isinstance(self.beside, str) else self.beside))
 
 
 def settings_of(
@@ -169,25 +175,26 @@ def result(part: Part, outcome: Outcome) -> float:
 
 
 def compared(title: str, part: Part, contestants: Mapping[str, Contestant], done: Mapping[str, Outcome]) -> list[Row]:
-    """Mean and spread of each that has finished seeds in common with its baseline; goals where all are finished."""
+    """Mean and spread of each that has finished seeds in common with a baseline; goals where all are finished."""
     rows = []
     for name, contestant in contestants.items():
-        for longer in (False, True) if part.longer else (False,):
-            rows += _compared(title, part, contestant, name, done, longer)
+        for base in contestant.baselines:
+            for longer in (False, True) if part.longer else (False,):
+                rows += _compared(title, part, contestant, name, base, done, longer)
     return rows
 
 
 def _compared(
-    title: str, part: Part, contestant: Contestant, name: str, done: Mapping[str, Outcome], longer: bool
+    title: str, part: Part, contestant: Contestant, name: str, base: str, done: Mapping[str, Outcome], longer: bool
 ) -> list[Row]:
-    base = contestant.beside
     rates, both = zip(*(outcomes_of(done, one, longer) for one in (name, base)), strict=True)
     if not (common := [seed for seed in SEEDS if all(seed in some for some in both)]):
         return []
     values = [[result(part, some[seed]) for seed in common] for some in both]
     means = [statistics.mean(some) for some in values]
     label = f"{title}{', longer' if longer else ''}, {name} beside {base}, {len(common)} of {len(SEEDS)} seeds"
-    goal, holds = _goal(part, contestant, *means) if len(common) == len(SEEDS) else ("", None)
+    wanted = contestant.goal and len(common) == len(SEEDS)
+    goal, holds = _goal(part, contestant, *means) if wanted else ("", None)
     rows = [Row(f"{label}: {part.measure}", *means, goal, holds)]
     if len(common) > 1:
         rows.append(Row(f"{label}: standard deviation of {part.measure}", *(statistics.stdev(some) for some in values)))

@@ -3,7 +3,9 @@
     python benchmarks/rounding_start.py --json docs/results/rounding_start.json
     python benchmarks/rounding_start.py --bits 2 --blocks 29 --json rounding_start.json
 
-The packaged decoder, its linear layers rounded to the nearest of 2^bits levels in groups of 64 weights. The error is
+The packaged decoder, its linear layers rounded to the nearest of 2^bits levels in groups of 64 weights. It was itself
+distributed in 4 bits, as a GGUF file, and dequantised: its "16-bit" weights lie on a grid of 16 levels in groups of 32,
+so that what rounding to 4 bits takes here is not what it takes of other models. The error is
 that of a layer's output, ||(W_0 - W_Q - start) X^T|| over ||(W_0 - W_Q) X^T||, on the inputs that it gets in the
 rounded model; the mean over the layers of some blocks. Starts are found on some rows of the packaged word problems, and
 are measured on others. The low-rank starts have as many numbers: the SVD of W_0 - W_Q (as in LoftQ's first round), and

@@ -445,6 +445,30 @@ def test_adapters_switch_add_up_where_they_overlap_and_are_averaged():
         fuse(model, {"other": 1.0}, "mean")
 
 
+@pytest.mark.parametrize("first", ["attention", "mlp"])
+def test_layers_that_one_adapter_leaves_out_are_in_the_fused_one_if_another_trains_them(first: str):
+    without = {"attention": "mlp", "mlp": "self_attn"}
+    model = s2ft(exclude_modules=rf".*\.{without[first]}\..*")
+    (other,) = {"attention", "mlp"} - {first}
+    with seeded(5):
+        model.add_adapter("other", S2FTConfig(**ALL, exclude_modules=rf".*\.{without[other]}\..*", init_weights=False))
+    model.double().base_model.set_adapter(["default", "other"])
+    expected = logits(model.eval())
+    fuse(model, {"default": 1.0, "other": 1.0}, "sum")
+    model.double().set_adapter("sum")
+    assert set(model.peft_config["sum"].selected) == {part.layer for part in parts(model).values()}
+    torch.testing.assert_close(logits(model.eval()), expected)
+
+
+def test_adapters_with_a_trained_head_are_not_fused():
+    model = s2ft(modules_to_save=["lm_head"])
+    with seeded(5):
+        model.add_adapter("other", S2FTConfig(**ALL))
+    with pytest.raises(ValueError, match=r"but default has modules_to_save lm_head, of which there is no sum"):
+        fuse(model, {"other": 0.5, "default": 0.5}, "mean")
+    assert "mean" not in model.peft_config
+
+
 def test_indices_that_do_not_fit_the_layer_are_refused_when_they_are_loaded(tmp_path: Path):
     s2ft().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

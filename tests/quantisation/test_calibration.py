@@ -18,6 +18,7 @@ from shoestring.adapters import Adapter, AdapterConfig, register
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
 from shoestring.quantisation.calibration import Calibrated, input_moments, moments_in_parts
+from shoestring.quantisation.gradients import column_gradients
 from shoestring.recipe import Recipe, attached_to, load
 from shoestring.testing.adapters import tiny_llama
 from shoestring.testing.assets import need
@@ -341,6 +342,23 @@ def test_without_values_and_without_a_start_nothing_is_prepared():
         get_peft_model(tiny_llama(), ProbeConfig(target_modules=["q_proj"]))
     get_peft_model(tiny_llama(), ProbeConfig(target_modules=["q_proj"], init_weights=False))
     assert not ProbeConfig.prepared
+
+
+def test_gradients_are_those_of_the_tokens_with_labels():
+    model, ids = tiny_llama(), [5, 9, 12, 7, 31, 8]
+    row = {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+    layers = {"up": model.model.layers[1].mlp.up_proj}
+    found = column_gradients(model, layers, [row], 1)["up"]
+    model(input_ids=torch.tensor([ids]), labels=torch.tensor([row["labels"]])).loss.backward()
+    torch.testing.assert_close(found, layers["up"].weight.grad.square().sum(0))
+
+
+def test_a_row_whose_labels_are_cut_off_is_refused():
+    model = tiny_llama()
+    rows = [{"input_ids": [5, 9, 12], "labels": [-100, -100, 12]}]
+    told = "Calibration row 0 has no label that the loss counts among its first 2 tokens: raise calibration_max_tokens"
+    with pytest.raises(SettingError, match=told):
+        column_gradients(model, {"up": model.model.layers[0].mlp.up_proj}, rows, 1, max_tokens=2)
 
 
 def test_missing_and_unfit_data_are_refused():

@@ -263,15 +263,16 @@ class _RebuiltWeight(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         trained = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
-        with torch.enable_grad():
-            weight = ctx.make()
-        dx = (dy @ weight.detach().to(dy.dtype)) if ctx.needs_input_grad[0] else None
-        given: Iterator[Tensor | None] = iter(())
-        if trained:
-            edge, dtype = get_gradient_edge(weight), weight.dtype
-            del weight  # its gradient is as large: never both at once
-            d_weight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
-            given = iter(torch.autograd.grad(edge, trained, d_weight, allow_unused=True))
+        with autocast_off(dy):  # as in forward, wherever backward is called
+            with torch.enable_grad():
+                weight = ctx.make()
+            dx = (dy @ weight.detach().to(dy.dtype)) if ctx.needs_input_grad[0] else None
+            given: Iterator[Tensor | None] = iter(())
+            if trained:
+                edge, dtype = get_gradient_edge(weight), weight.dtype
+                del weight  # its gradient is as large: never both at once
+                d_weight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
+                given = iter(torch.autograd.grad(edge, trained, d_weight, allow_unused=True))
         return dx, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
 
 
@@ -319,10 +320,11 @@ class _KeptInput(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
         x = x.detach().requires_grad_(needed[0])
-        with torch.enable_grad():
-            y = ctx.run(x)
         wanted = [tensor for tensor, is_needed in zip((x, *parameters), needed, strict=True) if is_needed]
-        given = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
+        with autocast_off(dy):
+            with torch.enable_grad():
+                y = ctx.run(x)
+            given = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
         dx, *others = (next(given) if is_needed else None for is_needed in needed)
         return dx, None, *others
 

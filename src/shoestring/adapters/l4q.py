@@ -132,6 +132,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with autocast_off(dy):  # as in forward: codes and what is clipped must be the same
+            return _Linear._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, log_step, offset = ctx.saved_tensors
         factors = Factors(weight, a, b, log_step, offset, ctx.grid)
         of_x, of_bias, *of_factors = ctx.needs_input_grad[:-1]

@@ -443,7 +443,7 @@ def fuse(model: PeftModel, weights: Mapping[str, float], adapter_name: str) -> N
 
     weights: by the name of the adapter. Where they selected the same heads or channels, their changes add up.
 
-    Raises ValueError for names that are no s2ft adapters here, and under `permute`.
+    Raises ValueError for names that are no s2ft adapters here, for adapters with modules_to_save, and under `permute`.
     """
     configs = model.peft_config
     for name in weights:
@@ -452,13 +452,19 @@ def fuse(model: PeftModel, weights: Mapping[str, float], adapter_name: str) -> N
             raise ValueError(f"There is no s2ft adapter {name!r} to fuse. {did_you_mean(name, known)}")
     if not weights or adapter_name in configs:
         raise ValueError(f"fuse takes at least one adapter and a new name, got {dict(weights)} and {adapter_name!r}.")
+    if saved := {name: sorted(configs[name].modules_to_save) for name in weights if configs[name].modules_to_save}:
+        raise ValueError(
+            "fuse adds up changes of s2ft alone, but "
+            + " and ".join(f"{name} has modules_to_save {', '.join(modules)}" for name, modules in saved.items())
+            + ", of which there is no sum: fuse adapters without them."
+        )
     config = copy.deepcopy(configs[next(iter(weights))])
     chosen: dict[str, set[int]] = {}
     for name in weights:
         for layer, units in configs[name].selected.items():
             chosen.setdefault(layer, set()).update(units)
     config.selected = {layer: sorted(units) for layer, units in chosen.items()}
-    config.target_modules, config.init_weights = set(chosen), True
+    config.target_modules, config.exclude_modules, config.init_weights = set(chosen), None, True
     model.add_adapter(adapter_name, config)
     for layer in model.modules():
         adapters = getattr(layer, "adapters", {}) if isinstance(layer, AdaptedLinear) else {}

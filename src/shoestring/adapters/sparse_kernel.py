@@ -247,21 +247,22 @@ class _Linear(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
-        for columns in kernel.blocks(1):
+        with autocast_off(dy):  # as in forward: the same entries are zero
+            for columns in kernel.blocks(1):
 
-            def to_input(delta: Tensor, columns: slice = columns) -> None:
-                assert dx is not None
-                if weight is not None:
-                    delta += weight[:, columns]
-                torch.mm(dy, delta.to(dy.dtype), out=dx[:, columns])
+                def to_input(delta: Tensor, columns: slice = columns) -> None:
+                    assert dx is not None
+                    if weight is not None:
+                        delta += weight[:, columns]
+                    torch.mm(dy, delta.to(dy.dtype), out=dx[:, columns])
 
-            def gradient(columns: slice = columns) -> Tensor:
-                d_delta = dy.T @ x[:, columns]
-                if d_weight is not None:
-                    d_weight[:, columns] = d_delta
-                return d_delta.to(kernel.q.dtype)
+                def gradient(columns: slice = columns) -> Tensor:
+                    d_delta = dy.T @ x[:, columns]
+                    if d_weight is not None:
+                        d_weight[:, columns] = d_delta
+                    return d_delta.to(kernel.q.dtype)
 
-            gradients.add(columns, gradient, None if dx is None else to_input)
+                gradients.add(columns, gradient, None if dx is None else to_input)
         return dx, d_weight, *gradients.like(p, q, mix), None
 
 
@@ -285,8 +286,9 @@ class _Delta(torch.autograd.Function):
         p, q, mix, theta, log_sums = ctx.saved_tensors
         kernel = Kernel(p, q, mix, log_sums)
         gradients = FactorGradients(kernel, ctx.sparsity, theta)
-        for columns in kernel.blocks(1):
-            gradients.add(columns, d_delta[:, columns].clone)
+        with autocast_off(d_delta):
+            for columns in kernel.blocks(1):
+                gradients.add(columns, d_delta[:, columns].clone)
         return *gradients.like(p, q, mix), None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..adapters.base import Adapter
+from ..adapters.base import Adapter, autocast_off
 from ..errors import RunFailed
 from ..fakes import has_values
 from .stream_arithmetic import Factor, StreamArithmetic
@@ -367,7 +367,8 @@ class _WayBack:
                 edge, dy_of_part = get_gradient_edge(delta), dy.to(delta.dtype)
                 del delta, rest
                 wanted = [x, *self.leaves, *aliases.values()]
-                dx, *others = torch.autograd.grad(edge, wanted, dy_of_part, allow_unused=True)
+                with autocast_off(x):  # as backward runs without reversal
+                    dx, *others = torch.autograd.grad(edge, wanted, dy_of_part, allow_unused=True)
             self._note(aliases, others)
             if dx is not None:
                 self.gradients[1 - changed] = self.gradients[1 - changed] + dx

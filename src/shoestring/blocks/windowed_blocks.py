@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
+from ..adapters.base import autocast_off
 from ..errors import SettingError
 from ..fakes import has_values
 from .attention import TokenMask, additive, attend, handled_by
@@ -518,7 +519,7 @@ class _Sums:
         asked = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
         wanted = [*(leaves[i] for i in asked), *(self.parameters[i] for i in trained)]
         anchors = [] if anchor is None else [anchor]
-        with _hooks_off(self.parameters):
+        with _hooks_off(self.parameters), autocast_off(hidden):  # as backward runs without windows
             found = torch.autograd.grad(outputs, [*wanted, *anchors], gradients, allow_unused=True)
         for i, new in zip(asked, found, strict=False):
             if new is not None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import SettingError
+from ..fakes import has_values
 from ..modes import in_eval_mode
-from .calibration import SECONDS_BEFORE_A_BAR, inputs_of
+from .calibration import NO_LABEL, SECONDS_BEFORE_A_BAR, inputs_of
 
 
 def column_gradients(
@@ -113,13 +114,14 @@ def all_frozen(model: nn.Module) -> Iterator[None]:
 def loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> Tensor:
     """The model's loss of one row of inputs with labels, or of a causal language model's inputs alone.
 
-    Raises SettingError with the row's `index` if there is none.
+    Raises SettingError with the row's `index` if there is none, or no label is left that it counts.
     """
     if "labels" not in row and "label" in row:
         row = {**row, "labels": row["label"]}
     inputs = inputs_of(model, row, index, max_tokens, with_labels=True)
     if "labels" not in inputs and getattr(model, "can_generate", lambda: False)():
         inputs["labels"] = inputs["input_ids"]
+    _check_labels(inputs.get("labels"), index, max_tokens)
     loss = getattr(model(**inputs), "loss", None)
     if loss is None:
         raise SettingError(
@@ -127,3 +129,14 @@ def loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: in
             "with labels, or choose by something else than gradients."
         )
     return loss
+
+
+def _check_labels(labels: Tensor | None, index: int, max_tokens: int | None) -> None:
+    """Refuse a row whose labels are all cut off, of which the loss is a NaN."""
+    if labels is None or labels.is_floating_point() or not has_values(labels) or bool((labels != NO_LABEL).any()):
+        return
+    where = "" if max_tokens is None else f" among its first {max_tokens} tokens"
+    raise SettingError(
+        f"Calibration row {index} has no label that the loss counts{where}: raise calibration_max_tokens, or give rows "
+        "with labels."
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sized
+from collections.abc import Callable, Sized
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RunFailed, SettingError
+from ...quantisation.calibration import NO_LABEL
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
 from .base import Task
@@ -94,25 +96,59 @@ class CausalLM(Task):
         return data
 
     def model_inputs(self, data: DatasetDict, processor: Any) -> DatasetDict:
-        """The rows as TRL will encode them, before it cuts or packs them."""
-        end = self.settings.train.get("eos_token") or processor.eos_token or ""
+        """The rows as TRL encodes, labels and cuts them, less those that the cut leaves without a label.
 
-        def ids(text: Any, **options: Any) -> list[int]:
-            encoded = processor(text) if isinstance(text, str) else processor.apply_chat_template(text, **options)
-            return list(encoded["input_ids"])
-
-        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            if "messages" in row:
-                return {"input_ids": ids(row["messages"], return_dict=True)}
-            if "prompt" not in row:
-                return {"input_ids": ids(row["text"] + end)}
-            whole = row["prompt"] + row["completion"] + (end if isinstance(row["prompt"], str) else [])
-            # at the seam, the end of the prompt may be other tokens than in the whole
-            opening = ids(row["prompt"], add_generation_prompt=True, return_dict=True)
-            return {"input_ids": [*opening, *ids(whole, return_dict=True)]}
-
-        made = {name: rows.map(encode, remove_columns=rows.column_names) for name, rows in data.items()}
+        Rows that are to be packed are whole, for packing cuts them elsewhere.
+        """
+        train, encode = self.settings.train, self._encoder(processor)
+        length, packing = self.argument_defaults()["max_length"], bool(train.get("packing"))
+        cut = slice(-length, None) if train.get("truncation_mode") == "keep_end" else slice(length)
+        made = {}
+        for split, rows in data.items():
+            of_split = packing if split == "train" or train.get("eval_packing") is None else train["eval_packing"]
+            options = {"cut": slice(None) if of_split else cut}
+            encoded = rows.map(encode, fn_kwargs=options, remove_columns=rows.column_names)
+            labelled = encoded.filter(lambda row: any(label != NO_LABEL for label in row["labels"]))
+            made[split] = labelled if len(labelled) else encoded  # of a split without any the trainer tells
         return type(data)(made)
+
+    def _encoder(self, processor: Any) -> Callable[..., dict[str, list[int]]]:
+        """What makes a row's ids and labels, as TRL does, and cuts them."""
+        train, template = self.settings.train, None
+        end = train.get("eos_token") or processor.eos_token or ""
+        prompts_count = train.get("completion_only_loss") is False
+        answers_alone = train.get("assistant_only_loss", False)
+        if answers_alone:
+            from trl import get_training_chat_template
+
+            template = get_training_chat_template(processor)
+
+        def encoded(text: Any, **options: Any) -> Any:
+            if isinstance(text, str):
+                return processor(text)
+            return processor.apply_chat_template(text, return_dict=True, chat_template=template, **options)
+
+        def ended(text: Any) -> Any:
+            return text if not isinstance(text, str) or text.endswith(end) else text + end
+
+        def encode(row: dict[str, Any], cut: slice) -> dict[str, list[int]]:
+            opening: list[int] = []
+            if "prompt" in row:
+                whole = row["prompt"] + ended(row["completion"])
+                if not prompts_count:
+                    opening = encoded(row["prompt"], add_generation_prompt=True)["input_ids"]
+            else:
+                whole = row["messages"] if "messages" in row else ended(row["text"])
+            made = encoded(whole, return_assistant_tokens_mask=answers_alone)
+            ids = list(made["input_ids"])
+            # at the seam, the end of the prompt may be other tokens than in the whole
+            before = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opening, ids, strict=False)))
+            counts = made.get("assistant_masks", [1] * len(ids))
+            counts = [counted and place >= before for place, counted in enumerate(counts)]
+            labels = [token if counted else NO_LABEL for token, counted in zip(ids, counts, strict=True)]
+            return {"input_ids": ids[cut], "labels": labels[cut]}
+
+        return encode
 
     def trainer(self, **kwargs: Any) -> Trainer:
         from ..trainer import recipe_sft_trainer
