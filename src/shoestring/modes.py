@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 _OF_FORWARDS_ALONE = ContextVar("a training step of forwards alone is at work", default=False)
 
@@ -39,6 +40,20 @@ def quiet(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _OF_FORWARDS_ALONE.reset(before)
+
+
+def dropouts(model: nn.Module) -> dict[str, float]:
+    """The dropout that `quiet` switches off, by the names of modules: the share that each drops.
+
+    Layers of dropout, and modules that keep a share in an attribute named for it, as attention does.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        own = {"dropout": module.p} if isinstance(module, _DropoutNd) else vars(module)
+        shares = [value for key, value in own.items() if "drop" in key and isinstance(value, float)]
+        if (share := max(shares, default=0.0)) > 0:
+            found[name] = share
+    return found
 
 
 @contextmanager

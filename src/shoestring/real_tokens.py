@@ -17,13 +17,13 @@ def real_tokens(
 ) -> Bool[Tensor, "*batch"] | None:
     """Which tokens of the layer `name`, whose inputs have the leading sizes `shape`, are no padding; None: all of them.
 
-    A decoder beside an encoder reads the tokens of the labels, and by keys and values of cross-attention those of the
-    encoder; which reads one row of each example where a batch has several. Tokens count all where no mask has their
-    shape, as in packed batches.
+    A decoder beside an encoder reads the tokens of the labels, or of the input where labels are no tokens, and by keys
+    and values of cross-attention those of the encoder; which reads one row of each example where a batch has several.
+    Tokens count all where no mask has their shape, as in packed batches.
     """
     of_input, of_output = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-    if of_output is None and batch.get("labels") is not None:
-        of_output = batch["labels"] != -100
+    if of_output is None and (labels := batch.get("labels")) is not None:
+        of_output = labels != -100 if labels.dim() > 1 else of_input
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     in_decoder = both and "decoder" in name.split(".")
     mask = of_output if in_decoder and not CROSS_KEYS.search(name) else of_input

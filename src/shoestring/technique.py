@@ -247,6 +247,16 @@ class Technique(Events):
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read what `save` wrote into the attached model."""
 
+    def fold(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """What it learned beside the weights, to be part of them: parameters, their names in the model, what to add.
+
+        Called before the model is written without the recipe. After the last change the model holds no module and no
+        hook of the technique, which cannot be used any more; its context then changes no weight when it ends.
+
+        Raises SettingError where weights cannot hold what it learned, with the reason.
+        """
+        return iter(())
+
     def set_task(self, peft_task_type: str) -> bool:
         """Learn the run's task in peft's word, or "" where it has none; True if a new head then trains with it."""
         return False

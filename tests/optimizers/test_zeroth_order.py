@@ -1,6 +1,7 @@
 """Zeroth-order training: directions come again from seeds, weights come back, steps are logged, no memory is kept."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -201,6 +202,22 @@ def test_beside_lora_only_the_adapters_move_and_dropout_is_off(tmp_path):
         assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
         ends.append(values(model))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("tiny", [CLASSIFIER, DECODER], ids=["layers", "attributes"])
+def test_dropout_that_is_off_is_told_of_once(tiny, recwarn):
+    def told() -> list[str]:
+        texts = [str(each.message) for each in recwarn.list if "dropout" in str(each.message)]
+        recwarn.clear()
+        return texts
+
+    Recipe(tiny.lora(), ZerothOrder()).apply(tiny.make())
+    assert not told()
+    Recipe(tiny.lora(), ZerothOrder()).apply(tiny.make(dropout=0.25))
+    (text,) = told()
+    assert re.search(r"the dropout of \d+ modules, .* \(0\.25\) first, is off in its forwards", text)
+    Recipe(tiny.lora(lora_dropout=0.1), ZerothOrder()).apply(tiny.make())
+    assert re.search(r"lora_dropout.* \(0\.1\) first", told()[0])
 
 
 def test_quiet_leaves_modes_as_they_were():

@@ -437,7 +437,8 @@ def test_an_earlier_state_can_be_restored_into_a_pruned_model(adapter: Any, tmp_
     run_steps(model, "bert", 2, first=1)
     attached_to(model).save(tmp_path / "late")
     late = logits(model, "bert")
-    attached_to(model).restore(tmp_path / "early")
+    with pytest.warns(UserWarning, match=r"has pruned the model since.*train\.load_best_model_at_end: false"):
+        attached_to(model).restore(tmp_path / "early")
     assert torch.equal(logits(model, "bert"), wanted)
     attached_to(model).restore(tmp_path / "late")
     assert torch.equal(logits(model, "bert"), late)
@@ -592,6 +593,30 @@ def test_unknown_architectures_are_refused():
 
     with pytest.raises(SettingError, match="architecture that is not supported"):
         attach(Plain(), LoraConfig(target_modules=["0"]))
+
+
+def test_importance_in_a_decoder_beside_an_encoder_is_that_of_real_tokens():
+    """Padding of the labels, of another length than the input, changes nothing."""
+    adapter = LoraConfig(target_modules=["q", "k", "wi", "wo"], init_lora_weights=False)
+    ids, labels = torch.arange(3, 12).view(1, 9), torch.arange(20, 25).view(1, 5)
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    padded = {
+        "input_ids": nn.functional.pad(ids, (0, 2)),
+        "attention_mask": nn.functional.pad(plain["attention_mask"], (0, 2)),
+        "labels": nn.functional.pad(labels, (0, 3), value=-100),
+    }
+    found = []
+    for batch in (plain, padded):
+        with seeded(0):
+            base = _t5().eval()
+        model = attach(base, adapter, removed_heads_fraction=0).eval()
+        attached_to(model).event("on_step_begin", Moment(model, None, 1))
+        model(**batch).loss.backward()
+        attached_to(model).event("on_gradients", Moment(model, None, 1))
+        found.append(technique_of(model)._sums["ratios"])
+    assert any("EncDecAttention.k" in key for key in found[0])
+    for key, ratio in found[0].items():
+        torch.testing.assert_close(found[1][key], ratio, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_t5_loses_channels_alone():

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {"estimation_steps": 3, "channel_multiple": 4, "mask_
 ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 
-def trainer(folder: Path, adapter: Any, seed: int = 1) -> RecipeTrainer:
+def trainer(folder: Path, adapter: Any, seed: int = 1, **settings: Any) -> RecipeTrainer:
     with seeded(seed):
         model = Recipe(adapter, LightPEFT(**SETTINGS)).apply(CLASSIFIER.make(dropout=0.1))
     arguments = TrainingArguments(
@@ -40,9 +40,10 @@ def trainer(folder: Path, adapter: Any, seed: int = 1) -> RecipeTrainer:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        **settings,
     )
     rows = [row for seed in range(6) for row in CLASSIFIER.rows(seed)]
-    return RecipeTrainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    return RecipeTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,24 @@ def test_a_run_that_is_resumed_ends_bit_for_bit_as_without_it(adapter: Any, tmp_
         assert [group["params"] for group in states["param_groups"]] == [
             group["params"] for group in states_too["param_groups"]
         ]
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_best_checkpoint_of_the_estimation_is_told_of(delay: int, tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    best_first = {"metric_for_best_model": "eval_fake", "greater_is_better": False, "load_best_model_at_end": True}
+    run = trainer(tmp_path, CLASSIFIER.lora(), eval_strategy="steps", eval_steps=1, eval_delay=delay, **best_first)
+    plainly = run.evaluate
+
+    def evaluate(*given: Any, **named: Any) -> dict[str, float]:
+        return plainly(*given, **named) | {"eval_fake": float(run.state.global_step)}
+
+    run.evaluate = evaluate  # type: ignore[method-assign]
+    run.train()
+    told = [str(each.message) for each in recwarn if "has pruned the model since" in str(each.message)]
+    technique = next(t for t in attached_to(run.model).techniques if isinstance(t, LightPEFT))
+    assert technique.is_pruned == (delay == 3)
+    assert len(told) == (0 if technique.is_pruned else 1)
+    assert all("load_best_model_at_end: false" in text and "estimation_steps, 3" in text for text in told)
 
 
 def test_masks_have_a_learning_rate_of_their_own(tmp_path: Path):

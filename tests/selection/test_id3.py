@@ -372,6 +372,26 @@ def test_a_resumed_run_is_bit_equal_in_the_trainer(settings, lora, tmp_path):
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapters"])
+def test_a_run_resumed_after_its_last_choice_has_the_optimizer_that_it_had(lora, tmp_path):
+    def run(name: str, resume: bool = False) -> nn.Module:
+        of = {"of": "adapters"} if lora else {"target_modules": ["query", "key"]}
+        model = Recipe(*([CLASSIFIER.lora()] if lora else []), ID3(count=2, steps=2, **of)).apply(classifier())
+        trainer = RecipeTrainer(model=model, args=arguments(tmp_path / name), train_dataset=CLASSIFIER.rows(count=8))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if resume else None)
+        return model
+
+    whole, resumed = run("whole"), run("resumed", resume=True)
+    assert technique_of(resumed).finished
+    assert not len(values_of(resumed)[-1])
+    theirs = dict(resumed.state_dict())
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+    if not lora:
+        resumed(**CLASSIFIER.batch()).loss.backward()
+        assert all((values.grad is not None) == (len(values) > 0) for values in values_of(resumed))
+
+
 def test_of_adapters_only_chosen_numbers_of_lora_change():
     base = classifier()
     model = Recipe(CLASSIFIER.lora(), ID3(count=40, of="adapters", steps=4)).apply(base)

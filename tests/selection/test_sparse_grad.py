@@ -25,6 +25,7 @@ from shoestring.selection.sparse_grad import FILE, Basis, Grams, Numbers, eigenv
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, classifier, decoder
 from shoestring.training import RunSettings, train
+from shoestring.training.merging import merged_model
 
 BATCH = CLASSIFIER.batch()
 DATA = CLASSIFIER.data()
@@ -201,6 +202,24 @@ def test_training_changes_no_weight_and_its_changes_added_to_the_weights_give_th
         for name, change in changes.items():
             base.get_submodule(name).weight += change
     torch.testing.assert_close(base(**BATCH).logits, learned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_merged_it_is_in_weights_of_either_layout(lora):
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=61, n_positions=32)).eval()
+    names, data = set(base.state_dict()), DECODER.data()
+    adapter = LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    model = Recipe(*([adapter] if lora else []), SparseGrad(density=0.1, calibration_rows=3)).apply(base, data=data)
+    attached = attached_to(model)
+    plain = model.eval()(**DECODER.batch()).logits
+    with torch.no_grad():
+        for numbers in attached.techniques[-1].numbers.values():
+            numbers.values.copy_(torch.linspace(-1, 1, len(numbers.values)))
+    learned = model(**DECODER.batch()).logits
+    assert not torch.allclose(learned, plain, atol=1e-2)
+    merged = merged_model(attached)
+    assert set(merged.state_dict()) == names
+    torch.testing.assert_close(merged.eval()(**DECODER.batch()).logits, learned, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_saved_and_loaded(tmp_path):

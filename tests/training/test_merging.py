@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from shoestring.cli import main
@@ -11,7 +12,7 @@ from shoestring.errors import SettingError
 from shoestring.recipe import Recipe, attached_to, load
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
-from shoestring.training.merging import merge, merged_model
+from shoestring.training.merging import OTHER_FUNCTION, merge, merged_model
 from shoestring.training.models import load_pretrained
 from shoestring.training.settings import ModelSettings
 
@@ -76,6 +77,47 @@ def test_the_merged_model_is_the_trained_one(recipe, finished, tmp_path):
     assert all(layer.error < 1e-6 < layer.change for layer in report.layers)
     assert json.loads((tmp_path / "merged" / "merge.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token == "<pad>"
+
+
+SINGLE_NUMBERS = [
+    {"sparse_grad": {"density": 0.1, "calibration_rows": 4}},
+    {"speft": {"density": 0.1, "calibration_rows": 4}},
+    {"id3": {"density": 0.1}},
+    {"spt": {"budget": 0.1, "calibration_rows": 4}},
+]
+
+
+@pytest.mark.parametrize("recipe", [*([one] for one in SINGLE_NUMBERS), [LORA, SINGLE_NUMBERS[0]]])
+def test_a_selection_that_learned_little_is_in_the_written_weights_and_nothing_else(recipe, finished, tmp_path):
+    settings, folder = finished(recipe=recipe, train={"learning_rate": 1e-4})
+    report = merge(folder, tmp_path / "merged")
+    base, _ = load_pretrained(settings.model, AutoModelForCausalLM)
+    names = set(base.state_dict())
+    trained = logits(load(base, f"{folder}/final"), words())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, words()), trained, rtol=1e-5, atol=1e-5)
+    assert report.logits_error < report.logits_change / 20 < OTHER_FUNCTION / 20
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert written.keys() <= names
+    assert all(layer.error < 1e-6 < layer.change for layer in report.layers)
+
+
+def test_a_selection_is_merged_in_hand(tiny_decoder_folder):
+    base, _ = load_pretrained(ModelSettings(name=str(tiny_decoder_folder)), AutoModelForCausalLM)
+    names, weight = set(base.state_dict()), base.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    model = Recipe.from_list([{"speft": {"density": 0.1, "score": "magnitude"}}]).apply(base)
+    attached = attached_to(model)
+    with torch.no_grad():
+        for entries in attached.techniques[0].entries.values():
+            entries.values.add_(0.1)
+    trained = logits(model, words())
+    merged = merged_model(attached)
+    assert torch.equal(logits(merged, words()), trained)
+    assert set(merged.state_dict()) == names
+    attached.detach()
+    assert not torch.equal(weight, before)
+    assert torch.equal(logits(merged, words()), trained)
 
 
 def test_a_new_head_is_merged_with_its_labels(finished, tmp_path):
@@ -148,6 +190,10 @@ def test_a_wider_dtype_holds_what_a_narrow_one_rounds_away(finished, tmp_path, t
         ),
         ([{"prompt_tuning": {"num_virtual_tokens": 2}}], "prompt_tuning cannot be merged: it puts learned vectors"),
         ([{"bottleneck": {}}], r"model\.layers\.0.* cannot be merged: bottleneck changes a layer's output"),
+        (
+            [{"bitfit": {"added": ["q_proj"]}}],
+            r"cannot be merged: its recipe has added model\.layers\.0\.self_attn\.q_proj\.bias \(2 in all\)",
+        ),
         ([LORA, "reversible"], "cannot be merged: reversible changes what the model computes beside its weights"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SettingError
+from ..real_tokens import real_tokens
 from ..resizing import replace_data, resize
 from .base import AdaptedLayer, AdaptedLinear, Adapter, linear_sizes, remove_tap
 
@@ -241,7 +242,7 @@ class BranchRatio:
             return
         d = output.detach() - h if d is None else d
         ratios = d.float().norm(dim=-1) / h.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        counted = self.tokens.counted(ratios)
+        counted = self.tokens.counted(self.adapter.key, ratios)
         total, count = (ratios * counted).sum(), counted.sum()
         self.total = total if self.total is None else self.total + total
         self.count = count if self.count is None else self.count + count
@@ -257,7 +258,8 @@ class TokensSeen:
 
     def __init__(self) -> None:
         self.recording = False
-        self._mask: Tensor | None = None
+        self._model: nn.Module | None = None
+        self._batch: dict[str, Any] = {}
 
     @property
     def are_counted(self) -> bool:
@@ -265,16 +267,15 @@ class TokensSeen:
         return self.recording and torch.is_grad_enabled()
 
     def look(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook on the model: remember its attention mask."""
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if self.recording and isinstance(mask, Tensor) and mask.dim() == 2 else None
+        """Forward pre-hook on the model: remember its batch."""
+        if self.recording:
+            self._model, self._batch = model, kwargs
 
-    def counted(self, of_tokens: Tensor) -> Tensor:
-        """1 for tokens, 0 for padding, in the shape of `of_tokens`."""
-        if self._mask is not None and self._mask.shape == of_tokens.shape:
-            return self._mask.to(of_tokens)
-        return torch.ones_like(of_tokens)
+    def counted(self, layer: str, of_tokens: Tensor) -> Tensor:
+        """1 for tokens, 0 for padding, as the layer of this name sees them, in the shape of `of_tokens`."""
+        real = None if self._model is None else real_tokens(self._model, self._batch, f"{layer}.", of_tokens.shape)
+        return torch.ones_like(of_tokens) if real is None else real.to(of_tokens)
 
     def forget(self) -> None:
-        """Let go of the mask."""
-        self._mask = None
+        """Let go of the batch."""
+        self._model, self._batch = None, {}

@@ -129,6 +129,7 @@ class LightPEFT(Technique):
         self._sums: dict[str, dict[str, Tensor]] = {"ratios": {}, "ranks": {}}
         self._num_recorded = 0
         self._is_recorded = False  # the step that is going on
+        self._trains_pruned = False
 
     @property
     def is_pruned(self) -> bool:
@@ -265,6 +266,7 @@ class LightPEFT(Technique):
         """Watch the adapters in the second half of the estimation."""
         refuse_several_processes(self.name, "prunes by the gradients of one process, in the middle of the run")
         if self.is_pruned:
+            self._trains_pruned = True
             return
         self._tokens.recording = moment.step >= self.estimation_steps // 2
         self._is_recorded = False
@@ -302,6 +304,7 @@ class LightPEFT(Technique):
         if self.is_pruned or moment.step < self.estimation_steps or not self._has_values:
             return
         self.prune(moment.optimizer)
+        self._trains_pruned = True
 
     @property
     def _has_values(self) -> bool:
@@ -421,6 +424,14 @@ class LightPEFT(Technique):
         if self.is_pruned:
             self._go_back()
         if stage == ESTIMATION:
+            if self._trains_pruned:
+                warnings.warn(
+                    f"{folder} was saved in the estimation of light_peft, and the run has pruned the model since: "
+                    "now it is whole again. Where this is the best checkpoint of the run, set "
+                    "train.load_best_model_at_end: false; or evaluate by steps and set train.eval_delay to "
+                    f"estimation_steps, {self.estimation_steps}, so that only pruned models are compared."
+                )
+            self._trains_pruned = False
             with torch.no_grad():
                 for name, mask in self._masks().items():
                     mask.copy_(tensors[f"{name}/mask"])

@@ -108,7 +108,7 @@ class Growing(Entries):
     @property
     def trains(self) -> bool:
         """Whether a gradient is of use: for numbers that train, or to look for some."""
-        return len(self.places) > 0 or not hasattr(self, "method") or not self.method.finished
+        return len(self.places) > 0 or not self.method.finished
 
     def begin_step(self, order: int) -> None:
         """Forget what was left of the step before. order: of the weight among all."""

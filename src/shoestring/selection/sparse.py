@@ -40,7 +40,8 @@ class Entries(nn.Module):
     """The chosen numbers of one weight.
 
     name: of the weight, in the model. places: int32, or int64 where the weight is larger. values: what trains.
-    moves: places change while it trains; without that, entries with none do not train and ask for no gradient.
+    moves: places change while it trains, so that `values` train even where there are none; without that, entries with
+        none do not train and ask for no gradient.
     """
 
     moves: ClassVar[bool] = False
@@ -54,14 +55,19 @@ class Entries(nn.Module):
         self.register_buffer("places", places.to(weight.device, torch.int32 if narrow else torch.int64))
         self.originals = self.taken()
         values = self.originals.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        self.values = nn.Parameter(values, requires_grad=self.trains)
+        self.values = nn.Parameter(values, requires_grad=self._may_train)
         self._written = self.values._version
         self._off = False
 
     @property
-    def trains(self) -> bool:
-        """Whether there is, or may be, something to train."""
+    def _may_train(self) -> bool:
+        """Whether an optimizer is to have the values: through all of a run, so that a resumed one has the same."""
         return self.moves or len(self.places) > 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient is of use."""
+        return self._may_train
 
     def taken(self, tensor: Tensor | None = None, places: Int[Tensor, " m"] | None = None) -> Float[Tensor, " m"]:
         """A copy of the numbers of `tensor`, which has the weight's shape, at `places`.
@@ -95,12 +101,17 @@ class Entries(nn.Module):
         self.places = places.to(self.places)
         self.originals = self.taken()
         self.values.data = values.to(self.values)
-        self.values.requires_grad_(self.trains)
+        self.values.requires_grad_(self._may_train)
         self.write(always=True)
 
     def learned(self) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
         """The places whose numbers are not those of the pretrained weight, in any order, and these numbers."""
         return self.places, self.values.detach()
+
+    def settle(self) -> None:
+        """Have the weight keep the values, for good."""
+        self.write(always=True)
+        self.originals = self.taken()
 
     def leave(self) -> None:
         """Put what was there before training into the weight, for good."""
@@ -160,6 +171,7 @@ class SparseSelection(Selection):
         super().__post_init__()
         self.entries: dict[str, Entries] = {}
         self._values_follow = False
+        self._undo = ExitStack()
 
     @abstractmethod
     def places(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Int[Tensor, " n"]]:
@@ -184,6 +196,7 @@ class SparseSelection(Selection):
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Freeze all else, choose, and let the chosen numbers train; on exit weights are what they were, bit by bit."""
         with super().attach(model), ExitStack() as undo:
+            self._undo = undo
             found = self.candidates(model)
             weights = {name: parameter for name, (_, parameter) in found.items()}
             _check_chosen(self.name, weights)
@@ -256,6 +269,13 @@ class SparseSelection(Selection):
         finally:
             for entries in self.entries.values():
                 entries.switch(on=True)
+
+    def fold(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Nothing to add: values are in the weights, and stay there."""
+        for entries in self.entries.values():
+            entries.settle()
+        self._undo.close()
+        yield from ()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write places and values, and the shapes of the weights that they are of."""

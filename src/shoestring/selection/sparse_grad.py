@@ -79,6 +79,7 @@ class Numbers(nn.Module):
         super().__init__()
         self.name = name
         self.basis = [basis]  # in a list, so that it is counted once
+        self.layer = [layer]
         self.size_out, self.size_in = linear_sizes(layer)
         weight: Any = layer.weight
         none = torch.empty(0, dtype=torch.int64, device=weight.device)
@@ -154,6 +155,7 @@ class SparseGrad(Calibrated, Selection):
         self.values_follow = False  # type: ignore[misc]
         self.numbers: dict[str, Numbers] = {}
         self._bases: dict[str, Basis] = {}
+        self._undo = ExitStack()
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No parameter of the model."""
@@ -168,6 +170,7 @@ class SparseGrad(Calibrated, Selection):
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Freeze all else, find the bases and the numbers, and add what they give to the layers' outputs."""
         with super().attach(model), ExitStack() as undo:
+            self._undo = undo
             layers = self._layers(model)
             self._bases = {}
             undo.callback(self.numbers.clear)
@@ -190,6 +193,14 @@ class SparseGrad(Calibrated, Selection):
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """What to add to the weight of a layer, as [out, in], for the trained model without this technique."""
         return self.numbers[name].change()
+
+    def fold(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """The changes of all layers, as their weights lie."""
+        for name, numbers in self.numbers.items():
+            change = numbers.change()
+            layer: Any = numbers.layer[0]
+            yield f"{name}.weight", layer.weight, change.T if isinstance(layer, Conv1D) else change
+        self._undo.close()
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

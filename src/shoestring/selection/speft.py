@@ -286,6 +286,11 @@ class MovingEntries(Entries):
         super().switch(on)
         self.put(self.left_values if on else self.left_originals, self.left)
 
+    def settle(self) -> None:
+        """Also those that were left."""
+        super().settle()
+        self.left_originals = self.taken(places=self.left)
+
     def leave(self) -> None:
         """Also at the places that were left."""
         super().leave()

@@ -1,8 +1,9 @@
 """Merging: what a run learned put into the weights of its base, written as a model that transformers loads.
 
 Method   The adapters of a run are attached to its base in the dtype of its products and merged there layer by layer,
-         each in float32 for as long as that takes. Where the base was packed, the values that its layers have once
-         unpacked are put there first: they are what the adapters were trained on, and not those of the original files.
+         each in float32 for as long as that takes; so is what other techniques have learned beside weights, which
+         `Technique.fold` gives. Where the base was packed, the values that its layers have once unpacked are put there
+         first: they are what the adapters were trained on, and not those of the original files.
 Error    The merged weight is rounded to the dtype, and, if packed again, to the levels of that form. Both is measured:
          each layer against the merged weight in float32, and the logits on rows of the run's training data against
          those of the model that was trained.
@@ -50,7 +51,7 @@ PROBE_ROWS = 4
 class LayerError:
     """What became of one layer's weight: norms over the norm of the merged weight in float32.
 
-    change: of what the adapter adds to the base. error: of what the written weight is off. Where error is as large as
+    change: of what is added to the base. error: of what the written weight is off. Where error is as large as
     change, what the adapter learned is lost.
     """
 
@@ -63,7 +64,7 @@ class LayerError:
 class Merged:
     """What was written.
 
-    quantization: the packed form, None for a model in `dtype`. layers: those that had an adapter.
+    quantization: the packed form, None for a model in `dtype`. layers: those to whose weights something was added.
     logits_error: norm of the difference between its logits and those of the trained model, over the norm of the latter.
     logits_change: the same between the base without the adapter and the trained model.
     agreement: share of positions at which it has the same largest logit as the trained model.
@@ -117,15 +118,16 @@ def merge(
     if settings.model.quantization is not None or form != model.dtype:
         whole, _ = TASKS[settings.task](_in_full(settings, form)).load(data)
         take_over(whole, model)
-    base = logits_of(model, probe)
+    base, own = logits_of(model, probe), set(whole.state_dict())
     trained = _attached(model, final, settings)
     expected = logits_of(trained.model, probe)
     if whole is not model:
         del trained, model
         trained = _attached(whole, final, settings)
     say("Merging")
-    layers = list(merge_layers(trained.model))
+    layers = [*fold(trained), *merge_layers(trained.model)]
     merged = _without_wrappers(trained)
+    _check_own(merged, own)
     beside = folder.with_name(f".{folder.name}-in-progress")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -168,7 +170,7 @@ def merged_model(trained: Attached) -> Any:
     check_mergeable(trained.recipe)
     if any(map(is_quantised, trained.model.modules())):
         raise SettingError("its base is packed")
-    for _ in merge_layers(trained.model):
+    for _ in (*fold(trained), *merge_layers(trained.model)):
         pass
     return _without_wrappers(trained)
 
@@ -180,6 +182,21 @@ def _without_wrappers(trained: Attached) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A.* already merged|Already .* were merged")
         return wrapper.merge_and_unload()  # takes the wrappers away, and puts new heads in their places
+
+
+def fold(trained: Attached) -> Iterator[LayerError]:
+    """Add to weights what techniques have learned beside them, in float32 or wider; the techniques are off then.
+
+    Raises SettingError for what no weight can hold.
+    """
+    for technique in reversed(trained.techniques):
+        for name, parameter, change in technique.fold(trained.model):
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            exact = parameter.detach().to(wide) + change.detach().to(wide)
+            with torch.no_grad():
+                parameter.copy_(exact)
+            short = name.removeprefix("base_model.model.").rpartition(".")[0].removesuffix(".base_layer")
+            yield LayerError(short, _share(change, exact), _share(parameter.detach() - exact, exact))
 
 
 def merge_layers(model: nn.Module) -> Iterator[LayerError]:
@@ -332,6 +349,19 @@ def _check_function(found: Tensor, expected: Tensor, recipe: Recipe) -> None:
         raise SettingError(
             f"This run cannot be merged: {' or '.join(others) or 'its recipe'} changes what the model computes beside "
             "its weights. Load the run with shoestring.recipe.load() instead."
+        )
+
+
+def _check_own(merged: nn.Module, own: set[str]) -> None:
+    """Refuse recipes that leave tensors in the model that its class has no place for, such as further biases.
+
+    own: the names of those that it had before the recipe.
+    """
+    if added := sorted(merged.state_dict().keys() - own):
+        raise SettingError(
+            f"This run cannot be merged: its recipe has added {added[0]} ({len(added)} in all) to "
+            f"{type(merged).__name__}, which has no place for it in its files. Load the run with "
+            "shoestring.recipe.load() instead."
         )
 
 
