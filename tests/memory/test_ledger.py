@@ -279,6 +279,14 @@ def test_the_state_of_adamw_appears_in_the_first_step_and_is_there_in_the_second
     assert second.peak_bytes == WEIGHTS + INPUT + state + W2 + B2 + 3 * HIDDEN + 2 * LOSS
 
 
+def test_parameters_that_the_optimizer_alone_holds_are_weights():
+    model, copied = mlp(), nn.Parameter(torch.ones(5, 7))
+    optimizer = torch.optim.SGD([*model.parameters(), copied], lr=0.1)
+    report = measured(model, lambda: model(batch()).sum().backward(), optimizer=optimizer)
+    assert report.at_peak["weights"] == WEIGHTS + 5 * 7 * FLOAT
+    assert report.trainable_bytes == report.at_peak["weights"]
+
+
 def test_sgd_has_state_only_with_momentum():
     model, x = mlp(), batch()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -125,11 +125,14 @@ class Ledger:
         self._paths = {id(module): name for name, module in self.model.named_modules()}
         self._vocabulary = vocabulary_of(self.model)
 
-        trainable = storage_sizes((p for p in self.model.parameters() if p.requires_grad), self.device)
-        weights = storage_sizes(weight_tensors(self.model), self.device)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        own, groups = {id(p) for p in self.model.parameters()}, self.optimizer.param_groups if self.optimizer else []
+        beside = [p for group in groups for p in group["params"] if id(p) not in own]  # that it alone holds
+        trainable = storage_sizes([*learned, *beside], self.device)
+        weights = storage_sizes([*weight_tensors(self.model), *beside], self.device)
         self._trainable_bytes = sum(trainable.values())
         self._frozen_bytes = sum(weights.values()) - self._trainable_bytes
-        self._claim(weight_tensors(self.model), "weights")
+        self._claim([*weight_tensors(self.model), *beside], "weights")
         self._find_gradients()
         if self.optimizer is not None:
             self._find_state(self.optimizer)
