@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shoestring import assets
 from shoestring.adapters import ALoRE, ALoREConfig
+from shoestring.adapters.base import AdaptedLayer
 from shoestring.fakes import without_values
 from shoestring.memory import Ledger
 from shoestring.recipe import Recipe
@@ -167,6 +168,21 @@ def test_biases_are_not_merged_into_a_layer_that_has_none():
     with pytest.raises(ValueError, match=r"alore adds to the bias of the layer it is merged into.*24 -> 24 has none"):
         model.merge_adapter()
     assert torch.equal(model(input_ids=tokens()).logits, expected)
+
+
+def test_all_layers_are_merged_or_none():
+    family = FAMILIES["llama"]
+    base = family.build().float()
+    for block in base.model.layers:
+        block.self_attn.q_proj.bias = nn.Parameter(torch.zeros(block.self_attn.q_proj.out_features))
+    config = ALoREConfig(num_experts=2, r=4, has_bias=True, target_modules=["q_proj", "gate_proj"], init_weights=False)
+    model = get_peft_model(base, config).eval()
+    expected = model(**family.inputs())[0]
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="alore adds to the bias of the layer it is merged into"):
+            merge()
+        assert torch.equal(model(**family.inputs())[0], expected)
+        assert not any(layer.merged for layer in model.modules() if isinstance(layer, AdaptedLayer))
 
 
 def test_a_head_that_is_the_embedding_is_not_merged():

@@ -265,6 +265,23 @@ def test_a_small_transform_survives_bfloat16():
     assert one.change()[0, 0] == 2**-12
 
 
+def test_by_tokens_one_copy_of_the_input_is_kept_under_autocast():
+    layer, seen = nn.Linear(64, 64), set()
+    one = TLoRA(layer, TLoRAConfig(init_weights=False))
+    layer.requires_grad_(False)
+    x = torch.randn(7, 64)
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape == x.shape:
+            seen.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        y = one.through(x, layer)
+    assert y.requires_grad
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("form", ["identity", "orthogonal"])
 @pytest.mark.parametrize("init", ["paper", "asymmetric"])
 def test_penalties_are_sums_of_norms_of_slices_and_zero_at_the_identity(form: str, init: str):

@@ -27,7 +27,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    onload_layer,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
@@ -564,18 +570,12 @@ class AdaptedLinear(AdaptedLayer):
 
         Raises ValueError if an adapter changes the output, or if safe_merge finds NaN or Inf.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        names, bias = self.to_merge(adapter_names)
         if not names:
             return
         adapters: list[Adapter] = [self.adapters[name] for name in names]  # type: ignore[misc]
-        for adapter in adapters:
-            if adapter.update == "new_output":
-                self._refuse_merge(adapter)
-        if self.get_base_layer() is not self.base_layer:
-            raise ValueError("Adapters stacked on one layer cannot be merged one by one; remove the outer one first.")
         before = self.get_base_weight()
         with torch.no_grad():
-            bias = self._new_bias(adapters)
             after = self._new_weight(adapters).to(before.dtype)
             after = after.T if isinstance(self.get_base_layer(), Conv1D) else after
         if safe_merge and not all(torch.isfinite(new).all() for new in (after, bias) if new is not None):
@@ -594,6 +594,23 @@ class AdaptedLinear(AdaptedLayer):
                 self._unmerged_bias = held.detach().clone()
             held.data = bias.to(held.dtype)
         self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def to_merge(self, adapter_names: list[str] | None = None) -> tuple[list[str], Tensor | None]:
+        """The adapters that `merge` would merge, and the new bias, None where it stays; nothing is changed.
+
+        Raises ValueError where they cannot be merged.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return names, None
+        adapters: list[Adapter] = [self.adapters[name] for name in names]  # type: ignore[misc]
+        for adapter in adapters:
+            if adapter.update == "new_output":
+                self._refuse_merge(adapter)
+        if self.get_base_layer() is not self.base_layer:
+            raise ValueError("Adapters stacked on one layer cannot be merged one by one; remove the outer one first.")
+        return names, self._new_bias(adapters)
 
     def unmerge(self) -> None:
         """Put the pretrained weight back."""
@@ -798,9 +815,23 @@ class AdapterTuner(BaseTuner):
         if active:  # the one that peft activates in its place trains
             self._set_shared_requires_grad(self.active_adapters, True)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in peft, but all layers or none."""
+        self._check_layers(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_layers(self, adapter_names: list[str] | None) -> None:
+        """Raises ValueError before any layer is merged if one cannot be."""
+        for layer in self._layers():
+            if isinstance(layer, AdaptedLinear):
+                with onload_layer(layer):
+                    layer.to_merge(adapter_names)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         adapters = self._adapters()
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        if merge:
+            self._check_layers(kwargs.get("adapter_names"))
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for adapter in adapters:
             remove_tap(adapter)
         for config in self.peft_config.values():

@@ -185,15 +185,14 @@ def fit_gain(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer) and nera_adapters(m)]
     if not layers:
         raise ValueError(f"There is no nera adapter in this {type(model).__name__}.")
-    inputs_of: dict[AdaptedLayer, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(partial(_note_input, inputs_of)) for layer in layers]
+    reached: dict[AdaptedLayer, Tensor] = {}
+    hooks = [layer.register_forward_pre_hook(partial(_note_reach, reached)) for layer in layers]
     try:
         model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    for layer, sizes in inputs_of.items():
-        quantile = sizes.kthvalue(ceil(0.99 * len(sizes)), dim=0).values
+    for layer, quantile in reached.items():
         for adapter in nera_adapters(layer):
             fitted = torch.where(quantile > 0, REACH / quantile, adapter.gain)
             adapter.gain.copy_(fitted)
@@ -204,5 +203,7 @@ def nera_adapters(layer: AdaptedLayer) -> list[NeRA]:
     return [adapter for adapter in layer.adapters.values() if isinstance(adapter, NeRA)]
 
 
-def _note_input(found: dict[AdaptedLayer, Tensor], layer: AdaptedLayer, args: tuple[Tensor, ...]) -> None:
-    found[layer] = args[0].reshape(-1, args[0].shape[-1]).abs().float()
+def _note_reach(found: dict[AdaptedLayer, Tensor], layer: AdaptedLayer, args: tuple[Tensor, ...]) -> None:
+    """The quantile of each input: [in] numbers, and not the inputs of all layers, wait for the end of the forward."""
+    sizes = args[0].reshape(-1, args[0].shape[-1]).abs().float()
+    found[layer] = sizes.kthvalue(ceil(0.99 * len(sizes)), dim=0).values

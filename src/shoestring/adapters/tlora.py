@@ -30,7 +30,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Adapter, AdapterConfig, at_least_float32, linear_sizes, linear_with_rebuilt_weight, register
+from .base import (
+    Adapter,
+    AdapterConfig,
+    at_least_float32,
+    autocast_dtype,
+    linear_sizes,
+    linear_with_rebuilt_weight,
+    register,
+)
 
 Core = Float[Tensor, "n n rank rank"]
 
@@ -124,8 +132,9 @@ class TLoRA(Adapter):
 
     def through(self, x: Float[Tensor, "*batch in"], layer: Callable[[Tensor], Tensor]) -> Float[Tensor, "*batch out"]:
         """layer(T x) + Delta x."""
-        y = layer(x + linear_with_rebuilt_weight(x, self.change, self.cores("a")).to(x.dtype))
-        inner = linear_with_rebuilt_weight(x, self.down, self.cores("c"))
+        turned = x.to(autocast_dtype(x) or x.dtype)  # one copy for both products to keep
+        y = layer(x + linear_with_rebuilt_weight(turned, self.change, self.cores("a")).to(x.dtype))
+        inner = linear_with_rebuilt_weight(turned, self.down, self.cores("c"))
         return y + linear_with_rebuilt_weight(inner, self.up, self.cores("b")).to(y.dtype)
 
     def prefers_tokens(self, num_tokens: int) -> bool:
