@@ -20,7 +20,7 @@ from shoestring.adapters.wara import GridWaRA, TinyWaRA
 from shoestring.errors import SettingError
 from shoestring.fakes import without_values
 from shoestring.memory import Ledger
-from shoestring.recipe import Recipe
+from shoestring.recipe import Recipe, attached_to, load
 from shoestring.testing.adapters import TARGETS, adapted, batch, methods_in, tiny_llama, tokens, trainable, two_layers
 from shoestring.testing.assets import need
 
@@ -355,6 +355,31 @@ def test_the_tiny_basis_keeps_single_precision_beside_a_base_in_16_bits():
     tiny: TinyWaRA = methods_in(model)[0]
     assert tiny.u.dtype == tiny.v.dtype == torch.float32
     torch.testing.assert_close(tiny.u.T @ tiny.u, torch.eye(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["peft", "peft, without values first", "recipe"])
+def test_the_tiny_basis_is_loaded_as_it_was_and_not_made_again(way, monkeypatch, tmp_path):
+    config = WaRAConfig(form="tiny", r=4, target_modules=["q_proj"])
+    kept = Recipe(config).apply(tiny_llama().bfloat16())
+    saved = methods_in(kept)[0]
+    with torch.no_grad():
+        saved.core.normal_()
+    attached_to(kept).save(tmp_path)
+
+    def made_again(*args: Any) -> None:
+        raise AssertionError("start was called")
+
+    monkeypatch.setattr(TinyWaRA, "start", made_again)
+    base = tiny_llama().bfloat16()
+    if way == "recipe":
+        loaded = load(base, tmp_path)
+    else:
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage="without" in way)
+    found = methods_in(loaded)[0]
+    assert torch.equal(found.u, saved.u)
+    assert torch.equal(found.v, saved.v)
+    if "without" not in way:  # there peft keeps parameters in the base's dtype, LoRA's as well
+        assert torch.equal(found.core, saved.core)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ class PeftTechnique(Technique):
         file = folder / "adapter_config.json"
         if self.config.task_type is None and hasattr(self.config, "modules_to_save") and file.is_file():
             self.config.modules_to_save = json.loads(file.read_text(encoding="utf-8")).get("modules_to_save")
+        if hasattr(self.config, "values_follow"):
+            self.config.values_follow = True
         self._events.see_saved(folder)
 
     def on_attached(self, model: nn.Module) -> None:

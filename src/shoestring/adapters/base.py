@@ -374,6 +374,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 adapter.start(self.weight_out_in())
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft, but buffers keep their dtype: peft gives parameters their float32 back later, and no buffers."""
+        adapter = self.adapters[adapter_name] if adapter_name in self.adapters else None
+        parts = [] if adapter is None else list(adapter.modules())
+        held = [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for part, name, buffer in held:
+            part._buffers[name] = buffer.to(part._buffers[name].device)  # type: ignore[union-attr]
+
     def get_base_weight(self) -> Tensor:
         """As in peft, from the layout that can be dequantised."""
         self._leave_inference_layout()
@@ -732,7 +741,7 @@ class AdapterTuner(BaseTuner):
             raise type(error)(f"{current_key}: {error}") from error
         if extra:
             adapter.shared_state = extra
-        loading = any(p.is_meta for p in adapter.parameters()) or not config.init_weights
+        loading = any(p.is_meta for p in adapter.parameters()) or not config.init_weights or config.values_follow
         if isinstance(target, AdaptedLayer) and self.prefix in target.adapter_layer_names:
             layer = target
         else:
