@@ -43,6 +43,7 @@ class Model:
     widest: tuple[int, int]  # sizes of the largest adapted layer
     queries_and_values: tuple[str, ...]
     rounds: int  # steps of each that are timed
+    logits: int  # numbers of them in a step
     num_labels: int | None = None
 
     @property
@@ -58,9 +59,10 @@ MODELS = {
         (1536, 384),
         ("query", "value"),
         3,
+        4 * 2,
         num_labels=2,
     ),
-    "smollm2": Model(AutoModelForCausalLM, "all-linear", (1, 256), (1536, 576), ("q_proj", "v_proj"), 2),
+    "smollm2": Model(AutoModelForCausalLM, "all-linear", (1, 256), (1536, 576), ("q_proj", "v_proj"), 2, 256 * 49152),
 }
 
 
@@ -97,7 +99,7 @@ METHODS: dict[str, list[Any]] = {
 }
 """WaRA's grid form is for tokens of images; these models have none."""
 
-ONLY_ON = {"ba_lora": "smollm2"}
+WITHOUT = {"ba_lora": ("PiSSA r=8", PISSA)}  # the adapter without what the method adds, as a further baseline
 
 
 def entries(recipe: list[Any], model: str) -> list[Any]:
@@ -132,11 +134,6 @@ def rank(r: int) -> Callable[[Model], dict[str, Any]]:
     return lambda model: lora(r)
 
 
-def logits_and_start(model: Model) -> int:
-    """Numbers of a frozen teacher's logits, and of PiSSA's start, which it needs."""
-    return model.batch[1] * 49152 + PISSA["lora"]["r"] * parameters_a_rank(ONLY_ON["ba_lora"])
-
-
 KEPT, PEAK, SECONDS = "bytes kept", "peak above the weights", "seconds"
 LIMITS: dict[str, list[Limit]] = {
     "hut": [Limit(PEAK, 1, more_bytes=lambda model: model.largest_weight_bytes)],
@@ -159,7 +156,7 @@ LIMITS: dict[str, list[Limit]] = {
     "mola": [Limit(PEAK, 1.3, rank(64)), Limit(SECONDS, 2, rank(64))],
     "miss": [Limit(PEAK, 1), Limit(SECONDS, 1)],
     "bat": [Limit(SECONDS, 1.6)],
-    "ba_lora": [Limit(PEAK, 1, lambda model: PISSA, lambda model: logits_and_start(model) * FLOAT_BYTES)],
+    "ba_lora": [Limit(PEAK, 1, lambda model: PISSA, lambda model: model.logits * FLOAT_BYTES)],
 }
 
 
@@ -266,10 +263,11 @@ def contestants(file: str, part: str, names: Collection[str] | None) -> dict[str
     ranks = {match[1]: int(match[2]) for row in read_rows(file) if (match := beside.fullmatch(row.name))}
     made: dict[str, Contestant] = {}
     for name in METHODS if names is None else names:
-        if ONLY_ON.get(name, model) == model:
-            r = ranks.get(name) or equal_rank(model, Stepped(model, METHODS[name]).trained)
-            made.setdefault(f"LoRA r={r}", Contestant(entries([lora(r)], model)))
-            made[name] = Contestant(entries(METHODS[name], model), f"LoRA r={r}")
+        r = ranks.get(name) or equal_rank(model, Stepped(model, METHODS[name]).trained)
+        baselines = {f"LoRA r={r}": lora(r)} | ({WITHOUT[name][0]: WITHOUT[name][1]} if name in WITHOUT else {})
+        for base, entry in baselines.items():
+            made.setdefault(base, Contestant(entries([entry], model)))
+        made[name] = Contestant(entries(METHODS[name], model), tuple(baselines))
     return made
 
 
@@ -299,7 +297,7 @@ def costs(options: argparse.Namespace, trainings: Trainings) -> None:
     for model in options.models if "cost" in options.only else ():
         for name in options.methods:
             there = any(row.name.startswith(f"{model}, {name} beside") for row in read_rows(options.json))
-            if ONLY_ON.get(name, model) == model and (options.again or not there):
+            if options.again or not there:
                 trainings.keep(found := cost_of(name, model))
                 print_table(found)
 

@@ -25,11 +25,14 @@ Found = dict[str, dict[str, tuple[re.Match[str], Row]]]
 
 
 def found(rows: Iterable[Row], pattern: re.Pattern[str], **wanted: str | None) -> Found:
-    """The rows whose names fit the pattern with these parts, in their order."""
+    """The rows whose names fit the pattern with these parts, in their order; a second baseline is part of the name."""
     table: Found = {}
+    first: dict[str, str | None] = {}
     for row in rows:
         if (match := pattern.fullmatch(row.name)) and all(match[key] == value for key, value in wanted.items()):
-            table.setdefault(match["name"], {})[match["what"]] = match, row
+            name, base = match["name"], match.groupdict().get("base")
+            name = name if first.setdefault(name, base) == base else f"{name} beside {base}"
+            table.setdefault(name, {})[match["what"]] = match, row
     return table
 
 
