@@ -271,9 +271,10 @@ class TestWhatFits:
         changed = planning.predict(other)
         change = Change("recompute", "blocks run again", True, 20, changed.peak_bytes, 1.25, other)
 
-        def make(changes: list[Change], fits: bool = False) -> None:
+        def make(changes: list[Change], fits: bool = False, skipped: tuple[str, ...] = ()) -> None:
             def advise(settings, memory, **options):
-                return Advice(memory, fits, now, 7, 4096 if fits else None, changes, changed, "recompute")
+                length = 4096 if fits else None
+                return Advice(memory, fits, now, 7, length, changes, changed, "recompute", skipped)
 
             monkeypatch.setattr(planning, "advise", advise)
 
@@ -316,6 +317,21 @@ class TestWhatFits:
         assert "below the weights" in error("run.yaml", "--memory", "3KB")
         assert "The smallest footprint is" in text
         assert "new.yaml was not written" in error("run.yaml", "--memory", "100MiB", "--write", "new.yaml")
+
+    def test_changes_that_were_skipped_are_told(self, advised, shown):
+        advised([], skipped=("offload: KeyError: 'a<b'",))
+        assert "Skipped, offload: KeyError: 'a<b'" in shown("run.yaml", "--memory", "100MiB", "--html", "page.html")
+        assert "Skipped, offload: KeyError: &#x27;a&lt;b&#x27;" in Path("page.html").read_text()
+
+    def test_a_device_without_memory_in_the_table_needs_memory(self, advised, shown, error):
+        message = error("run.yaml", "--device", "CPU", "--write", "new.yaml")
+        assert "The table of devices has no memory for CPU" in message
+        assert "give --memory with --write" in message
+        told = "warning: The table of devices has no memory for CPU, which depends on the machine: to be told"
+        assert told in shown("run.yaml", "--device", "CPU", "--sweep", "length=8,16")
+        (warning,) = json.loads(shown("run.yaml", "--device", "CPU", "--json"))["warnings"]
+        assert "no memory for CPU" in warning
+        assert "no memory for CPU" not in shown("run.yaml", "--device", "CPU", "--memory", "500MiB")
 
     def test_write_needs_a_limit_and_one_run(self, run_file, error):
         assert "--memory 24GiB or --device NAME" in error(run_file(), "--write", "new.yaml")

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from transformers import Trainer
 
-from shoestring.compare import runner
+from shoestring.compare import runner, worker
 from shoestring.compare.extras import Extra
 from shoestring.compare.measures import Measure
 from shoestring.compare.results import Result
@@ -313,6 +314,19 @@ def test_budgets_in_tokens_and_seconds_become_steps(suite_file: Callable[..., Pa
     else:
         assert made > 3
         assert 0.1 < result.train_info.train_time < 2.5  # a few milliseconds a step, on a machine that does other work
+
+
+def test_neither_checks_nor_trials_make_a_hub_repository(
+    suite_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        raise AssertionError("a repository")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", make)
+    (case,) = Suite.load(suite_file(recipes={"lora": LORA}, seeds=[0], train={"push_to_hub": True})).cases
+    order = Order((case,), None, (), str(tmp_path), None, keep_weights=False)
+    worker.check(case, order)
+    assert worker._trial(case.settings, order) > 0
 
 
 def test_the_peak_of_a_process_is_its_own(suite_file: Callable[..., Path]) -> None:

@@ -123,6 +123,27 @@ def test_memory_below_the_weights_is_refused(made_up: RunSettings):
         advise(made_up, WEIGHTS)
 
 
+def test_a_change_the_model_cannot_be_made_with_is_skipped_and_named(
+    made_up: RunSettings, monkeypatch: pytest.MonkeyPatch
+):
+    predict_all = search.predict
+
+    def predicted(settings: RunSettings, **options: Any) -> Prediction:
+        if any("recompute" in entry for entry in settings.recipe):
+            raise AttributeError("no blocks.\nmore")
+        return predict_all(settings, **options)
+
+    monkeypatch.setattr(search, "predict", predicted)
+    advice = advise(made_up, memory_for(KEPT * 0.35))
+    assert advice.skipped == ("recompute: AttributeError: no blocks.",)
+    assert advice.to_dict()["skipped"] == ["recompute: AttributeError: no blocks."]
+    assert [change.title.split(" ")[0] for change in advice.changes] == [
+        "train.per_device_train_batch_size=1",
+        "token_tune",
+        "token_tune",
+    ]
+
+
 # With real ones
 
 
@@ -153,6 +174,24 @@ def test_two_depths_in_whole_periods_tell_what_a_deep_model_takes(tmp_path: Path
     assert guess.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
     assert guess.operations.total_flops == pytest.approx(whole.operations.total_flops, rel=1e-3)
     assert (guess.trained_parameters, guess.total_parameters) == (whole.trained_parameters, whole.total_parameters)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [{"lora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [11, 12]}}],
+        [{"lora": {"r": 4, "target_modules": r".*layers\.1[12]\..*q_proj"}}],
+        [LORA, {"reversible": {"reversible_layers": 8}}],
+    ],
+    ids=["layers", "regex", "reversible"],
+)
+def test_a_recipe_that_names_deep_blocks_is_guessed_from_the_whole_model(tmp_path: Path, recipe: list[Any]):
+    said: list[str] = []
+    rehearsals = Rehearsals(run(tmp_path, 13, recipe), said.append)
+    assert rehearsals.guess(batch=1) is rehearsals.whole(batch=1)
+    shallow = [text for text in said if text.endswith("blocks")]
+    assert rehearsals.guess(batch=2) is rehearsals.whole(batch=2)
+    assert [text for text in said if text.endswith("blocks")] == shallow  # not tried again
 
 
 @pytest.mark.parametrize("off", [0, 3, -3, 200])

@@ -261,6 +261,27 @@ def test_state_by_rule_is_added_to_the_step(folder):
     assert paged.paged_bytes == 0
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("optim", "bits"), [("adamw_8bit", 32), ("adamw_torch_8bit", 8)])
+def test_states_of_embeddings_and_heads_tied_to_them_are_in_32_bit_with_bitsandbytes(optim, bits, tied):
+    config = llama(vocab_size=256, tie_word_embeddings=tied)
+    numbers = 256 * WIDTH  # large enough for 8 bit, as no other tensor is
+    made = predict_model(config, batch=1, length=5, train={"optim": optim})
+    eight = by_rule(optim).bytes_of(numbers)
+    embedding = FLOAT * 2 * numbers if bits == 32 else eight
+    others = FLOAT * 2 * (LAYERS * BLOCK + WIDTH)
+    assert made.parts["optimizer_state"] == others + embedding + (0 if tied else eight)
+    assert made.trained_parameters == made.total_parameters
+    assert ("of embeddings of 32 bit" in made.by_rule[0]) == (bits == 32)
+
+
+def test_an_embedding_that_an_adapter_saves_has_states_in_32_bit():
+    work = work_of_model(llama(), [{"lora": {**LORA["lora"], "modules_to_save": ["embed_tokens"]}}], batch=1, length=5)
+    found = rehearse(work)
+    assert found.embedding_sizes == (WORDS * WIDTH,)
+    assert found.trained_parameters == lora_numbers() + WORDS * WIDTH
+
+
 # Several processes
 
 
@@ -290,8 +311,17 @@ PARTED = {"weights": 1000, "adapters": 11, "gradients": 600, "optimizer_state": 
     ],
 )
 def test_what_one_of_four_processes_holds(kind, changed):
-    assert Sharding(kind, 4).divided(PARTED, Units(90, 40)) == {**PARTED, **changed}
-    assert Sharding(kind, 1).divided(PARTED, Units(90, 40)) == PARTED
+    assert Sharding(kind, 4).divided(PARTED, Units(90, 40), 600) == {**PARTED, **changed}
+    assert Sharding(kind, 1).divided(PARTED, Units(90, 40), 600) == PARTED
+
+
+def test_buckets_of_ddp_are_there_at_a_peak_without_gradients():
+    wide = llama(vocab_size=3000)  # its logits make the peak when backward begins
+    alone, one = (predict_model(wide, batch=3, length=64, shards=s) for s in (None, Sharding("ddp", 2)))
+    gradients = FLOAT * alone.trained_parameters
+    assert alone.parts["gradients"] < gradients
+    assert one.parts["temporary"] == alone.parts["temporary"] + gradients
+    assert one.peak_bytes == alone.peak_bytes + gradients
 
 
 def test_shards_are_told_as_a_rule():

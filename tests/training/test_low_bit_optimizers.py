@@ -4,10 +4,11 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from shoestring.errors import SettingError
 from shoestring.memory.storages import storages_of
+from shoestring.planning import predict_model
 from shoestring.planning.optimizers import by_rule
 from shoestring.training import RunSettings, train
 from shoestring.training.low_bit_optimizers import check_optimizer, note_on, package_of
@@ -62,6 +63,29 @@ def test_states_take_what_the_rule_says_and_weights_learn(optim):
         if not rule.own_tables:
             held = {name: tensor for name, tensor in held.items() if not name.startswith("qmap")}  # one for all tensors
         assert sum(s.nbytes() for tensor in held.values() for s in storages_of(tensor)) == rule.bytes_of(weight.numel())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_states_of_embeddings_are_what_the_planner_counts(tied, tmp_path, monkeypatch):
+    from bitsandbytes.optim import GlobalOptimManager
+
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)  # it remembers the embeddings of all trainers
+    sizes = {"hidden_size": 32, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=150, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"], **sizes)
+    trainer = Trainer(LlamaForCausalLM(config), TrainingArguments(tmp_path, optim="adamw_8bit", use_cpu=True))
+    optimizer = trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = {
+        id(storage): storage.nbytes()
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith("qmap")  # one for all tensors
+        for storage in storages_of(tensor)
+    }
+    predicted = predict_model(config, batch=1, length=4, train={"optim": "adamw_8bit", "use_cpu": True})
+    assert predicted.parts["optimizer_state"] == sum(held.values())
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "galore_adamw_8bit"])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import Trainer
 
 from shoestring.cli import main
 from shoestring.training import RunSettings, measure
@@ -28,6 +29,15 @@ def test_it_says_the_same_as_the_report_of_the_run(run_file, capsys):
     trained = json.loads(capsys.readouterr().out)["memory"]
     assert measured["at_peak"] == trained["at_peak"]
     assert measured["saved_bytes"] == trained["saved_bytes"]
+
+
+def test_no_hub_repository_is_made(run_file, monkeypatch):
+    def make(self, *args, **options):
+        raise AssertionError("a repository")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", make)
+    settings = RunSettings.load(run_file("run", train={"push_to_hub": True, "hub_model_id": "me/mine"}))
+    assert measure(settings, say=lambda text: None).peak_bytes > 0
 
 
 def test_modules_sum_to_what_is_kept(run_file, capsys):

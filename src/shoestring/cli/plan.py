@@ -84,6 +84,8 @@ def plan(
         known = device_named(device) if device is not None else None
         if limit is None and known is not None:
             limit = known.usable_bytes
+            if limit is None and write is not None:
+                raise SettingError(f"{_no_memory_of(known)}, so nothing says what fits: give --memory with --write.")
         shards = Sharding(sharding, processes) if sharding is not None and processes is not None else None  # type: ignore[arg-type]
         devices = [known] if known is not None else list(DEVICES.values())
         with warnings.catch_warnings(record=True) as heard:
@@ -94,6 +96,8 @@ def plan(
             else:
                 found = _look_at(cases[0], shards, devices, limit, status.update)
         found.warnings = _of_techniques(heard, cases)
+        if known is not None and limit is None:
+            found.warnings.append(f"{_no_memory_of(known)}: to be told whether the run fits, give --memory.")
     if html is not None:
         _write(html, plan_page.page(found.rows, found.advice))
     suggested = _write_first_change(found.advice, write) if write is not None else None
@@ -107,6 +111,10 @@ def plan(
         console.print(suggested, soft_wrap=True, highlight=False)
     if html is not None:
         console.print(f"Written as a page: {html}", soft_wrap=True, highlight=False)
+
+
+def _no_memory_of(device: Device) -> str:
+    return f"The table of devices has no memory for {device.name}, which depends on the machine"
 
 
 class _Found:
@@ -249,6 +257,8 @@ def _show_one(console: Console, found: _Found) -> None:
 
 def _show_advice(console: Console, advice: Advice) -> None:
     console.print(plan_tables.largest_line(advice), highlight=False, soft_wrap=True)
+    for skipped in advice.skipped:
+        console.print(f"Skipped, {skipped}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if advice.changes:
         console.print(plan_tables.changes_table(advice))
     elif not advice.fits:

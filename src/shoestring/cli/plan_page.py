@@ -109,10 +109,12 @@ def _advice(advice: Advice) -> str:
     limit = size(advice.memory_bytes)
     if advice.fits:
         return f"<p>It fits {limit}.</p>\n"
+    skipped = "".join(f"<p>Skipped, {escape(text)}</p>\n" for text in advice.skipped)
     if not advice.changes:
         least = f"{size(advice.smallest.peak_bytes)}, with {advice.smallest_title}; {cuda_range(advice.smallest)}"
-        return f"<p>It does not fit {limit}, and nothing that was tried makes it fit: at least {escape(least)}.</p>\n"
+        text = f"It does not fit {limit}, and nothing that was tried makes it fit: at least {escape(least)}."
+        return f"<p>{text}</p>\n{skipped}"
     items = "".join(
         f"<li>{escape(change.title)}: {size(change.peak_bytes)}; {escape(change.why)}</li>" for change in advice.changes
     )
-    return f"<p>It does not fit {limit}. Each of these makes it fit:</p><ol>{items}</ol>\n"
+    return f"<p>It does not fit {limit}. Each of these makes it fit:</p><ol>{items}</ol>\n{skipped}"

@@ -27,7 +27,7 @@ from ..recipe import Recipe
 from ..training.marked_yaml import dump_yaml
 from ..training.observe import StepTimes
 from ..training.report import Report
-from ..training.run import Ready, prepare, train, versions
+from ..training.run import Ready, prepare, shortened, train, versions
 from ..training.settings import RunSettings
 from .extras import Extra
 from .measures import QUALITIES, ppe, ppt
@@ -102,7 +102,8 @@ def check(case: Case, order: Order) -> None:
     """
     folder = Path(order.folder) / f".{case.file}"
     try:
-        ready = prepare(case.settings.model_copy(update={"output_dir": str(folder)}))
+        fields = {**case.settings.train, "push_to_hub": False}  # or the trainer makes the repository
+        ready = prepare(case.settings.model_copy(update={"output_dir": str(folder), "train": fields}))
         scored_split(ready.data, order.split)
         for extra in order.extras:
             extra.before(ready)
@@ -176,11 +177,8 @@ def _trial(settings: RunSettings, order: Order) -> float:
     """Median seconds of a few steps, on a model that is thrown away."""
     times = _Seconds()
     folder = f"{settings.output_dir}-trial"
-    short = {"max_steps": TRIAL_STEPS, "save_strategy": "no", "eval_strategy": "no"}
-    fields = {key: value for key, value in settings.train.items() if key != "load_best_model_at_end"} | short
     try:
-        trial = settings.model_copy(update={"output_dir": folder, "train": fields, "early_stopping_patience": None})
-        ready = prepare(trial, callbacks=[times])
+        ready = prepare(shortened(settings, TRIAL_STEPS, folder), callbacks=[times])
         ready.trainer.train()
         with suppress(ValueError):
             Recipe.remove(ready.attached.model)

@@ -55,6 +55,7 @@ class Advice:
     largest_batch, largest_length: that fit as the run is, the other left alone; None if none does.
     changes: each makes the run fit by itself, the best first; empty where it fits, or where nothing helps.
     smallest: the least that was found, with `smallest_title` saying how.
+    skipped: changes that the model could not be made with, each with the reason.
     """
 
     memory_bytes: int
@@ -65,6 +66,7 @@ class Advice:
     changes: list[Change]
     smallest: Prediction
     smallest_title: str
+    skipped: tuple[str, ...] = ()
 
     @property
     def missing_bytes(self) -> int:
@@ -91,6 +93,7 @@ class Advice:
             "smallest": self.smallest.to_dict(),
             "smallest_title": self.smallest_title,
             "missing_bytes": self.missing_bytes,
+            "skipped": list(self.skipped),
         }
 
 
@@ -145,19 +148,20 @@ def advise(
     if fits(now):
         return Advice(memory, True, now, rows, tokens, [], now, "the run as it is")
     base = as_it_is.guess()
-    alone = sorted(_alone(settings, now, say), key=lambda tried: _cost(tried.steps))
+    skipped: list[str] = []
+    alone = sorted(_alone(settings, now, say, skipped.append), key=lambda tried: _cost(tried.steps))
     helping = [tried for tried in alone if tried.guess.peak_bytes < base.peak_bytes]
     found = [tried for tried in helping if fits(tried.guess) and fits(tried.rehearsals.whole())][:TOLD]
     smallest = min([*found, *helping], key=lambda tried: tried.guess.peak_bytes, default=None)
     if not found:
-        together = _together(settings, helping, fits, say)
+        together = _together(settings, helping, fits, say, skipped.append)
         if together is not None:
             smallest = together
             found = [together] if fits(together.rehearsals.whole()) else []
     changes = [_change(tried, now) for tried in found]
     least = smallest.rehearsals.whole() if smallest is not None else now
     title = _title(smallest.steps) if smallest is not None else "the run as it is"
-    return Advice(memory, False, now, rows, tokens, changes, least, title)
+    return Advice(memory, False, now, rows, tokens, changes, least, title, tuple(skipped))
 
 
 def _needed(prediction: Prediction) -> int:
@@ -193,20 +197,26 @@ def _largest(rehearsals: Rehearsals, now: Prediction, memory: int) -> tuple[int 
     return rows.value if rows else None, tokens.value if tokens else None
 
 
-def _alone(settings: RunSettings, now: Prediction, say: Callable[[str], None]) -> Iterator[_Tried]:
+def _alone(
+    settings: RunSettings, now: Prediction, say: Callable[[str], None], skip: Callable[[str], None]
+) -> Iterator[_Tried]:
     for step in _steps(settings, now):
-        tried = _try((step,), settings, say)
+        tried = _try((step,), settings, say, skip)
         if tried is not None:
             yield tried
 
 
 def _together(
-    settings: RunSettings, helping: Sequence[_Tried], fits: Callable[[Prediction], bool], say: Callable[[str], None]
+    settings: RunSettings,
+    helping: Sequence[_Tried],
+    fits: Callable[[Prediction], bool],
+    say: Callable[[str], None],
+    skip: Callable[[str], None],
 ) -> _Tried | None:
     """Changes in order until the run fits, then without those it fits without; all that help if it never does."""
     best: _Tried | None = None
     for candidate in helping:
-        tried = _try((*(best.steps if best else ()), *candidate.steps), settings, say)
+        tried = _try((*(best.steps if best else ()), *candidate.steps), settings, say, skip)
         if tried is None or (best is not None and tried.guess.peak_bytes >= best.guess.peak_bytes):
             continue
         best = tried
@@ -215,20 +225,29 @@ def _together(
     if best is None or not fits(best.guess):
         return best
     for step in best.steps[:-1]:
-        fewer = _try(tuple(other for other in best.steps if other is not step), settings, say)
+        fewer = _try(tuple(other for other in best.steps if other is not step), settings, say, skip)
         if fewer is not None and fits(fewer.guess):
             best = fewer
     return best
 
 
-def _try(steps: tuple[_Step, ...], settings: RunSettings, say: Callable[[str], None]) -> _Tried | None:
-    """The run with the changes; None where they are refused together, or cannot be rehearsed."""
+def _try(
+    steps: tuple[_Step, ...], settings: RunSettings, say: Callable[[str], None], skip: Callable[[str], None]
+) -> _Tried | None:
+    """The run with the changes; None where they are refused together, or cannot be rehearsed.
+
+    skip: told of changes that fail in a way that is no refusal.
+    """
     try:
         for step in steps:
             settings = step.apply(settings)
         tried = _Tried(steps, settings, Rehearsals(settings, say))
         tried.guess = tried.rehearsals.guess()
     except (ValueError, NotImplementedError):  # SettingError is a ValueError: it does not go with the run
+        return None
+    except Exception as error:  # whatever it is, other changes may help
+        reason = (str(error).splitlines() or ["no message"])[0]
+        skip(f"{_title(steps)}: {type(error).__name__}: {reason}")
         return None
     return tried
 

@@ -4,9 +4,12 @@ Source   Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv:21
 Rule     Blocks of 256 numbers share one float32 scale, of 128 in 4 bit; tensors below 4,096 numbers have float32
          states. bitsandbytes has one table of levels for all tensors, which is left out; torchao one for each state.
          Paged states of tensors with 100,000 numbers and more may leave the GPU; smaller ones stay on it.
+         transformers' Trainer has bitsandbytes keep those of every nn.Embedding, and of heads tied to it, in float32.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 from ..training.low_bit_optimizers import SMALLEST_QUANTISED, package_of
 
@@ -34,7 +37,14 @@ class StateRule:
     def text(self) -> str:
         """What is told about it."""
         where = "paged: that of large parameters may leave the device" if self.paged else "on the device"
-        return f"optimizer state of {self.name}: {self.states} of {self.bits} bit a trained parameter, {where}"
+        of_embeddings = "" if self.of_embeddings == self else f", of embeddings of {self.of_embeddings.bits} bit"
+        kept = f"{self.states} of {self.bits} bit a trained parameter{of_embeddings}"
+        return f"optimizer state of {self.name}: {kept}, {where}"
+
+    @property
+    def of_embeddings(self) -> StateRule:
+        """The rule for weights of nn.Embedding."""
+        return self if self.own_tables else replace(self, bits=32)
 
     def bytes_of(self, numbers: int) -> int:
         """The state of a parameter with so many numbers.

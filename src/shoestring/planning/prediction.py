@@ -311,14 +311,16 @@ def prediction_of(
     by_step |= {str(phase): size for phase, size in report.by_phase.items()}
     rules, paged = list(told), 0
     if rule is not None:
-        state = sum(rule.bytes_of(size) for size in found.trained_sizes)
-        paged = sum(rule.paged_bytes_of(size) for size in found.trained_sizes)
+        trained = [(rule, size) for size in found.trained_sizes]
+        trained += [(rule.of_embeddings, size) for size in found.embedding_sizes]
+        state = sum(each.bytes_of(size) for each, size in trained)
+        paged = sum(each.paged_bytes_of(size) for each, size in trained)
         parts["optimizer_state"] += state - paged
         by_step = {step: size + (step != "load") * (state - paged) for step, size in by_step.items()}
         rules.append(rule.text)
     if shards is not None:
         before = sum(parts.values())
-        parts = shards.divided(parts, found.units)
+        parts = shards.divided(parts, found.units, report.largest["gradients"])
         change = sum(parts.values()) - before
         by_step = {step: max(size + change, 0) for step, size in by_step.items() if step != "load"}
         rules.append(shards.text)

@@ -64,7 +64,8 @@ class Rehearsed:
     """What one step took.
 
     adapter_bytes: weights that the recipe added. largest_weight_bytes: of the one parameter with most.
-    trained_sizes: numbers in each parameter that trains; total_parameters: in all of them. units: for sharding.
+    trained_sizes: numbers in each parameter that trains, but for those in `embedding_sizes`: the trained weights of
+    nn.Embedding, heads tied to them included. total_parameters: numbers in all parameters. units: for sharding.
     """
 
     memory: MemoryReport
@@ -72,13 +73,14 @@ class Rehearsed:
     adapter_bytes: int
     largest_weight_bytes: int
     trained_sizes: tuple[int, ...]
+    embedding_sizes: tuple[int, ...]
     total_parameters: int
     units: Units
 
     @property
     def trained_parameters(self) -> int:
         """Numbers that train."""
-        return sum(self.trained_sizes)
+        return sum(self.trained_sizes) + sum(self.embedding_sizes)
 
 
 def rehearse(work: Work, *, count_operations: bool = False) -> Rehearsed:
@@ -113,7 +115,9 @@ def run_one_step(
             parameters = list(trainer.model.parameters())  # of the trainer, which may put new ones in their place
             added = {id(s): s.nbytes() for p in parameters if p not in known for s in storages_of(p)}
             largest = max(p.nbytes for p in parameters)
-            trained = tuple(p.numel() for p in parameters if p.requires_grad)
+            embeddings = {id(m.weight) for m in trainer.model.modules() if isinstance(m, nn.Embedding)}
+            trained = tuple(p.numel() for p in parameters if p.requires_grad and id(p) not in embeddings)
+            of_embeddings = tuple(p.numel() for p in parameters if p.requires_grad and id(p) in embeddings)
             total, units = sum(map(numbers_in, parameters)), _units(base)
             try:
                 trainer.train()
@@ -123,7 +127,7 @@ def run_one_step(
             attached_to(model).detach()
     assert memory.report is not None
     counted = operations.operations() if operations else None
-    return Rehearsed(memory.report, counted, sum(added.values()), largest, trained, total, units)
+    return Rehearsed(memory.report, counted, sum(added.values()), largest, trained, of_embeddings, total, units)
 
 
 class _Known:

@@ -41,19 +41,24 @@ class Rehearsals:
         self.settings = settings
         self._say = say
         self._made: dict[tuple[Any, ...], Prediction] = {}
+        self._can_be_shallow = True
 
     def whole(self, batch: int | None = None, length: int | None = None) -> Prediction:
         """All blocks of the model."""
         return self._predict(batch, length, None)
 
     def guess(self, batch: int | None = None, length: int | None = None) -> Prediction:
-        """From two depths where the model is deep: near the whole, and quick."""
+        """From two depths where the model is deep and the run goes with them: near the whole, and quick."""
         config = models.configuration(self.settings.model.name, self.settings.model.revision)
         period, blocks = models.period(config), models.depth_of(config)
         few, more = 2 * period, 4 * period
-        if blocks < max(DEEP, more + 1):
+        if blocks < max(DEEP, more + 1) or not self._can_be_shallow:
             return self.whole(batch, length)
-        one, two = self._predict(batch, length, few), self._predict(batch, length, more)
+        try:
+            one, two = self._predict(batch, length, few), self._predict(batch, length, more)
+        except ValueError:  # as of a recipe that names blocks beyond those
+            self._can_be_shallow = False
+            return self.whole(batch, length)
         times = (blocks - few) / (more - few)
         return _extrapolated(one, two, times)
 

@@ -1,7 +1,7 @@
 """Sharding: what one of several processes holds, by the rules of DDP, FSDP2 and ZeRO.
 
 Rules    With n processes, weights W, gradients G, optimizer state S, blocks of a model the units that are gathered:
-         ddp     W + 2 G + S: gradients are copied into buckets to be summed
+         ddp     W + 2 G + S: gradients are copied into buckets to be summed, which are there all the time
          zero1   W + G + S/n;   zero2   W + (G + S)/n
          zero3, fsdp2   (W + G + S)/n, and at the peak two blocks and what is outside of blocks, gathered
          Activations, logits and temporaries are those of the process's own micro-batch.
@@ -47,8 +47,11 @@ class Sharding:
         """What is told about it."""
         return f"what each of {self.processes} processes holds under {self.kind}"
 
-    def divided(self, parts: Mapping[str, int], units: Units) -> dict[str, int]:
-        """The parts of one process, from those of a process that holds everything."""
+    def divided(self, parts: Mapping[str, int], units: Units, gradients: int) -> dict[str, int]:
+        """The parts of one process, from those of a process that holds everything.
+
+        parts: at the peak. gradients: bytes of all of them, which need not be there at the peak.
+        """
 
         def share(size: int, wanted: bool) -> int:
             return -(-size // self.processes) if wanted else size
@@ -64,5 +67,5 @@ class Sharding:
         if whole:
             new["temporary"] += 2 * units.largest_block + units.outside
         elif self.kind == "ddp":
-            new["temporary"] += new["gradients"]
+            new["temporary"] += gradients
         return new

@@ -241,22 +241,27 @@ def explain_memory(
 
 
 def _two_steps(settings: RunSettings, memory: StepMemory, say: Callable[[str], None]) -> None:
-    short = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
     with TemporaryDirectory() as folder:  # a trainer makes its output folder when it is made
-        train_fields = {key: v for key, v in settings.train.items() if key != "load_best_model_at_end"} | short
-        ready = prepare(
-            settings.model_copy(
-                update={"output_dir": folder, "train": train_fields, "early_stopping_patience": None},
-            ),
-            say=say,
-            callbacks=[memory],
-        )
+        ready = prepare(shortened(settings, 2, folder), say=say, callbacks=[memory])
         try:
             ready.trainer.train()
         finally:
             memory.abandon()
     if memory.report is None:
         raise SettingError("measure needs a step of training data; lower the batch size or add rows.")
+
+
+def shortened(settings: RunSettings, max_steps: int, folder: str) -> RunSettings:
+    """The run cut to a few training steps, which leave nothing outside of `folder`: no reports, no hub repository."""
+    short = {
+        "max_steps": max_steps,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "push_to_hub": False,
+    }
+    train = {key: value for key, value in settings.train.items() if key != "load_best_model_at_end"} | short
+    return settings.model_copy(update={"output_dir": folder, "train": train, "early_stopping_patience": None})
 
 
 # What changes neither the weights nor the losses of a run.
