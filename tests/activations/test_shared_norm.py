@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from training_steps import MODELS, error, made, step
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from shoestring import Recipe, assets
@@ -95,6 +96,18 @@ def test_rms_norms_of_any_class_are_told_by_what_they_compute(name):
         fake = NORMS[name](7)
         assert norm_form(fake) == form
         assert SharedNorm().is_safe(fake, form)
+
+
+def test_norms_called_with_a_gate_run_as_they_are():
+    torch.manual_seed(0)
+    module = MambaRMSNormGated(7, 7).train()
+    x, gate = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True)
+    dy = torch.randn(4, 7)
+    plain = torch.autograd.grad(stock := module(x, gate), [x, gate, module.weight], dy)
+    with Recipe(SharedNorm())(module):
+        for y in (module(x, gate), module(x, gate=gate), module(hidden_states=x, gate=gate)):
+            assert torch.equal(y, stock)
+            assert all(map(torch.equal, torch.autograd.grad(y, [x, gate, module.weight], dy), plain))
 
 
 def test_modules_that_are_no_such_norm_are_left_alone():

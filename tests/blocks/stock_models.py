@@ -66,12 +66,19 @@ ENCODER_DECODERS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 MODELS = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
+DEBERTA = {**TEXT, **CLASSES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+OWN_ATTENTION: dict[str, Callable[[], nn.Module]] = {  # and blocks that return tuples
+    "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=WORDS, hidden_size=16, n_layer=3, n_head=4)),
+    "falcon": lambda: t.FalconForCausalLM(t.FalconConfig(**TEXT)),
+    "gptj": lambda: t.GPTJForCausalLM(t.GPTJConfig(**GPT2_SIZES, vocab_size=WORDS, rotary_dim=4)),
+    "deberta": lambda: t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**DEBERTA)),
+}
 
 
 def made(name: str, dropout: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model in training mode, always the same, with weights so large that attention is far from even."""
     torch.manual_seed(0)
-    model = MODELS[name]().train()
+    model = {**MODELS, **OWN_ATTENTION}[name]().train()
     model = model if dtype == torch.float32 else model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -112,7 +119,7 @@ def batch_for(name: str, model: nn.Module, seed: int = 0, left: bool = False) ->
         return {**inputs, "labels": targets}
     if name == "bert tokens":
         return {**inputs, "labels": (ids % 5).masked_fill((mask == 0) | (ids % 3 == 0), -100)}
-    if name in ENCODERS:
+    if name in ENCODERS or name == "deberta":
         return {**inputs, "labels": classes}
     labels = ids.masked_fill(mask == 0, -100)
     labels[2, :4] = -100  # a prompt

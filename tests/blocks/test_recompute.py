@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
-from stock_models import MODELS, WORDS, batch_for, gradients, made
+from stock_models import DEBERTA, MODELS, OWN_ATTENTION, WORDS, attention_is, batch_for, gradients, made
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from shoestring import Ledger, Recipe
-from shoestring.blocks import Recompute
+from shoestring.blocks import Recompute, TokenTune, find_stacks
 from shoestring.errors import SettingError
 
 VARIANTS = {"all": {}, "attention kept": {"keep": "attention"}, "every second": {"every": 2}}
@@ -19,7 +20,7 @@ VARIANTS = {"all": {}, "attention kept": {"keep": "attention"}, "every second": 
 
 def assert_changes_nothing(model: nn.Module, batch: dict[str, Tensor], *others: LoraConfig, **settings: object) -> None:
     """Against the stock model without a cache, which may lay out keys in another way, and so round otherwise."""
-    if any(getattr(m, "is_causal", False) for m in model.modules()) or model.config.is_encoder_decoder:
+    if any(stack.causal for stack in find_stacks(model)):
         batch = {**batch, "use_cache": False}
     found = []
     for techniques in ((), (Recompute(**settings),)):
@@ -43,10 +44,60 @@ def test_no_bit_of_a_gradient_changes_under_dropout(name):
 
 
 @pytest.mark.parametrize("settings", list(VARIANTS.values())[1:], ids=list(VARIANTS)[1:])
-@pytest.mark.parametrize("name", ["llama grouped", "gemma2", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama grouped", "gemma3", "gpt2", "bert", "t5"])
 def test_no_bit_changes_where_less_is_run_again(name, settings):
     model = made(name, dropout=True)
     assert_changes_nothing(model, batch_for(name, model), **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"every": 2}, {"segments": 2}], ids=["all", "every second", "segments"])
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_blocks_that_return_tuples(name, settings):
+    model = made(name, dropout=True)
+    assert_changes_nothing(model, batch_for(name, model), **settings)
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    layers = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2}
+    places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0, "mask_time_prob": 0.0}
+    model = t.WavLMModel(t.WavLMConfig(**sizes, **layers, **places)).train()
+    for settings in ({}, {"segments": 1}):
+        with (
+            Recipe(Recompute(**settings))(model) as attached,
+            pytest.raises(
+                SettingError, match=r"WavLMEncoderLayer hands on more than hidden states, .* recompute cannot"
+            ),
+        ):
+            attached(input_values=torch.randn(2, 90))
+
+
+def test_what_comes_between_blocks_is_refused_in_segments():
+    torch.manual_seed(0)
+    model = t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**DEBERTA, conv_kernel_size=3)).train()
+    assert_changes_nothing(model, batch_for("deberta", model))
+    with (
+        Recipe(Recompute(segments=2))(model) as attached,
+        pytest.raises(SettingError, match=r"changes what DebertaV2Layer of deberta\.encoder\.layer returns before"),
+    ):
+        attached(**batch_for("deberta", model))
+
+
+def test_a_block_whose_code_hides_that_it_returns_a_tuple_is_refused_in_segments():
+    model = made("bloom")
+    with pytest.MonkeyPatch.context() as patch:
+        own = type(model.transformer.h[0]).forward
+
+        def forward(self, hidden_states, **kwargs):
+            outputs = own(self, hidden_states, **kwargs)
+            return outputs
+
+        patch.setattr(type(model.transformer.h[0]), "forward", forward)
+        with (
+            Recipe(Recompute(segments=2))(model) as attached,
+            pytest.raises(SettingError, match="changes what BloomBlock of"),
+        ):
+            attached(**batch_for("bloom", model))
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
@@ -120,6 +171,31 @@ def test_an_error_leaves_the_model_usable():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(SettingError, match=message):
         Recompute(**settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "bart"])
+def test_keeping_attention_is_refused_where_it_is_not_torchs(name):
+    model = made(name)
+    with attention_is(model, "eager"):
+        with (
+            pytest.raises(SettingError, match=r"attention of [\w.]+ is 'eager'; load the model with .*'sdpa'"),
+            Recipe(Recompute(keep="attention"))(model),
+        ):
+            pass
+        with Recipe(Recompute())(model):
+            pass
+
+
+def test_keeping_attention_sees_through_redirected_attention():
+    model = made("llama")
+    with Recipe(TokenTune(), Recompute(keep="attention"))(model) as attached:
+        attached(**batch_for("llama", model)).loss.backward()
+    with (
+        attention_is(model, "eager"),
+        pytest.raises(SettingError, match="is 'eager'"),
+        Recipe(TokenTune(), Recompute(keep="attention"))(model),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -669,6 +669,8 @@ def test_models_it_cannot_run_are_refused():
         Reversible().attach(model),
     ):
         pass
+    with pytest.raises(SettingError, match="is of type BloomBlock, a block of unknown layout"):
+        Recipe(Reversible()).apply(t.BloomModel(t.BloomConfig(vocab_size=9, hidden_size=8, n_layer=2, n_head=2)))
     with pytest.raises(SettingError, match="recompute and reversible cannot be combined"):
         Recipe(Reversible(), Recompute())
 

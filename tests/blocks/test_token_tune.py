@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,12 +19,14 @@ from stock_models import (
     LENGTH,
     MODELS,
     SIZES,
+    SLIDING,
     TEXT,
     WORDS,
     apart,
     attention_is,
     batch_for,
     gradients,
+    labels_of_selected,
     made,
     run_reference,
     watched_inputs,
@@ -35,7 +37,7 @@ from transformers.initialization import no_init_weights
 
 from shoestring import Ledger, Recipe
 from shoestring.activations import LowBitActivations
-from shoestring.blocks import Recompute, TokenTune, find_stacks
+from shoestring.blocks import Recompute, TokenTune, find_stacks, token_tune
 from shoestring.blocks.token_selection import Selection
 from shoestring.errors import RunFailed, SettingError
 from shoestring.recipe import attached_to
@@ -191,6 +193,49 @@ def test_masks_that_are_given_whole_and_packed_samples(form):
     assert all(apart(one, reference) < 1e-9 for one in found)
 
 
+def on_text_alone() -> tuple[nn.Module, nn.Module]:
+    """A model of images and text, and its part for text with the same weights."""
+    torch.manual_seed(0)
+    config = t.Gemma3Config(
+        text_config={**GROUPED, "sliding_window": 5, "layer_types": SLIDING},
+        vision_config={**SIZES, "image_size": 12, "patch_size": 4},
+    )
+    both = t.Gemma3ForConditionalGeneration(config).double().train()
+    text = t.Gemma3ForCausalLM(config.text_config).double().train()
+    text.model.load_state_dict(both.model.language_model.state_dict())
+    text.lm_head.load_state_dict(both.lm_head.state_dict())
+    return both, text
+
+
+@pytest.mark.parametrize("form", ["streams", "rows"])
+@pytest.mark.parametrize("select", ["random", "supervised"])
+def test_a_stack_for_images_beside_the_one_for_text_is_no_encoder(form, select):
+    both, text = on_text_alone()
+    batch = batch_for("gemma3", text)
+    found = []
+    for model in (both, text):
+        with tuned(model, keep_fraction=0.4, form=form, select=select) as (attached, _):
+            loss = attached(**batch).loss
+            loss.backward()
+            found.append((loss, gradients(model.model.language_model if model is both else model.model)))
+    assert any(g.any() for g in found[0][1].values())
+    assert torch.equal(found[0][0], found[1][0])
+    assert apart(found[0][1], found[1][1]) < 1e-9
+
+
+def test_rows_of_a_model_with_attention_of_its_own():
+    model = made("bloom", dtype=torch.float64)
+    batch = batch_for("bloom", model)
+    with tuned(model, keep_fraction=0.4, form="rows") as (attached, states):
+        loss = attached(**batch).loss
+        loss.backward()
+    (selection,) = states[0].selections.values()
+    expected = model(**{**batch, "labels": labels_of_selected(batch["labels"], selection.mask, shifted=True)}).loss
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(SettingError, match=r"BloomBlock of transformer\.h does not call it .*; set form='rows'"):
+        Recipe(TokenTune()).apply(model)
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "modernbert", "bert", "t5"])
 def test_batches_without_padding_equal_the_reference(name):
     model = made(name, dtype=torch.float64)
@@ -320,6 +365,40 @@ def test_autocast_loses_no_gradient(name, fraction, select):
         if gradient.norm() > 1e-4 * max(g.norm() for g in wide.values()):
             assert (narrow[weight] - gradient).norm() < 0.3 * gradient.norm(), weight
     assert all(gradient.any() for gradient in narrow.values())
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_rows_tell_weights_from_tokens_under_autocast(trained):
+    """Weights in bfloat16 are copies, and here have as many rows as the batch has tokens."""
+    torch.manual_seed(0)
+    sizes = {**TEXT, "intermediate_size": BATCH * LENGTH, "num_key_value_heads": 2, "hidden_size": 24}
+    model = t.LlamaForCausalLM(t.LlamaConfig(**sizes, use_cache=False)).train()
+    for block in model.model.layers:
+        block.mlp.requires_grad_(trained)
+    batch = batch_for("llama", model)
+
+    def found() -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16), tuned(model, keep_fraction=0.4, form="rows") as (attached, _):
+            attached(**batch).loss.backward()
+            return gradients(attached)
+
+    cut = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_tune, "kept_by_rows", lambda *_: nullcontext())
+        whole = found()
+    assert apart(cut, whole) < 1e-6
+
+
+def test_rows_of_tokens_are_told_where_weights_have_as_many():
+    ids = torch.randint(3, WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    shares = []
+    for width in (BATCH * LENGTH, BATCH * LENGTH + 1):
+        torch.manual_seed(0)
+        model = t.LlamaForCausalLM(t.LlamaConfig(**{**TEXT, "intermediate_size": width})).train()
+        whole = saved_bytes(model, {"input_ids": ids, "labels": ids})
+        with Recipe(TokenTune(keep_fraction=0.3, form="rows"))(model) as attached:
+            shares.append(saved_bytes(attached, {"input_ids": ids, "labels": ids}) / whole)
+    assert shares[0] == pytest.approx(shares[1], rel=0.05)
 
 
 def test_the_same_seed_draws_the_same_and_each_step_anew():

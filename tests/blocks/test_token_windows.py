@@ -12,11 +12,15 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -196,6 +200,41 @@ def test_a_mask_of_the_users_own(schedule):
     visible[20:, :5] = False
     batch["attention_mask"] = visible.expand(2, 1, -1, -1)
     check_same(build(llama), batch, schedule=schedule, window_tokens=9)
+
+
+def with_a_prefix(kind: str) -> dict[str, torch.Tensor]:
+    """A batch whose first 15 tokens all see each other, in one sample, and 12 in the other."""
+    batch = text_batch("none")
+    visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    visible[0, :, :15, :15] = visible[1, :, :12, :12] = True
+    numbers = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
+    batch["attention_mask"] = {"booleans": visible, "numbers": numbers, "a row": visible[:, :, -1:]}[kind]
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["booleans", "numbers", "a row"])
+@pytest.mark.parametrize("settings", [{}, {"keep_keys": True}], ids=["keys again", "keys kept"])
+def test_a_mask_by_which_a_prefix_sees_all_of_itself(kind, settings):
+    tolerance = 1e-7  # gradients of the two rounds go through norms in float32
+    check_same(build(llama), with_a_prefix(kind), tolerance, window_tokens=9, **settings)
+
+
+def test_a_mask_by_which_a_prefix_sees_all_of_itself_is_refused_in_window_major():
+    with (
+        Recipe(TokenWindows(window_tokens=9, schedule="window_major"))(build(llama)) as windowed,
+        pytest.raises(SettingError, match=r"tokens of model\.layers see later ones; use schedule='layer_major'"),
+    ):
+        windowed(**with_a_prefix("booleans"))
+
+
+def test_images_among_words_that_see_all_of_themselves():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma3Config(text_config={**SLIDING}, vision_config={**sizes, "image_size": 12, "patch_size": 4})
+    batch = text_batch("none")
+    del batch["attention_mask"]
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    batch["token_type_ids"][:, 5:15] = 1
+    check_same(build(partial(Gemma3ForConditionalGeneration, config)), batch, 2e-6, window_tokens=9)
 
 
 ENCODERS = {
@@ -417,6 +456,12 @@ def test_attention_without_masks_by_row_is_refused():
     model = build(llama)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(SettingError, match="'flash_attention_2' takes no masks by row; load the model with"):
+        Recipe(TokenWindows()).apply(model)
+
+
+def test_attention_that_is_not_transformers_is_refused():
+    model = BloomForCausalLM(BloomConfig(**SIZES, hidden_size=16, n_layer=2, n_head=4))
+    with pytest.raises(SettingError, match=r"BloomBlock of transformer\.h does not call it .*; use recompute instead"):
         Recipe(TokenWindows()).apply(model)
 
 

@@ -108,6 +108,8 @@ class _FromOutput(torch.autograd.Function):
 class SharedNorm(Technique):
     """LayerNorms and RMSNorms compute their backward from their result, which the next layer keeps anyway.
 
+    Norms that are called with a gate too run as they are.
+
     largest_shift: norms with |beta / gamma| above it in some channel keep their input as before; at 16 the gradient in
         float32 is off by no more than 2e-6.
 
@@ -156,7 +158,10 @@ class SharedNorm(Technique):
         return bool((gamma >= torch.finfo(gamma.dtype).tiny).all() and (shift <= self.largest_shift * gamma).all())
 
     def _forward_of(self, form: NormForm) -> Callable[..., Tensor]:
-        def forward(module: nn.Module, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        def forward(module: nn.Module, own: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+            if len(args) != 1 or named:  # more than x, such as a gate
+                return own(*args, **named)
+            (x,) = args
             weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
             learned = [p for p in (weight, bias) if p is not None and p.requires_grad]
             if not (x.requires_grad or learned) or (learned and not self.is_safe(module, form)):

@@ -23,8 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import SettingError
 from ..fakes import has_values
+from .stacks import Stack
 
 SUPPORTED = ("sdpa", "eager")
+OURS = "shoestring_"  # in front of a redirected implementation's name
 
 Handler = Callable[..., Tensor]
 _HANDLER: ContextVar[Handler | None] = ContextVar("handler of attention", default=None)
@@ -188,6 +190,17 @@ def redirected(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = original
 
 
+def attention_implementation(model: nn.Module, stack: Stack) -> str | None:
+    """What computes attention in a stack, as its config has it, redirected or not; None if no config says so."""
+    name = stack.name
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if (found := getattr(config, "_attn_implementation", None)) is not None:
+            return found.removeprefix(OURS)
+    return None
+
+
 def _configs(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
@@ -200,7 +213,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _registered(original: str) -> str:
-    name = original if original.startswith("shoestring_") else f"shoestring_{original}"
+    name = original if original.startswith(OURS) else f"{OURS}{original}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, original))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(_mask, original))

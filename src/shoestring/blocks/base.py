@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..technique import Phase, Technique
 from .attention import masks_by_rows, redirected
-from .stacks import BlockCall, Stack, bind, find_stacks, first_relative_bias
+from .stacks import (
+    BlockCall,
+    NotedForward,
+    Stack,
+    Unread,
+    bind,
+    find_stacks,
+    first_relative_bias,
+    refuse_own_attention,
+)
 
 _NO_CACHE = (
     "{name} runs whole sequences and keeps no keys and values: pass use_cache=False, and no past_key_values, as prefix "
@@ -57,6 +66,7 @@ class BlockTechnique(Technique):
     stacks: those of the model it is attached to.
     training_only: evaluation and generation run the stock blocks.
     handles_attention: the model's attention goes through `attention.handled_by`.
+    instead: what to do where that cannot be, for the message.
     """
 
     phase: ClassVar[Phase] = Phase.BLOCK
@@ -65,6 +75,7 @@ class BlockTechnique(Technique):
     stacks: list[Stack]
     training_only: ClassVar[bool] = True
     handles_attention: bool = False
+    instead: ClassVar[str] = "use recompute instead"
 
     def check(self, model: nn.Module, stacks: list[Stack]) -> None:
         """Raise SettingError where this model cannot be run this way."""
@@ -102,6 +113,8 @@ class BlockTechnique(Technique):
             if self.handles_attention:
                 undo.enter_context(redirected(model))
             for stack in stacks:
+                if self.handles_attention:
+                    refuse_own_attention(stack, self.name, self.instead)
                 for index, block in enumerate(stack.blocks):
                     undo.enter_context(forward_swapped(block, partial(self._block, stack, index, block, block.forward)))
             beginnings = [model]
@@ -135,25 +148,36 @@ class BlockTechnique(Technique):
         return None if outputs is None else self.end(current, outputs)
 
     def _block(
-        self, stack: Stack, index: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        self, stack: Stack, index: int, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         if (current := self.current) is None:
             return forward(*args, **kwargs)
         hidden, named = bind(block, args, kwargs)
-        if named.get("past_key_values") is not None:
+        if any(named.get(name) is not None for name in ("past_key_values", "layer_past")):
             raise SettingError(_NO_CACHE.format(name=self.name))
-        call = BlockCall(index, forward, hidden, named)
-        biases: tuple[Any, ...] = ()
+        for value in named.values():
+            if isinstance(value, Unread):
+                value.refuse()
+        noted = NotedForward(block, forward, self.name)
+        call = BlockCall(index, noted, hidden, named)
+        biases: tuple[Any, ...] | None = None
         if "position_bias" in named:  # T5: the first block makes the bias that all use, and hands it on
             if named["position_bias"] is None and (relative := first_relative_bias(block)) is not None:
                 make_bias: Any = relative.compute_bias
                 bias = make_bias(hidden.shape[1], hidden.shape[1], device=hidden.device)
                 call = call.with_named(position_bias=bias)
-            biases = (call.named["position_bias"], named.get("encoder_decoder_position_bias"))
+            if call.named["position_bias"] is not None:
+                biases = (call.named["position_bias"], named.get("encoder_decoder_position_bias"))
         if not self.runs_whole_stacks:
             new = self.run(stack, call)
         else:
             calls = current.calls.setdefault(stack.name, [])
+            if calls and hidden is not calls[-1].hidden:
+                raise SettingError(
+                    f"The model changes what {type(block).__name__} of {stack.name} returns before the next one reads "
+                    f"it, which {self.name} would leave out; leave {self.name} out for this model, or take recompute "
+                    "without segments."
+                )
             calls.append(call)
             new = hidden
             if index == len(stack) - 1:
@@ -163,7 +187,8 @@ class BlockTechnique(Technique):
                         f"{self.name} needs all of them."
                     )
                 new = self.run_stack(stack, calls)
-        return (new, *biases) if biases else new
+        beside = noted.beside if biases is None else biases
+        return new if beside is None else (new, *beside)
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import SettingError
 from ..technique import Advised, Phase, register_technique
+from .attention import attention_implementation
 from .base import BlockTechnique, running_passes, within
 from .stacks import BlockCall, Stack
 
@@ -38,7 +39,7 @@ class Recompute(BlockTechnique):
     segments: groups of blocks of which only the first input is kept, their own inputs being found again in backward;
         0 for none.
 
-    Raises SettingError for other values.
+    Raises SettingError for other values, and for keep="attention" where attention is not torch's sdpa.
     """
 
     name: ClassVar[str] = "recompute"
@@ -58,6 +59,18 @@ class Recompute(BlockTechnique):
             raise SettingError(f"segments of recompute must be 0 or more, got {self.segments}.")
         if self.segments and (self.every > 1 or self.keep != "nothing"):
             raise SettingError("segments of recompute run all blocks again and keep nothing; leave out every and keep.")
+
+    def check(self, model: nn.Module, stacks: list[Stack]) -> None:
+        if self.keep == "nothing":
+            return
+        for stack in stacks:
+            computed_by = attention_implementation(model, stack)
+            if computed_by not in (None, "sdpa"):
+                raise SettingError(
+                    f"keep='attention' of recompute finds the output of torch's sdpa only, but attention of "
+                    f"{stack.name} is {computed_by!r}; load the model with attn_implementation='sdpa', or set "
+                    "keep='nothing'."
+                )
 
     @property
     def runs_whole_stacks(self) -> bool:

@@ -2,7 +2,8 @@
 
 Rows of tokens outside the selection have a gradient of zero everywhere but at keys and values, which is where it is
 stopped; so what is stored of them is never read, and zeros can take its place. Tensors of another form than
-[batch, tokens, ...] or [batch * tokens, ...], such as heads-first queries and keys, are kept whole.
+[batch, tokens, ...] or [batch * tokens, ...], such as heads-first queries and keys, are kept whole. Where weights
+have a size of batch * tokens, tensors of the second form are taken for rows of tokens only as views of the first.
 """
 
 from collections.abc import Iterator
@@ -25,14 +26,22 @@ def kept_by_rows(block: nn.Module, selection: Selection, batch: int, tokens: int
     outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of nested hooks torch calls the last only
     pack_outer, unpack_outer = outer or (_same, _same)
     weights = {_storage(p) for p in block.parameters()}
+    of_weights = {p.shape for p in block.parameters()}
+    flat_is_clear = batch * tokens not in _sizes(block)
     starts = torch.arange(0, batch * tokens, tokens, device=selection.kept.device)
     rows = selection.kept + starts[:, None]
     rows = rows[selection.valid] if selection.filled_up else rows.view(-1)
 
+    def has_tokens(x: Tensor) -> bool:
+        return x.dim() > 2 and x.shape[:2] == (batch, tokens) and x.shape not in of_weights
+
     def pack(x: Tensor) -> tuple[Any, torch.Size | None]:
+        base = x._base
         x = x.detach()  # an operation that keeps its result hands it over with itself behind it: a cycle
-        fits = x.shape[:2] == (batch, tokens) or x.shape[:1] == (batch * tokens,)
-        if not fits or x.dim() < 2 or _storage(x) in weights:
+        fits = has_tokens(x)
+        if not fits and x.dim() > 1 and x.shape[0] == batch * tokens:
+            fits = flat_is_clear or (base is not None and base.numel() == x.numel() and has_tokens(base))
+        if not fits or _storage(x) in weights:
             return pack_outer(x), None
         flat = x.reshape(batch * tokens, -1)
         return pack_outer(flat[rows]), x.shape
@@ -46,6 +55,12 @@ def kept_by_rows(block: nn.Module, selection: Selection, batch: int, tokens: int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _sizes(block: nn.Module) -> set[int]:
+    """The sizes that weights of a block have, and what is computed from weights: a dtype's copy, an adapter's W'."""
+    sizes = {size for p in (*block.parameters(), *block.buffers()) for size in p.shape}
+    return sizes | {getattr(m, name, 0) for m in block.modules() for name in ("in_features", "out_features")}
 
 
 def _same(x: Tensor) -> Tensor:

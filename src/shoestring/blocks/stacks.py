@@ -4,14 +4,19 @@ A stack is the list of equal blocks on one side of the model, so an encoder-deco
 model's own, whatever adapters sit inside them.
 """
 
+import ast
 import inspect
 import re
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.placement import stacks as lists_of_equal_modules
@@ -74,9 +79,32 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 def _stack(name: str, blocks: nn.ModuleList) -> Stack:
     own = [m for n, m in _attentions(blocks[0]) if not CROSS_ATTENTION.search(n)]
-    causal = any(bool(getattr(m, "is_causal", False) or getattr(m, "is_decoder", False)) for m in own)
+    said = [getattr(m, flag) for m in own for flag in ("is_causal", "is_decoder") if hasattr(m, flag)]
+    causal = any(map(bool, said)) if said else _masks_are_causal(blocks[0])
     cross = frozenset(m for block in blocks for n, m in _attentions(block) if CROSS_ATTENTION.search(n))
     return Stack(name, blocks, causal, cross)
+
+
+def _masks_are_causal(block: nn.Module) -> bool:
+    """Whether attention that does not say so itself is causal, such as Bloom's: by the only masks its file makes."""
+    others = ("create_bidirectional_mask", "ALL_ATTENTION_FUNCTIONS")
+    return _code_has(block, "create_causal_mask") and not any(_code_has(block, name) for name in others)
+
+
+def _code_has(block: nn.Module, name: str) -> bool:
+    """Whether a file that defines a block's attention, or what that inherits from, knows `name`."""
+    classes = {c for _, attention in _attentions(block) for c in type(attention).__mro__}
+    return any(hasattr(sys.modules.get(c.__module__), name) for c in classes)
+
+
+def refuse_own_attention(stack: Stack, technique: str, instead: str) -> None:
+    """Raise SettingError where blocks compute attention outside of transformers' attention interface."""
+    block = stack.blocks[0]
+    if not _code_has(block, "ALL_ATTENTION_FUNCTIONS"):
+        raise SettingError(
+            f"{technique} computes attention by itself, but {type(block).__name__} of {stack.name} does not call it "
+            f"through transformers' attention interface; {instead}."
+        )
 
 
 def _attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -108,6 +136,61 @@ def bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 def hidden_in(output: Any) -> Tensor:
     """The hidden states in what a block returned."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+class Unread:
+    """In place of what a block returned beside the hidden states: stands for it as long as nothing reads it."""
+
+    def __init__(self, block: nn.Module, technique: str):
+        self.block = type(block).__name__
+        self.technique = technique
+
+    def refuse(self) -> NoReturn:
+        """Raise SettingError."""
+        raise SettingError(
+            f"{self.block} hands on more than hidden states, which {self.technique} cannot do; leave "
+            f"{self.technique} out for this model."
+        )
+
+    @classmethod
+    def __torch_function__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)).refuse()
+
+
+class NotedForward:
+    """A block's forward that notes what it returns beside the hidden states.
+
+    beside: `Unread` for each further part, None for those that are None; None where it returns the hidden states alone.
+        Before it ran, what its code shows.
+    """
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any], technique: str):
+        self.forward = forward
+        self.unread = Unread(block, technique)
+        length = _length_in_code(type(block).forward)
+        self.beside: tuple[Unread | None, ...] | None = None if length is None else (self.unread,) * (length - 1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.forward(*args, **kwargs)
+        self.beside = None
+        if isinstance(output, tuple):
+            self.beside = tuple(None if part is None else self.unread for part in output[1:])
+        return output
+
+
+@cache
+def _length_in_code(forward: Callable[..., Any]) -> int | None:
+    """How long a tuple a block's forward returns; None if it returns none, or if its code does not show it."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError):  # of a class that stands in no file
+        return None
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    lengths = {
+        len(x.elts) if isinstance(x, ast.Tuple) and not any(isinstance(e, ast.Starred) for e in x.elts) else None
+        for x in returned
+    }
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def gather_tokens(x: Shaped[Tensor, "_ tokens *rest"], index: Int[Tensor, "batch kept"]) -> Tensor:

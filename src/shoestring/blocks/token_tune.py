@@ -78,6 +78,7 @@ class TokenTune(BlockTechnique):
     """
 
     name: ClassVar[str] = "token_tune"
+    instead: ClassVar[str] = "set form='rows' of token_tune"
     advised = (
         Advised(70, "gradients from three tokens in ten: faster a step, needs more steps", {"keep_fraction": 0.3}),
         Advised(
@@ -111,6 +112,7 @@ class TokenTune(BlockTechnique):
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         self._generator = torch.Generator().manual_seed(self.seed)
+        self._encodes_and_decodes = bool(getattr(getattr(_inner(model), "config", None), "is_encoder_decoder", False))
         with super().attach(model) as attached, ExitStack() as undo:
             for stack in self.stacks:
                 owner = model.get_submodule(stack.name.rpartition(".")[0])
@@ -123,6 +125,11 @@ class TokenTune(BlockTechnique):
         if (current := self.current) is not None and getattr(current.state, "compact", None) == stack.name:
             kept = current.state.selections[stack.name].kept
             outputs.last_hidden_state = gather_tokens(outputs.last_hidden_state, kept)
+
+    @property
+    def encoder(self) -> Stack | None:
+        """The stack whose outputs the last one attends to; None where there is none, whatever stacks there are."""
+        return self.stacks[0] if self._encodes_and_decodes and len(self.stacks) > 1 else None
 
     @property
     def loss_share(self) -> float:
@@ -157,7 +164,7 @@ class TokenTune(BlockTechnique):
             state.scores = scores
             return
         allowed = self._allowed(inputs, stack, targets)
-        if len(self.stacks) > 1 and inputs.get("decoder_attention_mask") is None:
+        if self.encoder is not None and inputs.get("decoder_attention_mask") is None:
             allowed &= (targets != IGNORED).flip(1).cumsum(1).flip(1) > 0  # decoders are padded after the last label
         supervised = (targets != IGNORED) & allowed
         if has_values(supervised) and not supervised.any():
@@ -173,7 +180,7 @@ class TokenTune(BlockTechnique):
         if has_values(kept):
             self._share = float((kept != IGNORED).sum() / supervised.sum())
         inputs["labels"] = kept
-        if _shifts(current.model, self.stacks):
+        if self._shifts(current.model):
             inputs["shift_labels"] = kept
         if inputs.get("num_items_in_batch") is not None:
             inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * self._share
@@ -185,18 +192,30 @@ class TokenTune(BlockTechnique):
             return inputs["shift_labels"]
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
             return None
-        if len(self.stacks) > 1:
+        if self.encoder is not None:
             if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
                 inputs["decoder_input_ids"] = _decoder_inputs(model, labels)
             return labels
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is None or tokens.shape[:2] != labels.shape:
             return None
-        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if _shifts(model, self.stacks) else labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self._shifts(model) else labels
+
+    def _shifts(self, model: nn.Module) -> bool:
+        """Whether the model's loss compares each token's output with the next token's label."""
+        inner = _inner(model)
+        if self.encoder is not None or not self.stacks[-1].causal or inner.get_output_embeddings() is None:
+            return False
+        if SHIFTED.search(inspect.getsource(type(inner).forward)):
+            raise SettingError(
+                f"{type(inner).__name__} shifts labels by itself, so token_tune cannot give it those of the selected "
+                "tokens; use a model whose forward leaves the loss to loss_function."
+            )
+        return True
 
     def _allowed(self, inputs: dict[str, Any], stack: Stack, like: Tensor) -> Tensor:
         """True at tokens of a stack that are not padding."""
-        decodes = len(self.stacks) > 1 and stack is self.stacks[-1]
+        decodes = self.encoder is not None and stack is self.stacks[-1]
         mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
         if isinstance(mask, Tensor) and mask.shape[-1:] == like.shape[1:2] and mask.numel() == like.shape[:2].numel():
             return mask.bool().to(like.device).view(like.shape[:2])  # choices of one question are samples of a stack
@@ -236,11 +255,10 @@ class TokenTune(BlockTechnique):
             )
         if selection.everything:
             return call(call.hidden)
-        runs = (
-            _Streams(self.stacks, stack, call, state)
-            if self.form == "streams"
-            else _Rows(self.stacks, stack, call, state)
-        )
+        encoded = None
+        if self.encoder is not None and stack is self.stacks[-1]:
+            encoded = state.selections.get(self.encoder.name)
+        runs = _Streams(stack, call, state, encoded) if self.form == "streams" else _Rows(stack, call, state, encoded)
         return runs.run()
 
     # TokenSeek
@@ -268,10 +286,9 @@ class TokenTune(BlockTechnique):
 class _Streams:
     """One block in two streams: selected tokens with gradient inside the attention of the others without."""
 
-    def __init__(self, stacks: list[Stack], stack: Stack, call: BlockCall, state: _State):
-        self.stack, self.call, self.state = stack, call, state
+    def __init__(self, stack: Stack, call: BlockCall, state: _State, encoded: Selection | None):
+        self.stack, self.call, self.state, self.encoded = stack, call, state, encoded
         self.selection = state.selections[stack.name]
-        self.encoder = state.selections.get(stacks[0].name) if len(stacks) > 1 and stack is stacks[-1] else None
         self.is_last = call.index == len(stack) - 1
         self.new: Tensor | None = None
         self.others: tuple[Tensor, Tensor] | None = None
@@ -331,8 +348,8 @@ class _Streams:
     ) -> Tensor:
         kept = self.selection.kept
         if module in self.stack.cross_attentions:
-            if self.encoder is not None:
-                key, value = _constant_outside(key, self.encoder.mask), _constant_outside(value, self.encoder.mask)
+            if self.encoded is not None:
+                key, value = _constant_outside(key, self.encoded.mask), _constant_outside(value, self.encoded.mask)
             return attend(original, module, query, key, value, self._mask(mask, kept, query, False), **options)
         valid = self.selection.valid
         if self.selection.filled_up:
@@ -389,10 +406,9 @@ class _Streams:
 class _Rows:
     """One stock block that keeps only the selected rows."""
 
-    def __init__(self, stacks: list[Stack], stack: Stack, call: BlockCall, state: _State):
-        self.stack, self.call, self.state = stack, call, state
+    def __init__(self, stack: Stack, call: BlockCall, state: _State, encoded: Selection | None):
+        self.stack, self.call, self.state, self.encoded = stack, call, state, encoded
         self.selection = state.selections[stack.name]
-        self.encoder = state.selections.get(stacks[0].name) if len(stacks) > 1 and stack is stacks[-1] else None
 
     def run(self) -> Tensor:
         hidden, mask, selection = self.call.hidden, self.selection.mask, self.selection
@@ -407,7 +423,7 @@ class _Rows:
 
         def selected_in(x: Tensor) -> Tensor | None:
             if states is not None and x.shape[:2] == states.shape[:2]:
-                return self.encoder.mask if self.encoder is not None else None
+                return self.encoded.mask if self.encoded is not None else None
             return mask if x.shape[:2] == mask.shape else None
 
         with gradient_stopped(attention_leaves(block), selected_in), kept_by_rows(block, selection, batch, tokens):
@@ -474,19 +490,6 @@ def _insists_on_length(owner: nn.Module) -> bool:
 def _inner(model: nn.Module) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def _shifts(model: nn.Module, stacks: list[Stack]) -> bool:
-    """Whether the model's loss compares each token's output with the next token's label."""
-    inner = _inner(model)
-    if len(stacks) > 1 or not stacks[0].causal or inner.get_output_embeddings() is None:
-        return False
-    if SHIFTED.search(inspect.getsource(type(inner).forward)):
-        raise SettingError(
-            f"{type(inner).__name__} shifts labels by itself, so token_tune cannot give it those of the selected "
-            "tokens; use a model whose forward leaves the loss to loss_function."
-        )
-    return True
 
 
 def _refuse_padding_without_mask(model: nn.Module, inputs: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from ..technique import Advised, Phase, Technique, register_technique
 from .base import BlockTechnique, Pass
 from .stacks import BlockCall, Stack, refuse_token_mixing
 from .window_budget import bytes_of, tokens_within
-from .windowed_blocks import WindowedBlocks
+from .windowed_blocks import WindowedBlocks, sees_later
 
 DEFAULT_TOKENS = 256
 
@@ -114,6 +114,11 @@ class TokenWindows(BlockTechnique):
         if lowest == len(calls):
             return hidden
         calls = [replace(calls[lowest], hidden=hidden), *calls[lowest + 1 :]]
+        if stack.causal and any(map(sees_later, calls)):
+            raise SettingError(
+                f"schedule window_major of token_windows got an attention_mask by which tokens of {stack.name} see "
+                "later ones; use schedule='layer_major'."
+            )
         return WindowedBlocks(stack, calls, self._tokens(stack, calls)).run()
 
     def _tokens(self, stack: Stack, calls: list[BlockCall]) -> int:

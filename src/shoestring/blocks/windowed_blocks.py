@@ -4,8 +4,8 @@ Forward keeps no graph. Each window writes its keys and values into a cache of a
 Backward takes the windows from the last to the first. It builds the graph of one window, whose attention reads the
 cache through `_Joined`: its backward adds dK and dV of all tokens the window saw to sums in float32 and hands on what
 has gathered for the window's own tokens. Tokens are seen by later windows only, so by then their sums are complete.
-Where tokens see later ones too (encoders), backward makes two rounds over a block: one gathers dK and dV, and one takes
-them through the projections to keys and values.
+Where tokens see later ones too (encoders, masks by which a prefix sees all of itself), backward makes two rounds over a
+block: one gathers dK and dV, and one takes them through the projections to keys and values.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from transformers.masking_utils import causal_mask_function
 
 from ..adapters.base import autocast_off
 from ..errors import SettingError
@@ -29,6 +30,7 @@ from .base import running_passes, within
 from .stacks import BlockCall, Stack, hidden_in, token_axis
 from .window_budget import PeakBytes
 
+ROWS = 256  # of a mask that are looked at together
 MANY = 2**20  # seeds of blocks are this far apart, more than windows in a sequence
 
 
@@ -168,6 +170,7 @@ class _Block:
         self.forward = call.forward
         self.index = call.index
         self.num_tokens = num_tokens
+        self.causal = stack.causal and not sees_later(call)
         self.cache = KeyCache(num_tokens)
         self.own: list[Tensor] = []  # keys and values of the window that ran last
         self.first_keys: dict[int, int] = {}  # by window's start, the first key that it sees
@@ -237,7 +240,7 @@ class _Block:
             visible = _rows(mask, window, slice(0, key.shape[2]))
             return attend(original, module, query, key, value, additive(visible, query), **options)
         self.own = [key, value]
-        if only_keys or self.stack.causal:
+        if only_keys or self.causal:
             self.cache.write(window.start, self.own)
         if only_keys:
             raise _KeysKnown
@@ -257,7 +260,7 @@ class _Block:
         if mask is None and self.stack.causal:
             tensor = self.cache.tensors[0]
             mask = TokenMask(tensor.shape[0], self.num_tokens, device=tensor.device)
-        last = window.stop if self.stack.causal else self.num_tokens
+        last = window.stop if self.causal else self.num_tokens
         if window.start not in self.first_keys:
             visible = _rows(mask, window, slice(0, last))
             self.first_keys[window.start] = 0 if visible is None else _first(visible)
@@ -277,17 +280,38 @@ def _rows(mask: Any, queries: slice, keys: slice) -> Tensor | None:
     """A mask for some queries and keys: of a `TokenMask`, or of a tensor whose queries were cut out already."""
     if isinstance(mask, TokenMask):
         return mask.part(queries, keys)
-    return None if mask is None else mask[..., keys]
+    return None if mask is None else mask[..., keys].expand(-1, -1, queries.stop - queries.start, -1)
 
 
 def _first(visible: Tensor) -> int:
     """The first key that any query sees; 0 of a mask without values."""
     if not has_values(visible):
         return 0
-    if visible.dtype is not torch.bool:
-        visible = visible > torch.finfo(visible.dtype).min / 2
-    seen = visible.flatten(0, -2).any(0)
+    seen = _as_booleans(visible).flatten(0, -2).any(0)
     return int(seen.int().argmax())
+
+
+def _as_booleans(visible: Tensor) -> Tensor:
+    return visible if visible.dtype is torch.bool else visible > torch.finfo(visible.dtype).min / 2
+
+
+def sees_later(call: BlockCall) -> bool:
+    """Whether the mask of a block's call shows some token one after it; False of masks without values."""
+    mask, num_tokens = call.named.get("attention_mask"), call.hidden.shape[1]
+    if isinstance(mask, TokenMask):
+        if mask.whole is None and mask.mask_function is causal_mask_function:
+            return False
+    elif not isinstance(mask, Tensor) or mask.dim() != 4:
+        return False
+    for start in range(0, num_tokens, ROWS):
+        rows, keys = slice(start, min(start + ROWS, num_tokens)), slice(start, num_tokens)
+        cut = mask[:, :, rows] if isinstance(mask, Tensor) and mask.shape[2] > 1 else mask
+        visible = _rows(cut, rows, keys)
+        if visible is None or not has_values(visible):
+            return False
+        if bool(_as_booleans(visible).triu(1).any()):
+            return True
+    return False
 
 
 class WindowedBlocks:
@@ -302,13 +326,13 @@ class WindowedBlocks:
 
     def __init__(self, stack: Stack, calls: Sequence[BlockCall], window_tokens: int, keep_keys: bool = False):
         hidden = calls[0].hidden
-        self.causal = stack.causal
         self.num_tokens = hidden.shape[1]
         starts = range(0, self.num_tokens, window_tokens)
         self.windows = [slice(start, min(start + window_tokens, self.num_tokens)) for start in starts]
         self.keep_keys = keep_keys or len(calls) > 1
         self.others: list[Tensor] = []
         self.blocks = [_Block(stack, call, self.num_tokens, self.others) for call in calls]
+        self.causal = all(block.causal for block in self.blocks)
         self.other_axes = _axes_of_others(self.blocks, len(self.others))
         self.parameters: list[Tensor] = []
         self._passes = running_passes()
