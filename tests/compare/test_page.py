@@ -176,7 +176,8 @@ class TestWhatStandsInIt:
         compared = replace(compared, recipes=tuple(recipes))
         assert frugal(compared, costs(compared)[0]).name == compared.baseline
         advice = page(compared).split('class="advice">')[1].split("</p>")[0]
-        assert advice.startswith(f"Nothing that is not clearly worse than <b><bdi>{compared.baseline}</bdi></b> takes less")
+        name = f"<b><bdi>{compared.baseline}</bdi></b>"
+        assert advice.startswith(f"Nothing that is not clearly worse than {name} takes less")
 
 
 class TestHostileText:

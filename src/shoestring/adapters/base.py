@@ -376,8 +376,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As in peft, but buffers keep their dtype: peft gives parameters their float32 back later, and no buffers."""
-        adapter = self.adapters[adapter_name] if adapter_name in self.adapters else None
-        parts = [] if adapter is None else list(adapter.modules())
+        parts = list(self.adapters[adapter_name].modules()) if adapter_name in self.adapters else []
         held = [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for part, name, buffer in held:
