@@ -28,6 +28,12 @@ def fails(capsys, *arguments, code: int = 2) -> str:
     return " ".join(printed.err[printed.err.index("error:") :].split())
 
 
+@pytest.fixture(autouse=True)
+def without_prediction(monkeypatch):
+    """The report's prediction beside the measurement takes longer than these runs."""
+    monkeypatch.setattr(sys.modules["shoestring.cli.train"], "_predict", None)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but the lock, with what it holds."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK}
