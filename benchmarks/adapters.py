@@ -276,12 +276,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the part cost")
     parser.add_argument("--again", action="store_true", help="measure costs that are in the file already, too")
     parser.add_argument(
-        "--longer-rates",
-        type=float,
+        "--twice",
         nargs="+",
         default=[],
-        metavar="RATE",
-        help="of the longer training, for the methods and their LoRA, beside half of the rates found",
+        metavar="NAME",
+        help="methods, and LoRAs as 'LoRA r=8', whose longer training is made at twice the rate found as well as half",
     )
     do(parser, ["minilm", "rotten-tomatoes", "smollm2", "gsm8k-test"], trainings_of, costs)
 

@@ -3,9 +3,9 @@
 Everything is at its default but the learning rate, in mixed precision (bfloat16) with linear decay. The learning rate
 is looked for at the first seed, for all in the same way: of 0.001 and 0.004 the one of less validation loss, then on in
 steps of 4 as long as that falls. The other seeds are trained with the best one. Where a part has a longer training,
-all seeds are repeated in it at half of that rate, and at others if asked for; that of least validation loss counts.
-Rows say what the last quarter still took off the held-out loss, which shows how far training has converged. Keys of
-runs are name|rate|seed.
+all seeds are repeated in it at half of that rate, and at twice that rate where asked for; that of least validation loss
+counts. Rows say what the last quarter still took off the held-out loss: little is left of the learning rate there, so
+that it tells whether these steps were used up, and not what more of them would do. Keys of runs are name|rate|seed.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def _planned(
     contestants: Mapping[str, Contestant],
     done: Mapping[str, Outcome],
     seed: int,
-    rates: Sequence[float],
+    twice: Collection[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The runs of one seed; further ones by what the last have come to."""
     for name, contestant in contestants.items():
@@ -143,7 +143,7 @@ def _planned(
             yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
     for name, contestant in contestants.items() if part.longer else ():
         best, found = rate_to_use(done, name)
-        for rate in (best / 2, *rates) if found else ():
+        for rate in (best / 2, *([2 * best] if name in twice else [])) if found else ():
             yield f"{name}{LONGER}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed, longer=True)
 
 
@@ -253,16 +253,16 @@ class Trainings:
         self.keep()
 
     def finish(
-        self, parts: Collection[str], names: Collection[str], seeds: Sequence[int], rates: Sequence[float] = ()
+        self, parts: Collection[str], names: Collection[str], seeds: Sequence[int], twice: Collection[str] = ()
     ) -> None:
         """Train what is not there yet; the file is written after each run.
 
-        rates: learning rates of the longer training, beside half of those found.
+        twice: contestants whose longer training is also made at twice the learning rate found.
         """
         for seed in seeds:
             for part in (part for part in self.parts if part in parts):
                 done = self.runs.setdefault(part, {})
-                planned = _planned(self.parts[part], self.contestants(part, names), done, seed, rates)
+                planned = _planned(self.parts[part], self.contestants(part, names), done, seed, twice)
                 finish(planned, done, measured, self.keep)
 
 
@@ -297,5 +297,5 @@ def do(
         trainings.take(options.take)
     else:
         costs(options, trainings)
-        trainings.finish(options.only, options.methods, options.seeds, getattr(options, "longer_rates", ()))
+        trainings.finish(options.only, options.methods, options.seeds, getattr(options, "twice", ()))
     print_table(read_rows(options.json), parser.prog)
