@@ -390,7 +390,7 @@ def test_a_run_of_a_packaged_decoder_calibrates_on_its_own_rows(tmp_path):
     settings = {
         "model": {"name": "packaged:smollm2", "dtype": "float32"},
         "task": "causal-lm",
-        "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 64, "max_train_rows": 6},
+        "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 160, "max_train_rows": 6},
         "recipe": [{"probe": {"target_modules": ["q_proj"], "layers_to_transform": [0], "calibration_rows": 4}}],
         "train": {"max_steps": 1, "per_device_train_batch_size": 1, "save_strategy": "no", "seed": 0},
         "output_dir": str(tmp_path / "run"),

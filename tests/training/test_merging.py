@@ -236,7 +236,7 @@ def test_what_packing_again_takes_from_a_packaged_decoder(tmp_path):
         {
             "model": {"name": "packaged:smollm2", "quantization": "nf4", "dtype": "bfloat16"},
             "task": "causal-lm",
-            "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 64, "max_train_rows": 6},
+            "data": {"train": "packaged:gsm8k-test", "text": "question", "max_length": 160, "max_train_rows": 6},
             "recipe": "qlora",
             "train": {
                 "max_steps": 3,
