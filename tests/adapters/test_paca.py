@@ -419,7 +419,7 @@ def test_a_packaged_decoder_chooses_by_gradients_of_its_data_and_learns_it(tmp_p
         "r": 16,
         "selection": "gradient",
         "calibration_rows": 2,
-        "calibration_max_tokens": 32,
+        "calibration_max_tokens": 96,
         "target_modules": ["v_proj", "down_proj"],
     }
     run = {
