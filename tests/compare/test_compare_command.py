@@ -102,6 +102,17 @@ def test_results_of_others_beside_a_suite(
     assert found["missing"] == 2
 
 
+def test_results_of_another_task_are_refused_before_anything_runs(
+    suite_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    made_result(task="causal-lm").write(other)
+    path = suite_file()
+    assert main(["compare", str(path), "--beside", str(other)]) == 2
+    assert "Results of causal-lm cannot stand in one table" in " ".join(capsys.readouterr().err.split())
+    assert not Path(yaml.safe_load(path.read_text())["output_dir"]).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -84,6 +84,7 @@ def compare(
     with console.status("Importing torch and transformers"):
         from ..compare.runner import check_suite, comparison_of, run_suite
         from ..compare.suite import Suite
+        from ..compare.summary import check_task
     made = Suite.load(suite, tuple(overrides or ()))
     if show:
         _list(console, made, as_json)
@@ -95,6 +96,7 @@ def compare(
         typer.echo(json.dumps({"checked": list(made.names)}) if as_json else f"Checked {count}: nothing is in the way.")
         return
     others = _results_in(beside or [])  # what is wrong with them, and with the folder, is told before hours of training
+    check_task(made.task, others)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     if not report_only:

@@ -46,8 +46,7 @@ def compare_results(
     failed = [result for result in results if result.train_info.status != "success"]
     failures = [*failures, *(Failure(r.name, _seed(r), r.run_info.error_msg) for r in failed)]
     results = [result for result in results if result not in failed]
-    if foreign := {_task(result) for result in results} - {None, asked.task}:
-        raise SettingError(f"Results of {foreign.pop()} cannot stand in one table with those of {asked.task}.")
+    check_task(asked.task, results)
     by_name: dict[str, list[Result]] = {name: [] for name in asked.names}
     named = list(_named_apart(results))
     for name, result in named:
@@ -84,8 +83,10 @@ def compare_results(
     )
 
 
-def _task(result: Result) -> str | None:
-    return result.shoestring.task if result.shoestring else None
+def check_task(task: str, results: Sequence[Result]) -> None:
+    """Raises SettingError if a result is of another task; those of peft do not say theirs."""
+    if foreign := {result.shoestring.task for result in results if result.shoestring} - {task}:
+        raise SettingError(f"Results of {foreign.pop()} cannot stand in one table with those of {task}.")
 
 
 def _named_apart(results: Sequence[Result]) -> Iterator[tuple[str, Result]]:
