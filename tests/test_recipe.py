@@ -336,6 +336,14 @@ class TestSaving:
         again = attached_to(load(decoder(), tmp_path))
         assert torch.equal(again.techniques[1].seen, torch.full((2,), 5.0))
 
+    @pytest.mark.parametrize("file", ["techniques.json", "techniques.safetensors"])
+    def test_a_damaged_file_is_named(self, tmp_path, file):
+        model = Recipe(lora(), Scale()).apply(decoder())
+        attached_to(model).save(tmp_path)
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:20])
+        with pytest.raises(SettingError, match=f"{file} cannot be read: "):
+            load(decoder(), tmp_path)
+
     def test_another_recipe_is_refused(self, tmp_path):
         attached_to(Recipe(lora()).apply(decoder())).save(tmp_path)
         other = attached_to(Recipe(lora(r=8)).apply(decoder()))

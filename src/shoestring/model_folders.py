@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from .errors import SettingError
+from .whole_files import read_tensors
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,7 @@ class ModelFolder:
         """
         folder = Path(folder)
         tied = self.describe(folder)["tied"]
-        try:
-            tensors = load_file(folder / self.tensors_file)
-        except (OSError, SafetensorError) as error:
-            raise SettingError(f"{folder / self.tensors_file} cannot be read: {error}") from error
+        tensors, _ = read_tensors(folder / self.tensors_file)
         try:
             model.load_state_dict(tensors | {alias: tensors[name] for alias, name in tied.items()}, assign=True)
         except (RuntimeError, ValueError) as error:

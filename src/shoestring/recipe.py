@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import pydantic
 import torch
 import yaml
 from peft import PeftConfig, PromptLearningConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,6 +32,7 @@ from .fakes import has_values
 from .item_count import passes_item_count
 from .running_statistics import RunningStatistics
 from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique
+from .whole_files import read_tensors, write_tensors, write_text
 
 if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -297,12 +297,11 @@ class Attached:
             technique.save(self.model, self._folder(folder, index))
         trained = {name: self._to_saved(p) for name, p in self.trained_base().items()} | self._statistics.now()
         if trained:
-            tensors = {name: tensor.contiguous() for name, tensor in trained.items()}
-            _write(folder / TRAINED_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            write_tensors(folder / TRAINED_FILE, trained)
         plain_state, tensors = _split({str(i): t.state_dict() for i, t in enumerate(self.techniques)})
-        _write(folder / STATE_FILE, lambda path: path.write_text(json.dumps(plain_state, indent=1)))
+        write_text(folder / STATE_FILE, json.dumps(plain_state, indent=1))
         if tensors:
-            _write(folder / STATE_TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            write_tensors(folder / STATE_TENSORS_FILE, tensors)
         text = yaml.safe_dump(
             {
                 "version": 1,
@@ -311,7 +310,7 @@ class Attached:
             },
             sort_keys=False,
         )
-        _write(folder / RECIPE_FILE, lambda path: path.write_text(text))
+        write_text(folder / RECIPE_FILE, text)
 
     def restore(self, folder: str | Path) -> None:
         """Take over everything that `save` wrote, in place.
@@ -339,7 +338,7 @@ class Attached:
 
     def _restore_shared_files(self, folder: Path) -> None:
         if (folder / TRAINED_FILE).exists():
-            tensors = load_file(folder / TRAINED_FILE)
+            tensors, _ = read_tensors(folder / TRAINED_FILE)
             self._statistics.put(tensors)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in self._statistics.now()}
             if unknown := sorted(set(tensors) - set(self._base_parameters)):
@@ -350,8 +349,11 @@ class Attached:
                     for technique in self.techniques:
                         tensor = technique.from_saved(parameter, tensor)
                     parameter.copy_(tensor)
-        state = json.loads((folder / STATE_FILE).read_text())
-        tensors = load_file(folder / STATE_TENSORS_FILE) if (folder / STATE_TENSORS_FILE).exists() else {}
+        try:
+            state = json.loads((folder / STATE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise SettingError(f"{folder / STATE_FILE} cannot be read: {error}") from error
+        tensors, _ = read_tensors(folder / STATE_TENSORS_FILE) if (folder / STATE_TENSORS_FILE).exists() else ({}, {})
         for index, own in _join(state, tensors).items():
             self.techniques[int(index)].load_state_dict(own)
 
@@ -608,13 +610,6 @@ class _Snapshot:
         for parameter, requires_grad in self.parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path` first, then rename, so that a reader never sees half a file."""
-    beside = path.with_name(path.name + ".partial")
-    write(beside)
-    beside.replace(path)
 
 
 def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:

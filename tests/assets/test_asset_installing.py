@@ -136,7 +136,7 @@ def test_leftovers_of_a_killed_install_are_removed(tiny_carrier, cache):
     assert sorted(path.name for path in cache.iterdir()) == ["locks", "tiny"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "stamp"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "{", "null", "[]", '{"made_from": {}, "sizes": []}'])
 def test_a_damaged_asset_counts_as_not_installed_and_is_mended(tiny_carrier, damage):
     assets.install("tiny")
     folder = assets.data_files("tiny")
@@ -145,7 +145,7 @@ def test_a_damaged_asset_counts_as_not_installed_and_is_mended(tiny_carrier, dam
     elif damage == "remove":
         (folder / "words.txt").unlink()
     else:
-        (folder / "shoestring.json").write_text("{")
+        (folder / "shoestring.json").write_text(damage)
     with pytest.raises(SettingError, match=r"tiny is not installed. Install it with: shoestring assets install tiny"):
         assets.load_data("tiny")
     assets.install("tiny")

@@ -366,6 +366,18 @@ def test_a_configuration_with_gaps_is_refused(folder, missing):
         configuration(str(folder))
 
 
+@pytest.mark.parametrize("missing", ["d_model", "encoder_layers", "decoder_layers", "vocab_size"])
+def test_a_configuration_of_two_stacks_with_gaps_is_refused(tmp_path, missing):
+    file = tmp_path / "config.json"
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 99}
+    file.write_text(json.dumps({"model_type": "bart", **sizes}))
+    assert configuration(str(file)).decoder_layers == 1
+    del sizes[missing]
+    file.write_text(json.dumps({"model_type": "bart", **sizes}))
+    with pytest.raises(SettingError, match=f"does not say {missing}"):
+        configuration(str(file))
+
+
 def test_a_configuration_whose_sizes_do_not_go_together_is_refused(folder):
     file = folder / "config.json"
     values = json.loads(file.read_text())

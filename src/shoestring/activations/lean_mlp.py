@@ -12,7 +12,7 @@ Differs  the layer after it gives up y, and casts of y for adapters in another d
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
 from ..feed_forward import gated_product, is_elementwise
+from ..precision import autocast_now
 from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
 
@@ -43,7 +44,7 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Function, first: Callable[[], Tensor], *read: Tensor) -> Tensor:
         """The result, by `first`, which is `function(*read)` with the work that was done already."""
-        ctx.function, ctx.autocast, ctx.unpacked = function, _autocast_now(read[0].device.type), None
+        ctx.function, ctx.autocast, ctx.unpacked = function, autocast_now(read[0].device.type), None
         ctx.save_for_backward(*read)
         return first()
 
@@ -64,12 +65,6 @@ def _read_by(node: Any) -> tuple[Tensor, ...]:
     if node.unpacked is None:
         node.unpacked = node.saved_tensors
     return node.unpacked
-
-
-def _autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """What enters the autocast that is in force now."""
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 class _Gate(TorchFunctionMode):

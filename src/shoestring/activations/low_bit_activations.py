@@ -29,6 +29,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..precision import wide_dtype
 from ..technique import Advised, register_technique
 from .base import Codec, Operation, Stage
 
@@ -136,7 +137,7 @@ def quantize(
     The last group is filled up with its last element. Codes are bytes, or of type int16 with the bits of a uint16.
     """
     num_groups, highest_code = -(-x.numel() // group), 2**bits - 1
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     low, step = x.new_empty(num_groups, 1, dtype=wide), x.new_empty(num_groups, 1, dtype=wide)
     codes = torch.empty(
         num_groups,

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import wide_dtype
 from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
 
@@ -51,7 +52,7 @@ class NormForm:
 
     def inverse_deviation(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
         """1 / sqrt(var + eps) of each row, in float32 or wider."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x.dtype)
         if self.centred:
             square = x.to(wide).var(-1, correction=0, keepdim=True)
         else:

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Adapter, AdapterConfig, at_least_float32, keeping_only_input, linear_sizes, register
+from ..precision import at_least_float32
+from .base import Adapter, AdapterConfig, keeping_only_input, linear_sizes, register
 from .placement import input_group, input_layers
 
 

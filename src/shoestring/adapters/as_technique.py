@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
 from ..technique import Events, Moment, Phase, Technique, settings_of
+from ..whole_files import check_names
 from .placement import task_head
 
 # What peft fills in itself, and what names the method rather than a setting of it.
@@ -102,9 +103,7 @@ class PeftTechnique(Technique):
             raise SettingError(f"{folder} holds no readable weights of {self.name}: {error}") from error
         with self._ranks_uncut():
             mine = get_peft_model_state_dict(self.wrapped, adapter_name=self.adapter_name)
-        for names, what in ((set(mine) - set(weights), "lacks"), (set(weights) - set(mine), "holds the foreign")):
-            if names:
-                raise SettingError(f"{folder} {what} {sorted(names)[0]} ({len(names)} in all) for {self.name}.")
+        check_names(folder, weights, mine, self.name)
         with self._ranks_uncut():
             set_peft_model_state_dict(self.wrapped, weights, adapter_name=self.adapter_name)
 

@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from types import MappingProxyType
@@ -42,6 +41,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ..fakes import has_values
+from ..precision import autocast_dtype, autocast_off
 from ..technique import Events
 
 
@@ -280,17 +280,6 @@ class _RebuiltWeight(torch.autograd.Function):
                 d_weight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
                 given = iter(torch.autograd.grad(edge, trained, d_weight, allow_unused=True))
         return dx, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast runs matrix products of `x` in; None where autocast is off."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
-def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast on the device of `x`, for what has a dtype of its own."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext()
 
 
 def linear_with_rebuilt_weight(
@@ -637,11 +626,6 @@ class AdaptedLinear(AdaptedLayer):
         weight = self.weight_out_in()
         delta = self._new_weight([self.adapters[adapter_name]]) - weight  # type: ignore[list-item]
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in its own dtype where that is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def adapter_parameters(adapter: Adapter) -> list[Tensor]:

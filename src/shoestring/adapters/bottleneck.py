@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..errors import did_you_mean
-from .base import Adapter, AdapterConfig, autocast_dtype, has_linear_weight, linear_sizes, register
+from ..precision import autocast_dtype
+from .base import Adapter, AdapterConfig, has_linear_weight, linear_sizes, register
 from .placement import block_around, find_blocks, has_module
 
 

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..fakes import has_values
+from ..precision import autocast_dtype, autocast_off, wide_dtype
 from ..quantisation.groups import bounds, check_groups, dequantise, grid_of, to_groups
 from ..quantisation.packed_linear import PackedLinear
 from ..technique import Moment
-from .base import Adapter, AdapterConfig, autocast_dtype, autocast_off, check_own_weight, linear_sizes, register
+from .base import Adapter, AdapterConfig, check_own_weight, linear_sizes, register
 
 BITS = range(2, 9)
 LIMIT = 20.0  # of u either way: t stays between 2e-9 and 5e8, and a loss through several layers within 32 bits
@@ -78,7 +79,7 @@ class Factors:
 
     def __init__(self, weight: Tensor, a: Tensor, b: Tensor, log_step: Tensor, offset: Tensor | None, grid: Grid):
         self.weight, self.b, self.log_step, self.offset, self.grid = weight, b, log_step, offset, grid
-        self.wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        self.wide = wide_dtype(torch.promote_types(weight.dtype, a.dtype))
         self.a = a.to(self.wide)
 
     def blocks(self) -> Iterator[Rows]:

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
 from ..modes import in_training, without_backward
+from ..precision import autocast_dtype, autocast_off, wide_dtype
 from ..real_tokens import real_tokens
 from ..technique import Moment, Technique
-from .base import Adapter, AdapterConfig, autocast_dtype, autocast_off, linear_sizes, register
+from .base import Adapter, AdapterConfig, linear_sizes, register
 from .placement import place_in_stack
 
 ALLOCATIONS: Mapping[str, tuple[int, ...]] = MappingProxyType(
@@ -94,7 +95,7 @@ class _Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_experts = len(router)
         logits = F.linear(x.to(dtype), router.to(dtype))
-        p = logits.to(torch.promote_types(dtype, torch.float32)).softmax(-1)
+        p = logits.to(wide_dtype(dtype)).softmax(-1)
         chosen = p.topk(k).indices
         hidden = pick(F.linear(dropped(x, kept, dropout).to(dtype), a.to(dtype)), chosen, len(a) // num_experts)
         weights = (scale * chosen_weights(p, chosen)).to(dtype)

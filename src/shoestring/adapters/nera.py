@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import AdaptedLayer, Adapter, AdapterConfig, autocast_off, linear_sizes, register
+from ..precision import autocast_off
+from .base import AdaptedLayer, Adapter, AdapterConfig, linear_sizes, register
 
 REACH = 3.0
 """Knots start evenly between -REACH and REACH."""

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import at_least_float32
 from ..quantisation.calibration import Calibrated
 from ..quantisation.gradients import column_gradients
-from .base import Adapter, AdapterConfig, at_least_float32, holders, linear_sizes, register
+from .base import Adapter, AdapterConfig, holders, linear_sizes, register
 from .partial_linear import Part, partial_linear
 
 SELECTIONS = ("random", "weight", "gradient")

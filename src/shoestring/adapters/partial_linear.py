@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .base import autocast_dtype, autocast_off
+from ..precision import autocast_dtype, autocast_off
 
 Index = Int[Tensor, " r"] | slice
 Weight = Float[Tensor, "out in"] | Callable[[], Tensor]

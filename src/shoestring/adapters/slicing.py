@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SettingError
+from ..precision import wide_dtype
 from ..real_tokens import real_tokens
 from ..resizing import replace_data, resize
 from .base import AdaptedLayer, AdaptedLinear, Adapter, linear_sizes, remove_tap
@@ -97,7 +98,7 @@ class SlicedAdapter:
                 if (places := kept.get(axis)) is not None and len(places) < value.shape[dim]:
                     value = value.index_select(dim, places.to(value.device))
             if input_factors is not None and IN in self.axes[name]:
-                wide = torch.promote_types(value.dtype, torch.float32)
+                wide = wide_dtype(value.dtype)
                 value = (value.to(wide) * input_factors.to(value.device, wide)).to(value.dtype)
             if value.shape != parameter.shape:
                 changed.append(parameter)

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..fakes import has_values
-from .base import Adapter, AdapterConfig, autocast_dtype, autocast_off, linear_sizes
+from ..precision import autocast_dtype, autocast_off, wide_dtype
+from .base import Adapter, AdapterConfig, linear_sizes
 
 COEFFICIENT = 0.1
 BLOCK = 1 << 22  # entries of delta that are formed at once
@@ -55,7 +56,7 @@ class Kernel:
         mix: Float[Tensor, "3"] | None,
         log_sums: Float[Tensor, " in"] | None = None,
     ):
-        self.p, self.q = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (p, q))
+        self.p, self.q = (t.detach().to(wide_dtype(t.dtype)) for t in (p, q))
         centre = self.q.mean(1, keepdim=True)  # no distance changes, and differences of products lose fewer digits
         self.p, self.q = self.p - centre, self.q - centre
         self.mix = None if mix is None else mix.detach().to(self.q.dtype)

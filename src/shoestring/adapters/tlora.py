@@ -30,15 +30,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import (
-    Adapter,
-    AdapterConfig,
-    at_least_float32,
-    autocast_dtype,
-    linear_sizes,
-    linear_with_rebuilt_weight,
-    register,
-)
+from ..precision import at_least_float32, autocast_dtype
+from .base import Adapter, AdapterConfig, linear_sizes, linear_with_rebuilt_weight, register
 
 Core = Float[Tensor, "n n rank rank"]
 

@@ -27,16 +27,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..precision import at_least_float32, autocast_dtype
 from . import wavelets
-from .base import (
-    Adapter,
-    AdapterConfig,
-    at_least_float32,
-    autocast_dtype,
-    linear_sizes,
-    linear_with_rebuilt_weight,
-    register,
-)
+from .base import Adapter, AdapterConfig, linear_sizes, linear_with_rebuilt_weight, register
 
 
 class WaRA(Adapter):

@@ -121,5 +121,5 @@ def is_whole(folder: Path, made_from: dict[str, Any]) -> bool:
         return bool(stamp["made_from"] == made_from) and all(
             (folder / name).stat().st_size == size for name, size in stamp["sizes"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not a stamp
         return False

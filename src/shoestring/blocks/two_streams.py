@@ -18,12 +18,12 @@ from ..adapters.placement import Layout, layout_of
 from ..draws import undrawn
 from ..errors import SettingError
 from ..modes import in_eval_mode
+from ..precision import at_least_float32, autocast_now, wide_dtype
 from .block_halves import BlockHalves
 from .reversible_stack import (
     Coupling,
     Rules,
     Streams,
-    autocast_now,
     enter,
     leaves_of,
     parameters_at,
@@ -209,10 +209,10 @@ class TwoStreams:
 
     def _rules(self, hidden: Tensor) -> Rules:
         technique = self.technique
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = wide_dtype(hidden.dtype)
         device = hidden.device
         swapped = technique.variant != 3
-        return Rules(technique.arithmetic(), technique.factors(), swapped, dtype, device, autocast_now(device))
+        return Rules(technique.arithmetic(), technique.factors(), swapped, dtype, device, autocast_now(device.type))
 
     def _segments(self, calls: list[BlockCall]) -> list[list[BlockCall]]:
         length = self.technique.segment_blocks or max(1, len(calls))
@@ -322,7 +322,7 @@ class TwoStreams:
         for call in calls[: self.num_reversed]:
             coupling = self._coupling(replace(call, named=_mapped(call.named, Tensor.detach)), hidden.dtype)
             with torch.enable_grad():
-                x = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32)).requires_grad_()
+                x = at_least_float32(hidden.detach()).requires_grad_()
                 read = leaves_of(coupling.f(x)) + ([] if coupling.g is None else leaves_of(coupling.g(x)))
             known = {id(p) for p in parameters_at(coupling.slots)} | {id(x)}
             if foreign := [leaf for leaf in read if id(leaf) not in known]:

@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 from transformers.masking_utils import causal_mask_function
 
-from ..adapters.base import autocast_off
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import autocast_now, autocast_off, wide_dtype
 from .attention import TokenMask, additive, attend, handled_by
 from .base import running_passes, within
 from .stacks import BlockCall, Stack, hidden_in, token_axis
@@ -55,7 +55,7 @@ class KeyCache:
 
     def start_sums(self) -> None:
         """Set the sums to zero, in float32 at least."""
-        wide = [torch.promote_types(x.dtype, torch.float32) for x in self.tensors]
+        wide = [wide_dtype(x.dtype) for x in self.tensors]
         self.sums = [torch.zeros_like(x, dtype=dtype) for x, dtype in zip(self.tensors, wide, strict=True)]
 
     def clear(self) -> None:
@@ -336,7 +336,7 @@ class WindowedBlocks:
         self.other_axes = _axes_of_others(self.blocks, len(self.others))
         self.parameters: list[Tensor] = []
         self._passes = running_passes()
-        self._autocast = _autocast_now(hidden.device.type)
+        self._autocast = autocast_now(hidden.device.type)
         self._hidden = hidden
         self._draws = Draws(hidden.device)
 
@@ -360,7 +360,7 @@ class WindowedBlocks:
 
     def backward_bytes(self) -> int:
         """Bytes that backward has beside the kept ones and those of a window; known after `peak_of_window`."""
-        sums = sum(x.numel() * torch.promote_types(x.dtype, torch.float32).itemsize for x in self.cached)
+        sums = sum(x.numel() * wide_dtype(x.dtype).itemsize for x in self.cached)
         keys = 0 if self.keep_keys else sum(x.nbytes for x in self.cached)
         return sums + keys + self._hidden.nbytes
 
@@ -464,7 +464,7 @@ class WindowedBlocks:
     def _context(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(within(self._passes))
-            stack.enter_context(torch.autocast(**self._autocast))
+            stack.enter_context(self._autocast())
             yield
 
     def backward(
@@ -585,7 +585,7 @@ def _hooks_off(tensors: Sequence[Tensor]) -> Iterator[None]:
 def _plus(total: Tensor | None, new: Tensor) -> Tensor:
     """The sum, in float32 at least; in place, for `total` is ours."""
     if total is None:
-        return new.to(torch.promote_types(new.dtype, torch.float32), copy=True)
+        return new.to(wide_dtype(new.dtype), copy=True)
     return total.add_(new)
 
 
@@ -629,13 +629,3 @@ def _leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
             found.append(variable)
         stack.extend(following for following, _ in node.next_functions)
     return found
-
-
-def _autocast_now(device_type: str) -> dict[str, Any]:
-    """The autocast that is active, as arguments of one that does not keep cast weights from forward to backward."""
-    return {
-        "device_type": device_type,
-        "dtype": torch.get_autocast_dtype(device_type),
-        "enabled": torch.is_autocast_enabled(device_type),
-        "cache_enabled": False,
-    }

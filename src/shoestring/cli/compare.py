@@ -165,7 +165,7 @@ def _finish(console: Console, comparison: "Comparison", output: Path | None, as_
     """Write the reports and show the ranking."""
     from ..compare.export import csv_text, markdown
     from ..compare.page import page
-    from ..training.output import write
+    from ..whole_files import write_text
     from .compare_tables import terminal_table
 
     values = json.dumps(comparison.to_dict(), indent=1)
@@ -173,7 +173,7 @@ def _finish(console: Console, comparison: "Comparison", output: Path | None, as_
         output.mkdir(parents=True, exist_ok=True)
         made = {HTML: page(comparison), MARKDOWN: markdown(comparison), CSV: csv_text(comparison), JSON: values}
         for name, text in made.items():
-            write(output / name, text)
+            write_text(output / name, text)
     if as_json:
         typer.echo(values)
         return

@@ -219,9 +219,9 @@ def _predict_all(
 
 
 def _write(file: Path, text: str) -> None:
-    from ..training.output import write
+    from ..whole_files import write_text
 
-    write(file, text)
+    write_text(file, text)
 
 
 def _write_first_change(advice: Advice | None, file: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import SettingError
-from ..training.output import write
+from ..whole_files import write_text
 
 SCHEMA_VERSION = 2
 Status = Literal["success", "failed", "cancelled"]
@@ -120,7 +120,7 @@ class Result(_Part):
         assert self.shoestring is not None
         self.shoestring.checksum = checksum(self.to_dict())
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(self.to_dict(), indent=1, allow_nan=True))
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=True))
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import SettingError
+from ..precision import at_least_float32
 from ..technique import Phase, Technique, register_technique
 from .base import labelled_rows
 from .frozen_teacher import FrozenTeacher
@@ -189,7 +190,7 @@ class BALora(Technique):
         return replace(PAPERS[self.variant, of], **set_here)
 
     def _of_classes(self, logits: Tensor, theirs: Tensor | None, weights: Weights) -> Tensor:
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        z = at_least_float32(logits)
         samples = len(z)
         total = z.new_zeros(())
         if theirs is not None and self.variant == "v1":

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from ..errors import SettingError
 from ..fakes import has_values
 from ..modes import in_training
+from ..precision import autocast_dtype
 from ..technique import Moment, Phase, Technique
 
 
@@ -394,8 +395,7 @@ class LazyLogits:
 
 def linear_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of what a linear layer makes of `hidden`, autocast considered."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return autocast_dtype(hidden) or hidden.dtype
 
 
 def _fixed_number(logits: LazyLogits, value: Any) -> float | Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import at_least_float32
 from ..real_tokens import first_rows, members
 from .base import forward_replaced, labelled_rows
 
@@ -116,7 +117,7 @@ def token_log_likelihoods(
     """log p of each target, in float32 or wider; 0 where there is none (-100)."""
     chosen = labelled_rows(targets.flatten(), IGNORED)
     of_chosen = logits.flatten(0, 1)[chosen]
-    wide = of_chosen.to(torch.promote_types(of_chosen.dtype, torch.float32))
+    wide = at_least_float32(of_chosen)
     found = -F.cross_entropy(wide, targets.flatten()[chosen], reduction="none")
     return wide.new_zeros(targets.numel()).index_put((chosen,), found).view(targets.shape)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import SettingError
+from ..precision import wide_dtype
 from ..technique import Advised, register_technique
 from .base import HeadLoss, LazyLogits, Step, handed_on, labelled_rows, linear_dtype
 
@@ -132,7 +133,7 @@ def _in_chunks(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, plan: _Plan, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The summed loss and its gradients for hidden, weight and bias, where wanted."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = wide_dtype(hidden.dtype)
     rows = labelled_rows(labels, plan.ignore_index)
     of_hidden = torch.zeros_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None

@@ -34,6 +34,7 @@ from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..feed_forward import gated_product, is_elementwise
 from ..modes import in_training, without_backward
+from ..precision import at_least_float32
 from ..real_tokens import real_tokens
 from ..technique import Moment, Phase, Technique, register_technique
 
@@ -300,7 +301,7 @@ class _SoftDensity(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, epsilon: float) -> Tensor:
         ctx.epsilon = epsilon
         ctx.save_for_backward(z)
-        squares = (rows.to(_wide(z.dtype)).square() for rows in z.flatten(0, -2).chunk(CHUNKS))
+        squares = (at_least_float32(rows).square() for rows in z.flatten(0, -2).chunk(CHUNKS))
         return torch.cat([(s / (s + epsilon)).mean(-1) for s in squares]).view(z.shape[:-1])
 
     @staticmethod
@@ -312,13 +313,8 @@ class _SoftDensity(torch.autograd.Function):
             *(x.chunk(CHUNKS) for x in (z.flatten(0, -2), upstream.flatten(), gradient.flatten(0, -2))), strict=True
         )
         for rows, of_rows, out in parts:
-            wide = rows.to(_wide(z.dtype))
+            wide = at_least_float32(rows)
             below = wide.square() + ctx.epsilon
             slope = (2 / z.shape[-1]) * (wide / below) * (ctx.epsilon / below)  # whose square would underflow
             out.copy_(slope * of_rows[:, None])
         return gradient, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)

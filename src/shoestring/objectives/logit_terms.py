@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import at_least_float32, wide_dtype
 from .base import handed_on
 
 CHUNKS = 32
@@ -90,7 +91,7 @@ def leading_singular(
 
     k is cut to what that matrix has. Values are never above the true ones.
     """
-    wide, columns = _wide(z.dtype), z.shape[1]
+    wide, columns = wide_dtype(z.dtype), z.shape[1]
     sketch = min(of.k + of.oversampling, len(rows), columns)
     drawn = torch.randn(columns, sketch, generator=torch.Generator().manual_seed(of.seed))
     right = drawn.to(z.device, wide)
@@ -141,9 +142,9 @@ class _TokenTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, other: Tensor | None, rows: Tensor, plan: _Plan) -> Tensor:
-        total = logits.new_zeros((), dtype=_wide(logits.dtype))
+        total = logits.new_zeros((), dtype=wide_dtype(logits.dtype))
         # before it meets the scale of the loss, a gradient may be below what float16 can hold
-        dtype = _wide(logits.dtype) if logits.dtype == torch.float16 else logits.dtype
+        dtype = wide_dtype(logits.dtype) if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.zeros_like(logits, dtype=dtype) if other is None else other.to(dtype)
         if len(rows) and plan.row_term is not None:
             total = total + _of_row_term(logits, other, rows, plan, gradient)
@@ -165,7 +166,7 @@ class _TokenTerms(torch.autograd.Function):
 def _of_row_term(logits: Tensor, other: Tensor | None, rows: Tensor, plan: _Plan, gradient: Tensor) -> Tensor:
     """The mean of the row term; its gradient is put into the rows of `gradient`, which may be those of `other`."""
     assert plan.row_term is not None
-    wide, sums = _wide(logits.dtype), []
+    wide, sums = wide_dtype(logits.dtype), []
     for some in rows.chunk(plan.chunks):
         theirs = None if other is None else other[some].to(wide)
         with torch.enable_grad():
@@ -180,7 +181,7 @@ def _of_row_term(logits: Tensor, other: Tensor | None, rows: Tensor, plan: _Plan
 def _of_spectrum(logits: Tensor, rows: Tensor, plan: _Plan, gradient: Tensor) -> Tensor:
     """Weight times sum of leading singular values over the length of Z; its gradient is added to `gradient`."""
     assert plan.spectrum is not None
-    wide, weight = _wide(logits.dtype), plan.spectrum_weight
+    wide, weight = wide_dtype(logits.dtype), plan.spectrum_weight
     u, s, v = leading_singular(logits, rows, plan.spectrum, plan.chunks)
     squares = torch.stack([_in_reach(logits[some]).square().sum() for some in rows.chunk(plan.chunks)])
     length = squares.sum().sqrt().clamp(min=torch.finfo(wide).tiny)
@@ -193,9 +194,4 @@ def _of_spectrum(logits: Tensor, rows: Tensor, plan: _Plan, gradient: Tensor) ->
 
 def _in_reach(z: Tensor) -> Tensor:
     """`z` in a wide dtype; words that a model rules out by the lowest of numbers count as 0 in its singular values."""
-    return z.masked_fill(z < torch.finfo(z.dtype).min / 4, 0).to(_wide(z.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return at_least_float32(z.masked_fill(z < torch.finfo(z.dtype).min / 4, 0))

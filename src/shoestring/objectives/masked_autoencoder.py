@@ -26,8 +26,6 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -35,7 +33,9 @@ from transformers.utils import ModelOutput
 from ..blocks.stacks import find_stacks, gather_tokens
 from ..errors import SettingError
 from ..modes import in_training
+from ..precision import at_least_float32, wide_dtype
 from ..technique import Phase, Technique, register_technique
+from ..whole_files import read_tensors, write_tensors
 
 FILE = "decoder.safetensors"
 
@@ -109,21 +109,18 @@ class MaskedAutoencoder(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the decoder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / f"{FILE}.partial"
-        tensors = {name: value.contiguous() for name, value in self.decoder.state_dict().items()}
-        save_file(tensors, partial_file, metadata={"format": "pt"})
-        partial_file.replace(folder / FILE)
+        write_tensors(folder / FILE, self.decoder.state_dict())
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read the decoder.
 
         Raises SettingError if the file is missing, damaged, or of a decoder of other sizes.
         """
+        tensors, _ = read_tensors(folder / FILE)
         try:
-            self.decoder.load_state_dict(load_file(folder / FILE))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise SettingError(f"{folder / FILE}, which {self.name} has saved, cannot be read: {error}") from error
+            self.decoder.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise SettingError(f"{folder / FILE} is of another decoder than that of {self.name}: {error}") from error
 
 
 class Decoder(nn.Module):
@@ -132,7 +129,7 @@ class Decoder(nn.Module):
     def __init__(self, patches: nn.Conv2d, sizes: MaskedAutoencoder):
         super().__init__()
         width, weight = sizes.decoder_width, patches.weight
-        like: Any = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        like: Any = {"device": weight.device, "dtype": wide_dtype(weight.dtype)}
         self.embed = nn.Linear(patches.out_channels, width, **like)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width, **like) * 0.02)
         like_block = {"dim_feedforward": 4 * width, "dropout": 0.0, "activation": "gelu", **like}
@@ -200,7 +197,7 @@ class Autoencoder(nn.Module):
         with self._only(visible, patches):
             tokens = self.model(pixel_values=pixel_values, **inputs).last_hidden_state
         predicted = self.decoder(tokens, visible, hidden, grid)
-        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))  # of 16 bits under autocast
+        predicted = at_least_float32(predicted)  # of 16 bits under autocast
         wanted = gather_tokens(patchify(pixel_values, grid), hidden).to(predicted.dtype)
         if self.method.normalise_patches:
             wanted = normalised(wanted)

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..modes import in_training
+from ..precision import at_least_float32
 from ..technique import Phase, Technique, register_technique
 from .base import forward_replaced
 
@@ -105,7 +106,7 @@ class MetricLearning(Technique):
                     "metric_learning needs one vector a sample before the classifier, [batch, features], got "
                     f"{list(v.shape)}: this model classifies every token and then picks one. Leave it out."
                 )
-            f = F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1)
+            f = F.normalize(at_least_float32(v), dim=1)
             if self._labels is not None:
                 f = slerp_in_classes(f, self._labels)
             if in_training(module):

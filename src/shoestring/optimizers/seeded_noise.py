@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..draws import undrawn
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import wide_dtype
 
 PART = 2**20
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -57,7 +58,7 @@ def drawn(weights: Sequence[Tensor], seed: int) -> Iterator[tuple[int, Tensor, T
             if weight.device not in generators:
                 generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
             generator = generators[weight.device]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = wide_dtype(weight.dtype)
         flat = weight.detach().view(-1)
         for start in range(0, flat.numel(), PART):
             part = flat[start : start + PART]

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..whole_files import read_tensors, write_tensors
 from .seeded_noise import update
 
 FILE = "zeroth_order_steps.safetensors"
@@ -88,7 +87,6 @@ class StepLog:
 
     def save(self, folder: Path) -> None:
         """Write the record; learning rates once where they never change."""
-        folder.mkdir(parents=True, exist_ok=True)
         constant = all(rates == self.rates[0] for rates in self.rates)
         tensors = {
             "seeds": torch.tensor(self.seeds, dtype=torch.int32),
@@ -96,9 +94,8 @@ class StepLog:
             "rates": torch.tensor(self.rates[:1] if constant else self.rates, dtype=torch.float64),
         }
         names = ("names", "shapes", "groups", "decays", "device")
-        about = {"about": json.dumps({name: getattr(self, name) for name in names})}
-        save_file(tensors, folder / f"{FILE}.partial", metadata=about)
-        (folder / f"{FILE}.partial").replace(folder / FILE)
+        about = json.dumps({name: getattr(self, name) for name in names})
+        write_tensors(folder / FILE, tensors, about=about)
 
     @classmethod
     def load(cls, folder: Path) -> "StepLog":
@@ -106,11 +103,11 @@ class StepLog:
 
         Raises SettingError if it is missing or damaged.
         """
+        tensors, texts = read_tensors(folder / FILE)
         try:
-            with safe_open(folder / FILE, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                seeds, slopes, rates = (file.get_tensor(name).tolist() for name in ("seeds", "slopes", "rates"))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            about = json.loads(texts["about"])
+            seeds, slopes, rates = (tensors[name].tolist() for name in ("seeds", "slopes", "rates"))
+        except (KeyError, ValueError) as error:
             raise SettingError(f"{folder / FILE}, the record of zeroth-order steps, cannot be read: {error}") from error
         return cls(**about, seeds=seeds, slopes=slopes, rates=rates * len(seeds) if len(rates) == 1 else rates)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
 NEED_NO_GPU = ("eager", "sdpa", "flex_attention")
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SIZES = ("hidden_size", "num_hidden_layers", "decoder_layers", "num_attention_heads", "vocab_size")
 
 
 def configuration(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -61,13 +61,11 @@ def configuration(name: str, revision: str | None = None) -> PretrainedConfig:
 def _refuse_gaps(config: PretrainedConfig, file: Path) -> None:
     """Sizes that a file leaves out would silently be those of the class."""
     given = json.loads(file.read_text(encoding="utf-8"))
-    inner = next((given[key] for key in ("text_config", "vision_config", "audio_config") if key in given), given)
-    inside = next((getattr(config, key) for key in ("text_config", "vision_config") if key in given), config)
+    part = next((key for key in ("text_config", "vision_config", "audio_config") if key in given), None)
+    inner, inside = (given, config) if part is None else (given[part], getattr(config, part))
     for size in SIZES:
         own_name = inside.attribute_map.get(size, size)
-        named = {size, own_name, *(f"{part}_{end}" for part in ("encoder", "decoder") for end in ("layers",))}
-        wanted = hasattr(inside, size) and not (size == "num_hidden_layers" and named & inner.keys())
-        if wanted and not named & inner.keys() and not hasattr(inside, "hidden_sizes"):
+        if hasattr(inside, size) and not {size, own_name} & inner.keys() and not hasattr(inside, "hidden_sizes"):
             raise SettingError(f"{file} does not say {own_name}: without it nothing can be predicted.")
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,13 +88,24 @@ def rehearse(work: Work, *, count_operations: bool = False) -> Rehearsed:
 
     Raises SettingError, naming the technique, if one needs values.
     """
-    gc.freeze()  # the ledger collects garbage first, which takes a second for all that is imported
     try:
-        return run_one_step(work, count_operations=count_operations, mode=Valueless())
+        with _imports_not_searched():
+            return run_one_step(work, count_operations=count_operations, mode=Valueless())
     except NO_FAKES as error:
         raise SettingError(_without_values(work, error)) from error
+
+
+@contextmanager
+def _imports_not_searched() -> Iterator[None]:
+    """The ledger collects garbage first, which takes a second for all that is imported."""
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
 
 
 def run_one_step(

@@ -28,8 +28,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -38,8 +36,10 @@ from ..adapters.coupled import layer_at
 from ..adapters.slicing import READ, BranchRatio, SlicedAdapter, TokensSeen, sliceable_adapters
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
+from ..precision import wide_dtype
 from ..quantisation.originals import is_same
 from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..whole_files import read_tensors, write_tensors
 from .units import Units, find_units
 
 FILE = "light_peft.safetensors"
@@ -223,7 +223,7 @@ class LightPEFT(Technique):
     def _begin_estimation(self) -> None:
         for units in self._units:
             reader: Any = units.reading_layer
-            dtype = torch.promote_types(reader.weight.dtype, torch.float32)
+            dtype = wide_dtype(reader.weight.dtype)
             mask = nn.Parameter(torch.ones(units.count, dtype=dtype, device=reader.weight.device))
             reader.register_parameter(MASK, mask)
             outermost = self._model.get_submodule(units.name)  # so that adapters read what is masked, too
@@ -400,7 +400,6 @@ class LightPEFT(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the masks, or what is left and its mask values; and some numbers by which the base is known again."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/sample": sample for name, sample in self._samples.items()}
         if self._plan is None:
             tensors |= {f"{name}/mask": mask.detach().cpu() for name, mask in self._masks().items()}
@@ -409,9 +408,7 @@ class LightPEFT(Technique):
                 tensors |= {f"{name}/kept": kept.to(torch.int32), f"{name}/mask": factors}
             tensors |= {f"{key}/ranks": ranks.to(torch.int32) for key, ranks in self._plan.ranks.items()}
         stage = PRUNED if self.is_pruned else ESTIMATION
-        beside = folder / f"{FILE}.partial"
-        save_file({k: t.contiguous() for k, t in tensors.items()}, beside, metadata={"format": "pt", "stage": stage})
-        beside.replace(folder / FILE)
+        write_tensors(folder / FILE, tensors, stage=stage)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Bring model and adapters to the sizes that were saved; values of adapters are theirs to load.
@@ -419,11 +416,11 @@ class LightPEFT(Technique):
         Raises SettingError if there is no such file, or one of another base or of other adapters.
         """
         file = folder / FILE
-        stage, tensors = _read(file)
+        tensors, about = read_tensors(file)
         self._check_base(file, tensors)
         if self.is_pruned:
             self._go_back()
-        if stage == ESTIMATION:
+        if about.get("stage") == ESTIMATION:
             if self._trains_pruned:
                 warnings.warn(
                     f"{folder} was saved in the estimation of light_peft, and the run has pruned the model since: "
@@ -522,18 +519,3 @@ def forget(optimizer: Optimizer, changed: Sequence[nn.Parameter], gone: Sequence
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in removed]
     for parameter in (*changed, *gone):
         optimizer.state.pop(parameter, None)
-
-
-def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Stage and tensors of a file.
-
-    Raises SettingError if it cannot be read.
-    """
-    if not file.exists():
-        raise SettingError(f"{file.parent} holds no {file.name}: it was not saved with light_peft.")
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return (opened.metadata() or {}).get("stage", ""), tensors
-    except SafetensorError as error:
-        raise SettingError(f"{file} cannot be read: {error}") from error

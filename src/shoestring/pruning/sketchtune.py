@@ -30,8 +30,6 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +44,7 @@ from ..quantisation.sketched_linear import SketchedLinear
 from ..resizing import replace_data
 from ..targets import targeted
 from ..technique import Phase, Technique, register_technique
+from ..whole_files import check_names, read_tensors, write_tensors
 
 BITS = range(2, 5)
 CODES_FILE, TABLES_FILE = "sketch_codes.safetensors", "sketch_tables.safetensors"
@@ -145,13 +144,10 @@ class SketchTune(Calibrated, Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write codes and tables; codes are the same for all tasks trained from one sketch."""
-        folder.mkdir(parents=True, exist_ok=True)
-        codes = {name: layer.codes.contiguous() for name, layer in self._layers.items()}
-        tables = {name: layer.tables.detach().contiguous() for name, layer in self._layers.items()}
+        codes = {name: layer.codes for name, layer in self._layers.items()}
+        tables = {name: layer.tables for name, layer in self._layers.items()}
         for file, tensors in ((CODES_FILE, codes), (TABLES_FILE, tables)):
-            partial_file = folder / f"{file}.partial"
-            save_file(tensors, partial_file, metadata={"format": "pt", CODES_MARK: _mark_of(codes)})
-            partial_file.replace(folder / file)
+            write_tensors(folder / file, tensors, **{CODES_MARK: _mark_of(codes)})
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read codes and tables, or tables alone, of another task, where the model has their codes already.
@@ -341,19 +337,12 @@ def _read(file: Path, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
 
     Raises SettingError if it is missing or its tensors are not those wanted.
     """
-    if not file.exists():
-        raise SettingError(f"{file.parent} holds no {file.name}: it was not saved with sketchtune.")
-    with safe_open(file, "pt") as opened:
-        names = opened.keys()
-        saved = {name: opened.get_tensor(name) for name in names}
-        mark = (opened.metadata() or {}).get(CODES_MARK, "")
-    for wrong, what in ((set(own) - set(saved), "lacks"), (set(saved) - set(own), "holds the foreign")):
-        if wrong:
-            raise SettingError(f"{file} {what} {sorted(wrong)[0]} ({len(wrong)} in all).")
+    saved, about = read_tensors(file)
+    check_names(file, saved, own)
     for name, tensor in own.items():
         if saved[name].shape != tensor.shape:
             raise SettingError(
                 f"{file}: {name} is of shape {tuple(saved[name].shape)}, but bits and groups here make it "
                 f"{tuple(tensor.shape)}."
             )
-    return saved, mark
+    return saved, about.get(CODES_MARK, "")

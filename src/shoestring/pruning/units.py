@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.coupled import Structure, check_separable, find_structures, layer_at
 from ..errors import SettingError
+from ..precision import wide_dtype
 from ..resizing import head_counts, replace_data, resize, rows_first, set_weight
 from .rows import kept_at_home
 
@@ -94,7 +95,7 @@ class Units:
             None,
             weight.shape[0],
         )
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = wide_dtype(weight.dtype)
         smaller = weight.index_select(1, columns.to(weight.device)).to(wide)
         set_weight(reader, (smaller * self.spread(factors).to(smaller)).to(weight.dtype))
         self._set_counts(len(kept))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..errors import SettingError
 from ..fakes import has_values
 from ..modes import in_eval_mode
+from ..precision import wide_dtype
 from .calibration import NO_LABEL, SECONDS_BEFORE_A_BAR, inputs_of
 
 
@@ -67,7 +68,7 @@ def each_gradient(
 
     def flat(name: str, x: Tensor, dy: Tensor) -> None:
         reached.add(name)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x.dtype)
         take(name, x.flatten(0, -2).to(wide), dy.flatten(0, -2).to(wide))
 
     with ExitStack() as undo:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int8, Shaped, UInt8
 from torch import Tensor
 
+from ..precision import at_least_float32
+
 
 def bounds(bits: int) -> tuple[int, int]:
     """The smallest and the largest integer of so many bits.
@@ -61,7 +63,7 @@ def grid_of(
     Raises ValueError if group_size does not divide the number of inputs.
     """
     low, high = bounds(bits)
-    groups = to_groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), group_size)
+    groups = to_groups(at_least_float32(weight), group_size)
     smallest, largest = groups.aminmax(dim=-1)
     if symmetric:
         step = torch.maximum(smallest / low, largest / high)

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from ..precision import wide_dtype
+
 BLOCK_NUMBERS = 1 << 20  # weights that k-means has in hand at once
 SWEPT_COLUMNS = 128
 EVEN_START = 8
@@ -62,7 +64,7 @@ def build_sketch(
     Raises ValueError if groups does not divide the number of inputs.
     """
     check_groups_per_row(weight.shape[1], groups)
-    values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
+    values = weight.detach().to(wide_dtype(weight.dtype)).contiguous()
     if curvature is None:
         tables = cluster(values, torch.ones_like(values[0]), 1 << bits, groups, seed=seed, passes=passes)
         return Sketch(tables, nearest_codes(values, tables))

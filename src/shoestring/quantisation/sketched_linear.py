@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from ..adapters.base import autocast_dtype, autocast_off
+from ..precision import autocast_dtype, autocast_off, wide_dtype
 from .packed_model import packed_layer
 from .packing import pack, packed_size, unpack
 
@@ -44,7 +44,7 @@ class _SketchedProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, tables, codes = ctx.saved_tensors
         dy, of_tokens = dy.flatten(0, -2), x.flatten(0, -2)
-        wide = torch.promote_types(dy.dtype, torch.float32)  # sums over blocks do not round to 16 bit each time
+        wide = wide_dtype(dy.dtype)  # sums over blocks do not round to 16 bit each time
         dx = torch.zeros_like(of_tokens, dtype=wide) if ctx.needs_input_grad[0] else None
         dtables = torch.empty_like(tables) if ctx.needs_input_grad[1] else None
         for rows, places in _blocks(tables, codes, ctx.bits, x):
@@ -121,7 +121,7 @@ class SketchedLinear(nn.Linear):
         nn.Module.__init__(self)  # that of nn.Linear makes a weight
         self.in_features, self.out_features, self.bits, self.groups = in_features, out_features, bits, groups
         self.dtype, self.filled = dtype, False
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = wide_dtype(dtype)
         self.tables = nn.Parameter(torch.zeros(out_features, groups, 1 << bits, dtype=wide, device=device))
         codes = torch.zeros(out_features, packed_size(in_features, bits), dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)

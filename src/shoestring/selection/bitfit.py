@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +27,7 @@ from ..adapters.placement import ATTENTION_INPUT, FEEDFORWARD_INPUT, stacks
 from ..errors import SettingError, did_you_mean
 from ..targets import Names, targeted
 from ..technique import register_technique
+from ..whole_files import read_tensors, write_tensors
 from .base import Selection, pretrained_modules, settings_error
 from .norms import is_norm
 
@@ -151,10 +150,7 @@ class BitFit(Selection):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the added biases; those that the base model has are saved with the recipe."""
         if self._added:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial_file = folder / f"{FILE}.partial"
-            save_file({name: bias.detach().contiguous() for name, bias in self._added.items()}, partial_file)
-            partial_file.replace(folder / FILE)
+            write_tensors(folder / FILE, self._added)
 
     @torch.no_grad()
     def restore(self, model: nn.Module, folder: Path) -> None:
@@ -164,10 +160,7 @@ class BitFit(Selection):
         """
         if not self._added:
             return
-        try:
-            saved = load_file(folder / FILE)
-        except (OSError, SafetensorError) as error:
-            raise SettingError(f"{folder / FILE}, which bitfit has saved, cannot be read: {error}") from error
+        saved, _ = read_tensors(folder / FILE)
         ours = {name: bias.shape for name, bias in self._added.items()}
         if odd := sorted(ours.items() ^ {name: bias.shape for name, bias in saved.items()}.items()):
             raise SettingError(f"{folder / FILE} was made of another model: {odd[0][0]} is not the same in both.")

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import wide_dtype
 from ..resizing import replace_data
 from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import named_parameters, settings_error
@@ -262,7 +263,7 @@ class ID3(SparseSelection):
 
     def scores(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """|g| / (|w| + epsilon)^exponent in float32 or wider."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = wide_dtype(weight.dtype)
         factor = weight.to(wide, copy=True).abs_().add_(self.epsilon).pow_(-self.exponent)
         return factor.mul_(gradient).abs_()  # one tensor of the weight's size, however it is computed
 

@@ -20,15 +20,15 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters.base import has_linear_weight
 from ..adapters.placement import stacks
 from ..errors import SettingError
+from ..precision import wide_dtype
 from ..targets import Names, targeted
 from ..technique import Moment
+from ..whole_files import read_tensors, write_tensors
 from .base import Selection, _check_chosen, named_parameters
 
 FILE = "selected.safetensors"
@@ -54,7 +54,7 @@ class Entries(nn.Module):
         narrow = weight.numel() <= torch.iinfo(torch.int32).max
         self.register_buffer("places", places.to(weight.device, torch.int32 if narrow else torch.int64))
         self.originals = self.taken()
-        values = self.originals.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        values = self.originals.to(wide_dtype(weight.dtype), copy=True)
         self.values = nn.Parameter(values, requires_grad=self._may_train)
         self._written = self.values._version
         self._off = False
@@ -279,34 +279,28 @@ class SparseSelection(Selection):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write places and values, and the shapes of the weights that they are of."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, entries in self.entries.items():
             places, values = entries.learned()
             order = places.argsort()
-            tensors[f"{name}.places"] = places[order].contiguous()
-            tensors[f"{name}.values"] = values[order].contiguous()
+            tensors[f"{name}.places"] = places[order]
+            tensors[f"{name}.values"] = values[order]
             tensors[f"{name}.shape"] = torch.tensor(entries.weight[0].shape)
-        partial_file = folder / f"{FILE}.partial"
-        save_file(tensors, partial_file, metadata={"format": "pt"})
-        partial_file.replace(folder / FILE)
+        write_tensors(folder / FILE, tensors)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Take over places and values.
 
         Raises SettingError if the file is missing or damaged, or was made of another model.
         """
-        try:
-            tensors = load_file(folder / FILE)
-        except (OSError, SafetensorError) as error:
-            raise SettingError(f"{folder / FILE}, which {self.name} has saved, cannot be read: {error}") from error
+        tensors, _ = read_tensors(folder / FILE)
         names = {key.rpartition(".")[0] for key in tensors}
         if names != self.entries.keys():
             odd = sorted(names ^ self.entries.keys())[0]
             raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd} is in one only.")
         for name, entries in self.entries.items():
             places, shape = tensors[f"{name}.places"], tuple(entries.weight[0].shape)
-            saved = tuple(tensors.get(f"{name}.shape", torch.tensor(shape)).tolist())  # older files do not say
+            saved = tuple(tensors[f"{name}.shape"].tolist())
             if saved != shape:
                 raise SettingError(
                     f"{folder / FILE} was made of another model: {name} had the shape {saved} there, and has {shape} "

@@ -30,8 +30,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
@@ -40,11 +38,13 @@ from ..adapters.base import has_linear_weight, keeping_only_input, linear_sizes
 from ..adapters.placement import find_blocks
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import wide_dtype
 from ..quantisation.calibration import Calibrated
 from ..quantisation.gradients import each_gradient
 from ..resizing import replace_data
 from ..targets import Names, targeted
 from ..technique import register_technique
+from ..whole_files import read_tensors, write_tensors
 from .base import Selection, pretrained_modules, settings_error
 
 FILE = "rotated.safetensors"
@@ -85,7 +85,7 @@ class Numbers(nn.Module):
         none = torch.empty(0, dtype=torch.int64, device=weight.device)
         for part in ("rows", "columns", "at"):
             self.register_buffer(part, none)
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = wide_dtype(weight.dtype)
         self.values = nn.Parameter(torch.zeros(0, dtype=wide, device=weight.device), requires_grad=False)
         self.off = False
 
@@ -215,20 +215,14 @@ class SparseGrad(Calibrated, Selection):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write bases, places and values."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / f"{FILE}.partial"
-        save_file(self._tensors(), partial_file, metadata={"format": "pt"})
-        partial_file.replace(folder / FILE)
+        write_tensors(folder / FILE, self._tensors())
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Take over bases, places and values.
 
         Raises SettingError if the file is missing or damaged, or was made of another model or other targets.
         """
-        try:
-            saved = load_file(folder / FILE)
-        except (OSError, SafetensorError) as error:
-            raise SettingError(f"{folder / FILE}, which {self.name} has saved, cannot be read: {error}") from error
+        saved, _ = read_tensors(folder / FILE)
         if odd := sorted(saved.keys() ^ self._tensors().keys()):
             raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd[0]} is in one only.")
         for kind, basis in self._bases.items():
@@ -240,10 +234,10 @@ class SparseGrad(Calibrated, Selection):
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for kind, basis in self._bases.items():
-            tensors |= {f"{kind}.{side}": axes.contiguous() for side, axes in basis.named_buffers()}
+            tensors |= {f"{kind}.{side}": axes for side, axes in basis.named_buffers()}
         for name, numbers in self.numbers.items():
             tensors |= {f"{name}.{part}": getattr(numbers, part).int() for part in ("rows", "columns", "at")}
-            tensors[f"{name}.values"] = numbers.values.detach()
+            tensors[f"{name}.values"] = numbers.values
         return tensors
 
     def _layers(self, model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -267,7 +261,7 @@ class SparseGrad(Calibrated, Selection):
         """Room for U and V of a layer of this type; None for the side that is not turned."""
         size_out, size_in = linear_sizes(layer)
         weight: Any = layer.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = wide_dtype(weight.dtype)
         turn_in = self.rotate == "both" or size_in <= size_out
         turn_out = self.rotate == "both" or size_in > size_out
         u, v = (torch.zeros(size, size, dtype=wide, device=weight.device) for size in (size_in, size_out))

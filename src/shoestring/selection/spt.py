@@ -43,6 +43,7 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..technique import register_technique
+from ..whole_files import write_text
 from .base import _check_chosen, named_parameters, settings_error
 from .scores import gradient_scores
 from .sparse import SparseSelection
@@ -295,9 +296,7 @@ class SPT(Calibrated, SparseSelection):
         """Write the routes, places and values, and the modules as peft does."""
         super().save(model, folder)
         table = {name: asdict(route) for name, route in self.routes.items()}
-        beside = folder / f"{ROUTING_FILE}.partial"
-        beside.write_text(json.dumps(table, indent=1))
-        beside.replace(folder / ROUTING_FILE)
+        write_text(folder / ROUTING_FILE, json.dumps(table, indent=1))
         if self._modules is not None:
             self._modules.save(model, folder / MODULES_FOLDER)
 

@@ -29,8 +29,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import is_quantised
 from ..errors import SettingError
+from ..precision import wide_dtype
 from ..recipe import Attached, Recipe, attached_to, load
 from ..technique import Phase
+from ..whole_files import write_text
 from . import output
 from .data import load_splits
 from .models import load_pretrained
@@ -155,7 +157,7 @@ def merge(
             logits_change=_share(expected - base, expected),
             agreement=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
         )
-        output.write(beside / REPORT, json.dumps(report.to_dict(), indent=1))
+        write_text(beside / REPORT, json.dumps(report.to_dict(), indent=1))
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -191,7 +193,7 @@ def fold(trained: Attached) -> Iterator[LayerError]:
     """
     for technique in reversed(trained.techniques):
         for name, parameter, change in technique.fold(trained.model):
-            wide = torch.promote_types(parameter.dtype, torch.float32)
+            wide = wide_dtype(parameter.dtype)
             exact = parameter.detach().to(wide) + change.detach().to(wide)
             with torch.no_grad():
                 parameter.copy_(exact)
@@ -221,7 +223,7 @@ def merge_layers(model: nn.Module) -> Iterator[LayerError]:
         dtype = next(base.parameters()).dtype
         before = getattr(base, "weight", None)
         before = None if before is None else before.detach().float()
-        base.to(torch.promote_types(dtype, torch.float32))
+        base.to(wide_dtype(dtype))
         try:
             layer.merge(safe_merge=True)
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:

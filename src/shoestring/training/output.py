@@ -59,13 +59,6 @@ def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[No
         lock.release()
 
 
-def write(path: Path, text: str) -> None:
-    """Write beside `path` first, then rename, so that a reader never sees half a file."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text)
-    beside.replace(path)
-
-
 def throw_away(folder: Path) -> None:
     """Remove what a run left in the folder, its report first; other files stay."""
     for path in _of_a_run(folder):

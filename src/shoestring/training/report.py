@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .output import write
+from ..whole_files import write_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write as JSON, beside the place first."""
-        write(path, json.dumps(self.to_dict(), indent=1))
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
 
 @dataclass(frozen=True)

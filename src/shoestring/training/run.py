@@ -32,6 +32,7 @@ from ..errors import RunFailed, SettingError
 from ..memory import KeptReport, MemoryReport
 from ..recipe import Attached, Recipe, attached_to
 from ..technique import plain
+from ..whole_files import write_text
 from . import checkpoints, output
 from .checks import GradientCheck
 from .data import load_splits
@@ -98,7 +99,7 @@ def train(
             if overwrite:  # only now that nothing is wrong with the new run
                 output.throw_away(folder)
             shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
-            output.write(folder / output.SETTINGS, settings.to_yaml())
+            write_text(folder / output.SETTINGS, settings.to_yaml())
             before = {}
             if settings.train.get("eval_on_start"):
                 before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
