@@ -262,7 +262,7 @@ def test_a_log_of_another_model_is_refused(tmp_path):
     with pytest.raises(SettingError, match=r"trained bert.embeddings.word_embeddings.weight, which LlamaForCausalLM"):
         replay(DECODER.make(), tmp_path / "saved")
     (tmp_path / "saved" / FILE).write_bytes(b"no")
-    with pytest.raises(SettingError, match="zeroth_order_steps.safetensors cannot be read"):
+    with pytest.raises(SettingError, match=r"zeroth_order_steps\.safetensors cannot be read"):
         replay(CLASSIFIER.make(), tmp_path / "saved")
 
 

@@ -657,7 +657,7 @@ def test_other_bases_and_damaged_files_are_refused(tmp_path: Path):
     with pytest.raises(SettingError, match="cannot be read"):
         load(build("bert"), tmp_path)
     file.unlink()
-    with pytest.raises(SettingError, match="was not saved with light_peft"):
+    with pytest.raises(SettingError, match="holds no light_peft"):
         load(build("bert"), tmp_path)
 
 

@@ -68,7 +68,7 @@ class AdapterConfig(PeftConfig, Events):
     """
 
     method: ClassVar[type["Adapter"]]
-    values_follow: ClassVar[bool] = False  # True on a config whose adapter is about to be filled from a file
+    values_follow = False  # True on a config whose adapter is about to be filled from a file
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None

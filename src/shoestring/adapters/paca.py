@@ -12,7 +12,6 @@ Differs  D is a change and the weight itself stays, where the authors' code writ
          changes too. Convolutions, of which it takes input channels for columns, are left out
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, ClassVar, Literal
@@ -157,11 +156,6 @@ class PaCAConfig(Calibrated, AdapterConfig):
     def reads_data(self) -> bool:
         """Whether the selection does."""
         return self.selection == "gradient"
-
-    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw rows, where the selection needs them."""
-        if self.reads_data:
-            super().see_data(splits, processor)
 
     def prepare(self, model: nn.Module) -> None:
         """Score the columns of all layers by their gradients, where that is asked for."""

@@ -241,6 +241,13 @@ def task_head(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in known]
 
 
+def freeze_but_head(model: nn.Module, train_head: bool) -> None:
+    """Freeze all parameters but those of the head that train; these as well unless `train_head`."""
+    head = {id(p) for p in task_head(model)} if train_head else set()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in head)
+
+
 def place_in_stack(model: nn.Module, key: str) -> tuple[str, int, int] | None:
     """Where the module `key` is in the outermost list of blocks around it, of whatever layout they are.
 

@@ -252,11 +252,6 @@ class QWHAConfig(Calibrated, AdapterConfig):
         """Whether the start needs data."""
         return self.init == "calibrated"
 
-    def see_data(self, splits: Any, processor: Any = None) -> None:
-        """Draw rows, where the start needs them."""
-        if self.reads_data or not splits:
-            super().see_data(splits, processor)
-
     def prepare(self, model: nn.Module) -> None:
         """Find the start of each layer: its coefficients are kept until the adapter on it is made.
 

@@ -203,23 +203,13 @@ class S2FTConfig(Calibrated, AdapterConfig):
         """The share of units of one role that train."""
         return float(getattr(self, f"{role}_ratio"))
 
-    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw calibration rows, where the selection needs them."""
-        if self.needs_data:
-            super().see_data(splits, processor)
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether the selection needs any."""
-        return self.needs_data
-
     def see_saved(self, folder: Path) -> None:
         """Select what was selected when the adapter was saved."""
         saved = type(self).from_pretrained(str(folder))
         self.selected, self.target_modules = saved.selected, saved.target_modules
 
     @property
-    def needs_data(self) -> bool:
+    def reads_data(self) -> bool:
         """Whether the selection looks at data."""
         return self.selection in ("activation", "product", "gradient")
 
@@ -328,7 +318,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
                     f"{role}_ratio of s2ft is {self.ratio(role)}, which is less than one of the {len(units)} {what} of "
                     f"{len(parts)} layers: set it to 1/{len(units)} or more, or to 0 to train none."
                 )
-            if self.selection == "random" or not has_all_values(model) or (self.needs_data and self.values_follow):
+            if self.selection == "random" or not has_all_values(model) or (self.reads_data and self.values_follow):
                 picked = random.Random(f"{self.seed} {role}").sample(units, count)
             else:
                 scores = self._scores(model, structures, parts)
@@ -347,7 +337,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
             score = torch.ones(part.num_units, dtype=torch.float64)
             if self.selection in ("weight", "product"):
                 score = score * _norms(model, part)
-            if self.needs_data:
+            if self.reads_data:
                 read = squares[readers[part.layer].layer].double().cpu()
                 score = score * read.view(part.num_units, -1).mean(1).sqrt()
             scores += (score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)).tolist()
@@ -359,7 +349,7 @@ class S2FTConfig(Calibrated, AdapterConfig):
         if self.selection == "gradient":
             rows = self.rows_drawn()
             return column_gradients(model, layers, rows, len(rows), max_tokens=self.calibration_max_tokens)
-        if self.needs_data:
+        if self.reads_data:
             return {name: each.total.diagonal() / each.count for name, each in self.moments(model, layers)}
         return {}
 

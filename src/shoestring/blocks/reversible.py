@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..adapters.placement import layout_of, task_head
+from ..adapters.placement import freeze_but_head, layout_of
 from ..errors import SettingError, did_you_mean
 from ..fakes import has_values
 from ..technique import Advised, Phase, Technique, register_technique
@@ -216,9 +216,7 @@ class Reversible(BlockTechnique):
             self.streams = {stack.name: TwoStreams(self, model, stack) for stack in self.stacks}
             if self._decides_what_trains:
                 undo.callback(lambda: [p.requires_grad_(on) for p, on in trained])
-                head = {id(p) for p in task_head(model)} if self.train_head else set()
-                for parameter, _ in trained:
-                    parameter.requires_grad_(id(parameter) in head)
+                freeze_but_head(model, self.train_head)
             for runner in self.streams.values():
                 undo.enter_context(runner.hooked())
             self.adapters = nn.ModuleList(runner.adapters for runner in self.streams.values())

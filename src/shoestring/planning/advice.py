@@ -323,7 +323,7 @@ def _eight_bit_optimizer(settings: RunSettings, now: Prediction) -> _Step | None
     def apply(changed: RunSettings) -> RunSettings:
         return changed.model_copy(update={"train": {**changed.train, "optim": "adamw_8bit"}})
 
-    return _Step("train.optim=adamw_8bit", "states of the optimizer in 8 bits; needs a GPU", False, 61, apply)
+    return _Step("train.optim=adamw_8bit", "states of the optimizer in 8 bits; needs bitsandbytes", False, 61, apply)
 
 
 def _sixteen_bit_weights(settings: RunSettings, now: Prediction) -> _Step | None:

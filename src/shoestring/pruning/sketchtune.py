@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import has_linear_weight, is_quantised, linear_sizes
-from ..adapters.placement import stacks, task_head
+from ..adapters.placement import freeze_but_head, stacks
 from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated, Moments
@@ -100,7 +100,6 @@ class SketchTune(Calibrated, Technique):
             raise SettingError(f"exponent of sketchtune must not be negative, got {self.exponent}.")
         if not self.damping > 0:
             raise SettingError(f"damping of sketchtune must be above 0, got {self.damping}.")
-        self.values_follow = False  # type: ignore[misc]
         self._decides_what_trains = True
         self._layers: dict[str, SketchedLinear] = {}
         self._replaced: dict[str, nn.Module] = {}
@@ -113,10 +112,10 @@ class SketchTune(Calibrated, Technique):
         """Whether a new head trains because of this technique."""
         return self._decides_what_trains and self.train_head
 
-    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw the rows to calibrate on, where that is wanted."""
-        if self.calibrate or not splits:
-            super().see_data(splits, processor)
+    @property
+    def reads_data(self) -> bool:
+        """Whether the sketches are calibrated."""
+        return self.calibrate
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -130,9 +129,7 @@ class SketchTune(Calibrated, Technique):
         with ExitStack() as undo:
             undo.callback(lambda: [p.requires_grad_(on) for p, on in trained])
             if self._decides_what_trains:
-                head = {id(p) for p in task_head(model)} if self.train_head else set()
-                for parameter, on in trained:
-                    parameter.requires_grad_(on and id(parameter) in head)
+                freeze_but_head(model, self.train_head)
             self._build(undo, model, chosen)
             yield model
 
@@ -270,9 +267,6 @@ class SketchTune(Calibrated, Technique):
         if weight is not None and weight.numel():
             weight.requires_grad_(False)
             replace_data(weight, weight.detach().new_empty(0))
-
-
-SketchTune.method = SketchTune  # whose name stands in the errors about calibration
 
 
 def _put_weight_back(name: str, layer: nn.Module, sketch: SketchedLinear) -> None:

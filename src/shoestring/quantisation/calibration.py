@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +93,23 @@ def moments_in_parts(
             yield name, moments.pop(name)
 
 
+def training_rows(splits: Mapping[str, Any], method: str, setting: str, count: int) -> Any:
+    """The split "train", to draw rows from.
+
+    Raises SettingError, naming the setting that wants so many, if it is no data set of at least `count` rows.
+    """
+    rows = splits.get("train")
+    if rows is None or not hasattr(rows, "__len__"):
+        got = f"a stream of type {type(rows).__name__}" if rows is not None else f"only {', '.join(splits)}"
+        raise SettingError(f"{method} draws rows of the split 'train', a data set with a length; got {got}.")
+    if len(rows) < count:
+        raise SettingError(
+            f"{setting} of {method} is {count}, but the training data has only {len(rows)} rows: lower {setting} or "
+            "give more data."
+        )
+    return rows
+
+
 @dataclass(kw_only=True)
 class Calibrated(Events):
     """What a config has whose start is calibrated on data; stands before `AdapterConfig` among its bases.
@@ -107,8 +124,7 @@ class Calibrated(Events):
     Raises SettingError for values below 1.
     """
 
-    method: ClassVar[Any]
-    values_follow: ClassVar[bool]
+    values_follow = False
 
     calibration_rows: int = 128
     calibration_max_tokens: int = 2048
@@ -119,30 +135,27 @@ class Calibrated(Events):
         for name in ("calibration_rows", "calibration_max_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SettingError(f"{name} of {self.method.name} must be a whole number of at least 1, got {value!r}.")
+                raise SettingError(f"{name} of {self._method} must be a whole number of at least 1, got {value!r}.")
         self._rows: list[Mapping[str, Any]] | None = None
 
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw the rows. Empty splits mean that the adapter's values are about to be loaded.
+        """Draw the rows, where data is read. Empty splits mean that values are about to be loaded.
 
         Raises SettingError if there are splits, but none called "train" with as many rows as are wanted.
         """
         if not splits:
-            self.values_follow = True  # type: ignore[misc]
+            self.values_follow = True
+        if not splits or not self.reads_data:
             return
-        rows = splits.get("train")
-        if rows is None or not hasattr(rows, "__len__"):
-            got = f"a stream of type {type(rows).__name__}" if rows is not None else f"only {', '.join(splits)}"
-            raise SettingError(
-                f"{self.method.name} is calibrated on rows of the split 'train', a data set with a length; got {got}."
-            )
-        if len(rows) < self.calibration_rows:
-            raise SettingError(
-                f"calibration_rows of {self.method.name} is {self.calibration_rows}, but the training data has only "
-                f"{len(rows)} rows: lower calibration_rows or give more data."
-            )
+        rows = training_rows(splits, self._method, "calibration_rows", self.calibration_rows)
         drawn = random.Random(self.calibration_seed).sample(range(len(rows)), self.calibration_rows)
         self._rows = [rows[index] for index in sorted(drawn)]
+
+    @property
+    def _method(self) -> str:
+        """The method's name, also of an adapter's config."""
+        method: Any = getattr(self, "method", self)
+        return str(method.name)
 
     def on_attached(self, model: nn.Module) -> None:
         """Let go of the rows."""
@@ -163,7 +176,7 @@ class Calibrated(Events):
         """
         if self._rows is None:
             raise SettingError(
-                f"{self.method.name} is calibrated on data when it is attached, and has seen none: train with a run "
+                f"{self._method} is calibrated on data when it is attached, and has seen none: train with a run "
                 "file, attach with recipe.apply(model, data={'train': rows}), or call config.see_data({'train': rows}) "
                 "first."
             )

@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..adapters.placement import task_head
+from ..adapters.placement import freeze_but_head, task_head
 from ..errors import SettingError
 from ..technique import Phase, Technique
 
@@ -52,11 +52,9 @@ class Selection(Technique, ABC):
         before = [(p, p.requires_grad) for p in model.parameters()]
         try:
             if not self._others_decided():
-                head = {id(p) for p in task_head(model)} if self.train_head else set()
-                for parameter, trained in before:
-                    parameter.requires_grad_(trained and id(parameter) in head)
+                freeze_but_head(model, self.train_head)
             chosen = self.chosen(model)
-            _check_chosen(self.name, chosen)
+            check_trainable(self.name, chosen)
             for parameter in chosen.values():
                 parameter.requires_grad_(True)
             self._attached = True
@@ -81,7 +79,7 @@ class Selection(Technique, ABC):
         )
 
 
-def _check_chosen(technique: str, chosen: dict[str, nn.Parameter]) -> None:
+def check_trainable(technique: str, chosen: dict[str, nn.Parameter]) -> None:
     """Refuse what no gradient can train."""
     for name, parameter in chosen.items():
         if not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter):

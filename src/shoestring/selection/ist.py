@@ -35,6 +35,7 @@ from ..adapters.placement import place_in_stack
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..modes import in_eval_mode
+from ..quantisation.calibration import training_rows
 from ..quantisation.gradients import loss_of
 from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import settings_error
@@ -109,19 +110,7 @@ class IST(Technique):
         """
         if not splits or not self.importance:
             return
-        rows = splits.get("train")
-        if rows is None or not hasattr(rows, "__len__"):
-            got = f"a stream of type {type(rows).__name__}" if rows is not None else f"only {', '.join(splits)}"
-            raise SettingError(
-                f"ist learns from rows of the split 'train', a data set with a length; got {got}. importance: false "
-                "needs none."
-            )
-        if len(rows) < self.reward_rows:
-            raise SettingError(
-                f"reward_rows of ist is {self.reward_rows}, but the training data has only {len(rows)} rows: lower it "
-                "or give more data."
-            )
-        self._rows = rows
+        self._rows = training_rows(splits, self.name, "reward_rows", self.reward_rows)
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

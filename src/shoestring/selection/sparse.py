@@ -29,7 +29,7 @@ from ..precision import wide_dtype
 from ..targets import Names, targeted
 from ..technique import Moment
 from ..whole_files import read_tensors, write_tensors
-from .base import Selection, _check_chosen, named_parameters
+from .base import Selection, check_trainable, named_parameters
 
 FILE = "selected.safetensors"
 HOLDER = "selected"  # the module that holds the entries, on the model
@@ -164,13 +164,14 @@ class SparseSelection(Selection):
 
     claims: ClassVar[frozenset[str]] = frozenset({"what the weights of blocks are read as"})
 
+    values_follow = False
+
     target_modules: Names | None = None
     exclude_modules: Names | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.entries: dict[str, Entries] = {}
-        self._values_follow = False
         self._undo = ExitStack()
 
     @abstractmethod
@@ -186,7 +187,7 @@ class SparseSelection(Selection):
 
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Empty splits mean that what was chosen is about to be loaded."""
-        self._values_follow = not splits
+        self.values_follow = self.values_follow or not splits
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No whole parameter."""
@@ -199,11 +200,11 @@ class SparseSelection(Selection):
             self._undo = undo
             found = self.candidates(model)
             weights = {name: parameter for name, (_, parameter) in found.items()}
-            _check_chosen(self.name, weights)
+            check_trainable(self.name, weights)
             for parameter in weights.values():
                 parameter.requires_grad_(False)
             none = {name: torch.empty(0, dtype=torch.int64) for name in weights}
-            chosen = none | ({} if self._values_follow else self.places(model, weights))
+            chosen = none | ({} if self.values_follow else self.places(model, weights))
             self.entries = {name: self.make_entries(name, weights[name], places) for name, places in chosen.items()}
             undo.callback(self.entries.clear)
             self._show_to_modules(undo, {name: holders for name, (holders, _) in found.items()})

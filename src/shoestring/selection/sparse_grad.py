@@ -152,7 +152,6 @@ class SparseGrad(Calibrated, Selection):
             raise settings_error(self.name, "density", "above 0 and at most 1", self.density)
         if self.rotate not in get_args(Sides):
             raise settings_error(self.name, "rotate", "both or narrow", self.rotate)
-        self.values_follow = False  # type: ignore[misc]
         self.numbers: dict[str, Numbers] = {}
         self._bases: dict[str, Basis] = {}
         self._undo = ExitStack()
@@ -160,11 +159,6 @@ class SparseGrad(Calibrated, Selection):
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No parameter of the model."""
         return {}
-
-    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw the rows. Empty splits mean that what was chosen is about to be loaded."""
-        self.values_follow = False  # type: ignore[misc]
-        super().see_data(splits, processor)
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -302,9 +296,6 @@ class SparseGrad(Calibrated, Selection):
         for basis in self._bases.values():
             own = [numbers for numbers in self.numbers.values() if numbers.basis[0] is basis]
             _let_go_of_unused(basis, own)
-
-
-SparseGrad.method = SparseGrad  # whose name stands in the errors about calibration
 
 
 class Grams:

@@ -111,12 +111,6 @@ class Speft(Calibrated, SparseSelection):
         """Whether the score is one of data."""
         return self.score in OF_DATA
 
-    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw the rows, where the score needs any."""
-        SparseSelection.see_data(self, splits, processor)
-        if splits and self.reads_data:
-            super().see_data(splits, processor)
-
     def on_attached(self, model: nn.Module) -> None:
         """Let go of the rows, unless they are scored again.
 
@@ -233,9 +227,6 @@ class Speft(Calibrated, SparseSelection):
                 gradients = gradient_scores(model, weights, rows, number, max_tokens=most, squared=squared)
         of = OF_GRADIENT[self.score]
         return {name: of(gradients.pop(name), _on_host(weight)) for name, weight in weights.items()}
-
-
-Speft.method = Speft  # whose name stands in the errors about calibration
 
 
 class MovingEntries(Entries):

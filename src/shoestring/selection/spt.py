@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
@@ -44,7 +44,7 @@ from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..technique import register_technique
 from ..whole_files import write_text
-from .base import _check_chosen, named_parameters, settings_error
+from .base import check_trainable, named_parameters, settings_error
 from .scores import gradient_scores
 from .sparse import SparseSelection
 
@@ -128,15 +128,9 @@ class SPT(Calibrated, SparseSelection):
         self._chosen: dict[str, Tensor] = {}
         self._modules: PeftTechnique | None = None
 
-    def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
-        """Draw the rows to score on; empty splits mean that all is about to be loaded."""
-        SparseSelection.see_data(self, splits, processor)
-        if splits:
-            super().see_data(splits, processor)
-
     def see_saved(self, folder: Path) -> None:
         """Take the routing from the files, whatever data there is."""
-        self._saved, self._values_follow = read_routing(folder), True
+        self._saved, self.values_follow = read_routing(folder), True
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -153,10 +147,10 @@ class SPT(Calibrated, SparseSelection):
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Find the routes; returns the class token and the vectors that train."""
         found = {name: parameter for name, (_, parameter) in super().candidates(model).items()}
-        _check_chosen(self.name, found)
+        check_trainable(self.name, found)
         tokens = {name: p for name, _, key, p in named_parameters(model) if key in CLASS_TOKENS}
         tokens = tokens if self.train_class_token else {}
-        if not self._values_follow:
+        if not self.values_follow:
             self.routes = self._routed(model, found, sum(p.numel() for p in tokens.values()))
             logger.info("%s", self.routing_table())
         elif self._saved.keys() - found.keys():
@@ -315,9 +309,6 @@ class SPT(Calibrated, SparseSelection):
         super().restore(model, folder)
         if self._modules is not None:
             self._modules.restore(model, folder / MODULES_FOLDER)
-
-
-SPT.method = SPT  # whose name stands in the errors about calibration
 
 
 def read_routing(folder: Path) -> dict[str, Route]:
