@@ -17,6 +17,11 @@ def in_training(module: nn.Module) -> bool:
     return module.training or without_backward()
 
 
+def in_backward() -> bool:
+    """Whether a backward is at work, as where a block is run again in it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def without_backward() -> bool:
     """Whether forwards are those of a training step that has no backward, and so are to have no gradients."""
     return _OF_FORWARDS_ALONE.get()

@@ -510,15 +510,15 @@ def _build(index: int, entry: Any) -> Technique | PeftConfig:
     if not isinstance(settings, dict):
         raise SettingError(f"{where}.{name} must be a mapping of settings, got {settings!r}.")
     cls = known[name]
-    checked = _checked_settings(cls, settings, f"{where}.{name}")
+    _check_settings(cls, settings, f"{where}.{name}")
     try:
-        return cls(**checked)
+        return cls(**settings)
     except (ValueError, TypeError) as error:
         raise SettingError(f"{where}.{name}: {error}") from error
 
 
-def _checked_settings(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """`settings` with every name known to the dataclass `cls` and every value of its type."""
+def _check_settings(cls: type, settings: dict[str, Any], where: str) -> None:
+    """Refuse a name that the dataclass `cls` does not know, a value of another type, and one that is missing."""
     if not is_dataclass(cls):
         raise TypeError(f"{cls.__name__} must be a dataclass, so that its settings can be checked.")
     own = {f.name: f for f in fields(cls) if f.init and f.name not in FILLED_BY_PEFT}
@@ -526,7 +526,6 @@ def _checked_settings(cls: type, settings: dict[str, Any], where: str) -> dict[s
         hints = typing.get_type_hints(cls)
     except NameError:  # a type that is imported for checkers only
         hints = {}
-    checked = {}
     for key, value in settings.items():
         if key not in own:
             raise SettingError(f"{where}: unknown setting {key!r}. {did_you_mean(str(key), own)}")
@@ -538,13 +537,11 @@ def _checked_settings(cls: type, settings: dict[str, Any], where: str) -> dict[s
             raise SettingError(f"{where}.{key} must be {wanted}, got {value!r} ({error.errors()[0]['msg']}).") from None
         except (pydantic.errors.PydanticUserError, TypeError):
             pass  # an annotation pydantic cannot check: the class checks its own values
-        checked[key] = value
     required = [
         n for n, f in own.items() if f.default is MISSING and f.default_factory is MISSING and n not in settings
     ]
     if required:
         raise SettingError(f"{where} needs the setting {required[0]!r}.")
-    return checked
 
 
 def _refuse_conflicts(techniques: tuple[Technique, ...]) -> None:

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
-from ..modes import in_training, without_backward
+from ..modes import in_backward, in_training, without_backward
 from ..precision import autocast_dtype, autocast_off, wide_dtype
 from ..real_tokens import real_tokens
 from ..technique import Moment, Technique
@@ -186,7 +186,7 @@ class Experts(Adapter):
 
     def _collect(self, p: Tensor, chosen: Tensor) -> None:
         """Note the choices for the balance loss, but not again when a block is run once more in backward."""
-        if not in_training(self) or self not in _CHOICES or torch._C._current_graph_task_id() != -1:
+        if not in_training(self) or self not in _CHOICES or in_backward():
             return
         if torch.is_grad_enabled() or without_backward():
             _CHOICES[self].append((p, chosen))

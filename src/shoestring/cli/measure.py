@@ -40,9 +40,10 @@ def measure(
     settings = RunSettings.load(run, overrides or [])
     console = Console(stderr=as_json)
     with console.status("Importing torch and transformers"):
-        from .progress import quiet, training_run
+        from ..quiet import quiet_libraries
+        from ..training import run as training_run
 
-    quiet()
+        quiet_libraries()
 
     def say(text: str) -> None:
         console.print(text, style="dim", highlight=False, soft_wrap=True)

@@ -42,10 +42,10 @@ def merge(
     """
     console = Console(stderr=as_json)
     with console.status("Importing torch and transformers"):
+        from ..quiet import quiet_libraries
         from ..training import merging
-        from .progress import quiet
 
-    quiet()
+        quiet_libraries()
     report = merging.merge(
         run,
         output,

@@ -78,9 +78,9 @@ def plan(
     with console.status("Importing torch and transformers") as status:
         from ..memory.devices import DEVICES, device_named
         from ..planning import Sharding
-        from .progress import quiet
+        from ..quiet import quiet_libraries
 
-        quiet()
+        quiet_libraries()
         known = device_named(device) if device is not None else None
         if limit is None and known is not None:
             limit = known.usable_bytes

@@ -261,7 +261,7 @@ def changes_table(advice: Advice) -> Table:
             change.why,
             "exact" if change.exact else "changed",
             size(change.peak_bytes),
-            "-" if change.slowdown is None else f"x {change.slowdown:.2f}",
+            f"x {change.slowdown:.2f}",
         )
     return table
 

@@ -1,29 +1,11 @@
 """Progress of a training run: a bar on a terminal, a line now and then elsewhere."""
 
-import logging
-import warnings
 from typing import Any
 
-import datasets
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ..training import run as training_run
-
-__all__ = ["Progress", "quiet", "training_run"]
-
-
-def quiet() -> None:
-    """Keep libraries from writing between the lines of a command; errors still come through."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 class Progress(TrainerCallback):

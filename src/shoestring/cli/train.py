@@ -47,10 +47,11 @@ def train(
     settings = RunSettings.load(run, overrides or [])
     console = Console(stderr=as_json)
     with console.status("Importing torch and transformers"):
-        from .progress import Progress, quiet
-        from .progress import training_run as training
+        from ..quiet import quiet_libraries
+        from ..training import run as training
+        from .progress import Progress
 
-    quiet()
+        quiet_libraries()
     progress = Progress(console)
     report = training.train(
         settings,

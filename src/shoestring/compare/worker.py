@@ -23,7 +23,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RunFailed, SettingError
+from ..quiet import quiet_libraries
 from ..recipe import Recipe
+from ..technique import plain
 from ..training.marked_yaml import dump_yaml
 from ..training.observe import StepTimes
 from ..training.report import Report
@@ -64,9 +66,7 @@ def work(order: Order, connection: Connection) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from ..cli.progress import quiet
-
-    quiet()
+    quiet_libraries()
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     for case in order.cases:
@@ -442,16 +442,8 @@ def _peft_config(ready: Ready) -> dict[str, Any] | None:
     configs = getattr(ready.attached.model, "peft_config", None)
     if not configs:
         return None
-    found = next(iter(configs.values())).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(getattr(value, "value", value))
+    found: dict[str, Any] = plain(next(iter(configs.values())).to_dict())
+    return found
 
 
 def machine() -> dict[str, str]:

@@ -5,6 +5,7 @@ for a product of matrices, `self` is input 0 and is needed for the gradient of i
 they stand on; views are looked through. Slots packed by saved-tensor hooks are read as packed, never unpacked.
 """
 
+import bisect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,12 +142,8 @@ class Places:
 
     def of(self, node: Any) -> tuple[str, int]:
         """The innermost module's path and the number of its call; ("", 0) outside of all."""
-        number = node._sequence_nr()
-        low, high = 0, len(self._events)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._events[middle][0] <= number else (low, middle)
-        return self._events[low - 1][1] if low else ("", 0)
+        seen = bisect.bisect_right(self._events, node._sequence_nr(), key=lambda event: event[0])
+        return self._events[seen - 1][1] if seen else ("", 0)
 
     def _note(self) -> None:
         self._events.append((torch._C._autograd._get_sequence_nr(), self._open[-1][1] if self._open else ("", 0)))

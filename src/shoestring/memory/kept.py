@@ -25,6 +25,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..modes import in_backward
 from ..technique import TECHNIQUES
 from .graph import COPIES, VIEWS, Edge, Graph, Places, Slot, kind_of, source, storage_keys, through
 from .ledger import Ledger
@@ -201,7 +202,7 @@ class Kept:
         return self._report
 
     def _backward_begins(self, roots: list[Tensor]) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a backward within a backward, such as of a recomputed block
+        if in_backward():  # a backward within a backward, such as of a recomputed block
             return
         kept = self.ledger.kept()
         total = sum(size for _, size, _ in kept)

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..modes import in_backward
+from .every_operation import EveryOperation
 from .report import MemoryReport, Phase, replay
 from .storages import (
     held_beyond,
@@ -220,11 +222,11 @@ class Ledger:
         undo.enter_context(resizes_told_to(self._resized))
         if self._watches_cuda():
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._mode = undo.enter_context(_Watch(self))
+        self._mode = undo.enter_context(EveryOperation(self._operation))
 
     def _before_module(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._paths:
-            if not self._modules and not _in_backward():
+            if not self._modules and not in_backward():
                 self._find_gradients()
                 self._in_optimizer = False
                 if self._window is None:
@@ -235,7 +237,7 @@ class Ledger:
         if module in self._modules:
             while self._modules.pop() is not module:
                 pass  # modules that an exception left without a call of this hook
-        if self._modules or self._window is None or id(module) not in self._paths or _in_backward():
+        if self._modules or self._window is None or id(module) not in self._paths or in_backward():
             return
         if len(rest) == 2:  # kwargs and outputs; when the forward raised, torch passes a lone None
             self._claim_inputs(tensors_in((args, rest[0])))
@@ -289,7 +291,7 @@ class Ledger:
         return result
 
     def _died(self, record: _Record, key: int, reference: object) -> None:
-        if self._window is not None and _in_backward():
+        if self._window is not None and in_backward():
             self._end_window()
         if self._live.get(key) is record:
             del self._live[key]
@@ -299,7 +301,7 @@ class Ledger:
     # The book itself
 
     def _phase(self) -> Phase:
-        if _in_backward():
+        if in_backward():
             return "backward"
         if self._modules:
             return "forward"
@@ -368,24 +370,9 @@ class Ledger:
 
     def _end_window(self) -> None:
         # Without a backward, what the last forward left at its end is the answer.
-        self._saved.append(self._kept_now() if _in_backward() else self._at_forward_end)
+        self._saved.append(self._kept_now() if in_backward() else self._at_forward_end)
         self._window, self._at_forward_end = None, {}
 
     def _watches_cuda(self) -> bool:
         fake = any(isinstance(tensor, FakeTensor) for tensor in self.model.parameters())
         return self.device.type == "cuda" and torch.cuda.is_available() and not fake
-
-
-class _Watch(TorchDispatchMode):
-    def __init__(self, ledger: Ledger):
-        super().__init__()
-        self.ledger = ledger
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # a wrapper (DTensor, torchao) takes the operation apart, and its parts come here
-        return self.ledger._operation(func, args, kwargs or {})
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..modes import in_backward
+from .every_operation import EveryOperation
 from .storages import operands, storages_of
 
 OperationPhase = Literal["forward", "recomputation", "backward", "optimizer", "other"]
@@ -118,7 +119,7 @@ class OperationCounter:
                 register_optimizer_step_post_hook(self._after_step),
             ):
                 undo.callback(handle.remove)
-            undo.enter_context(_Watch(self))
+            undo.enter_context(EveryOperation(self._operation))
             self._undo = undo.pop_all()
         return self
 
@@ -130,7 +131,7 @@ class OperationCounter:
         return Operations(_scaled(self._flops, 1), _scaled(self._moved, 1))
 
     def _before_module(self, module: nn.Module, args: Any) -> None:
-        if not self._modules and not _in_backward():
+        if not self._modules and not in_backward():
             self._in_optimizer = False  # a step that raised has not said that it ended
         self._modules.append(module)
 
@@ -146,7 +147,7 @@ class OperationCounter:
         self._in_optimizer = False
 
     def _phase(self) -> OperationPhase:
-        if _in_backward():
+        if in_backward():
             return "recomputation" if self._modules or torch.is_grad_enabled() else "backward"
         if self._modules:
             return "forward"
@@ -163,21 +164,6 @@ class OperationCounter:
             for tensor, moved in _moved(func, args, kwargs, result):
                 _count(self._moved, phase, _name(tensor.dtype), moved)
         return result
-
-
-class _Watch(TorchDispatchMode):
-    def __init__(self, counter: OperationCounter):
-        super().__init__()
-        self.counter = counter
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # a wrapper (DTensor, torchao) takes the operation apart, and its parts come here
-        return self.counter._operation(func, args, kwargs or {})
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _name(dtype: torch.dtype) -> str:

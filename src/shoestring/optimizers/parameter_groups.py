@@ -17,6 +17,7 @@ from torch import nn
 
 from ..adapters.placement import task_head
 from ..errors import SettingError, did_you_mean
+from ..norms import is_norm
 from ..technique import Phase, Technique, register_technique
 
 SELECTS = ("names", "kind")
@@ -137,8 +138,7 @@ def _of_kind(model: nn.Module, kind: str) -> set[int]:
     if kind == "embeddings":
         return _ids(module for module in model.modules() if isinstance(module, nn.Embedding))
     if kind == "norms":
-        leaves = (module for module in model.modules() if not any(True for _ in module.children()))
-        return _ids(module for module in leaves if "norm" in type(module).__name__.lower())
+        return _ids(filter(is_norm, model.modules()))
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     found = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     return _ids(part for part in found if isinstance(part, nn.Module)) | {

@@ -34,16 +34,14 @@ class Change:
     """One or several changes that together make a run fit.
 
     title: what to change. why: what is saved and paid. exact: gradients stay those of the run as it was.
-    order: of trying, as `Advised.order`; the highest of several. slowdown: time of a step over that of the run as it
-    is, by estimate. settings: the changed run.
+    slowdown: time of a step over that of the run as it is, by estimate. settings: the changed run.
     """
 
     title: str
     why: str
     exact: bool
-    order: int
     peak_bytes: int
-    slowdown: float | None
+    slowdown: float
     settings: RunSettings
 
 
@@ -260,7 +258,6 @@ def _change(tried: _Tried, now: Prediction) -> Change:
         title=_title(tried.steps),
         why="; ".join(step.why for step in tried.steps),
         exact=all(step.exact for step in tried.steps),
-        order=max(step.order for step in tried.steps),
         peak_bytes=found.peak_bytes,
         slowdown=slowdown,
         settings=tried.settings,

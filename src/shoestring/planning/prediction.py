@@ -225,7 +225,7 @@ def work_of(
     attention, _ = models.rehearsed_attention(settings.model.attn_implementation)
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        return quiet(
+        return without_printing(
             task.trainer(
                 model=model,
                 args=task.arguments_class()(**{**arguments, "output_dir": folder}),
@@ -274,7 +274,9 @@ def work_of_model(
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
         arguments = TrainingArguments(**{**(train or {}), **ONE_STEP, "output_dir": folder})
-        return quiet(RecipeTrainer(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks)))
+        return without_printing(
+            RecipeTrainer(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks))
+        )
 
     return Work(
         recipe,
@@ -389,7 +391,7 @@ def two_words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def quiet(trainer: Trainer) -> Trainer:
+def without_printing(trainer: Trainer) -> Trainer:
     """The trainer without those callbacks that print."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -13,7 +13,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -215,7 +215,7 @@ def _without_values(work: Work, error: Exception) -> str:
     for culprit in work.recipe.techniques:
         others = Recipe(*(t for t in work.recipe.techniques if t is not culprit))
         try:
-            rest = rehearse_without(work, others)
+            rest = run_one_step(replace(work, recipe=others), mode=Valueless())
         except (*NO_FAKES, ValueError, RuntimeError):
             continue
         return (
@@ -224,8 +224,3 @@ def _without_values(work: Work, error: Exception) -> str:
             "`shoestring measure` for the real step."
         )
     return f"This model cannot run without values ({reason}); run `shoestring measure` for the real step."
-
-
-def rehearse_without(work: Work, recipe: Recipe) -> Rehearsed:
-    """The step with another recipe."""
-    return run_one_step(Work(recipe, work.make_model, work.make_trainer, work.make_batch), mode=Valueless())

@@ -24,11 +24,10 @@ EXACT = 64  # values are found to the last up to here, and to a share of as much
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest value that was rehearsed and fits, and its prediction; whether it is the model's own limit."""
+    """The largest value that was rehearsed and fits, and its prediction."""
 
     value: int
     prediction: Prediction
-    at_limit: bool
 
 
 class Rehearsals:
@@ -128,7 +127,7 @@ def largest(
     if not fitting:
         return None
     value = max(fitting)
-    return Largest(value * step, tried[value], at_limit=value == most // step)
+    return Largest(value * step, tried[value])
 
 
 def _last_that_fits(excess: Callable[[int], int], most: int) -> int:

@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.base import linear_sizes
 from ..adapters.placement import ATTENTION_INPUT, FEEDFORWARD_INPUT, stacks
 from ..errors import SettingError, did_you_mean
+from ..norms import is_norm
 from ..targets import Names, targeted
 from ..technique import register_technique
 from ..whole_files import read_tensors, write_tensors
 from .base import Selection, pretrained_modules, settings_error
-from .norms import is_norm
 
 FILE = "added_biases.safetensors"
 ALL = "all"

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..modes import in_backward
 from ..precision import wide_dtype
 from ..resizing import replace_data
 from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
@@ -122,7 +123,7 @@ class Growing(Entries):
 
     def count_call(self, module: nn.Module, args: Any) -> None:
         """Before a forward of a module that holds the weight; what is run again in backward was counted before."""
-        if torch._C._current_graph_task_id() == -1 and (module.training or torch.is_grad_enabled()):
+        if not in_backward() and (module.training or torch.is_grad_enabled()):
             self.calls += 1
 
     def on_gradient(self, dense: Tensor) -> None:

@@ -19,10 +19,10 @@ from typing import ClassVar
 from torch import nn
 
 from ..errors import SettingError
+from ..norms import is_norm
 from ..targets import Names, targeted
 from ..technique import register_technique
 from .base import Selection, pretrained_modules
-from .norms import is_norm
 
 
 @register_technique

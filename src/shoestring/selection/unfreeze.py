@@ -17,10 +17,10 @@ from torch import nn
 
 from ..blocks.stacks import find_stacks
 from ..errors import SettingError
+from ..norms import is_norm
 from ..targets import targeted
 from ..technique import register_technique
 from .base import Selection, named_parameters, pretrained_modules
-from .norms import is_norm
 
 
 @register_technique

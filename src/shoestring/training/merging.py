@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import is_quantised
 from ..errors import SettingError
+from ..modes import in_eval_mode
 from ..precision import wide_dtype
 from ..recipe import Attached, Recipe, attached_to, load
 from ..technique import Phase
@@ -82,7 +83,7 @@ class Merged:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        return asdict(self)
 
 
 def merge(
@@ -260,11 +261,9 @@ def logits_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
     Of a model without a head, its last hidden states.
     """
-    was_training = model.training
     device = next(model.parameters()).device
-    with torch.no_grad():
-        outputs = model.eval()(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()})
-    model.train(was_training)
+    with torch.no_grad(), in_eval_mode(model):
+        outputs = model(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()})
     values = (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float().cpu()
     if values.dim() == 3:
         return values[inputs["attention_mask"].bool()] if "attention_mask" in inputs else values.flatten(0, 1)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
+from ...errors import SettingError
+from ...training.tasks import TASKS
 from ..measures import Measure
 
 if TYPE_CHECKING:
@@ -18,13 +20,14 @@ class Extra(BaseModel, ABC):
     """One thing to measure; its fields are its settings in a suite.
 
     name: in a suite's `measure`. alters_model: whether `after` leaves another model behind, so that others go first.
-    notes: what is to be said of the figures of this run.
+    of_language_models: whether only these have it. notes: what is to be said of the figures of this run.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ClassVar[str]
     alters_model: ClassVar[bool] = False
+    of_language_models: ClassVar[bool] = False
     _notes: list[str] = PrivateAttr(default_factory=list)
 
     @property
@@ -37,6 +40,8 @@ class Extra(BaseModel, ABC):
 
         Raises SettingError.
         """
+        if self.of_language_models and TASKS[run.task].peft_task_type != "CAUSAL_LM":
+            raise SettingError(f"it is for language models, which {run.task} does not train.")
 
     def before(self, ready: Ready) -> None:
         """Look at the model with its recipe, before the first step.

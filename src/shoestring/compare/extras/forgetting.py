@@ -8,21 +8,21 @@ import torch
 from pydantic import Field, PrivateAttr
 
 from ...errors import SettingError
+from ...modes import in_eval_mode
 from ...training.data import load_splits, need_columns
 from ...training.settings import DataSettings
-from ...training.tasks import TASKS
 from ..measures import Measure
 from .base import Extra, device_of
 
 if TYPE_CHECKING:
     from ...training.run import Ready
-    from ...training.settings import RunSettings
 
 
 class Forgetting(Extra):
     """Mean cross-entropy a token on `rows` texts of the column `text` of `data`, of its test split if it has one."""
 
     name: ClassVar[str] = "forgetting"
+    of_language_models: ClassVar[bool] = True
 
     data: str = Field(min_length=1, description="general text, as data.train of a run file names it")
     text: str = Field("text", min_length=1)
@@ -41,10 +41,6 @@ class Forgetting(Extra):
     def source(self) -> str:
         return self.data
 
-    def check(self, run: RunSettings) -> None:
-        if TASKS[run.task].peft_task_type != "CAUSAL_LM":
-            raise SettingError(f"it is the loss of a language model, which {run.task} does not train.")
-
     def before(self, ready: Ready) -> None:
         self._before = self._loss(ready)
 
@@ -59,16 +55,14 @@ class Forgetting(Extra):
         need_columns("general", rows, self.text)
         model: Any = ready.attached.model
         tokenizer: Any = ready.trainer.processing_class
-        was_training, total, tokens = model.training, 0.0, 0
-        model.eval()
-        with torch.no_grad():
+        total, tokens = 0.0, 0
+        with torch.no_grad(), in_eval_mode(model):
             for text in rows[self.text]:
                 encoded = tokenizer(text, truncation=True, max_length=self.max_length, return_tensors="pt")
                 ids = encoded["input_ids"].to(device_of(model))
                 if ids.shape[1] > 1:
                     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
                     total, tokens = total + float(loss) * (ids.shape[1] - 1), tokens + ids.shape[1] - 1
-        model.train(was_training)
         ready.attached.take_outputs()
         if not tokens:
             raise SettingError(f"measure.forgetting: the texts in {self.text!r} of {self.data} are empty.")

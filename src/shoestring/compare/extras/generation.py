@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field, field_validator
 
 from ...errors import SettingError
-from ...training.tasks import TASKS
+from ...modes import in_eval_mode
 from ..measures import Measure
 from .base import Extra, device_of
 
@@ -26,6 +25,7 @@ class Generation(Extra):
     """
 
     name: ClassVar[str] = "generation"
+    of_language_models: ClassVar[bool] = True
 
     rows: int = Field(32, ge=1)
     max_new_tokens: int = Field(128, ge=1)
@@ -50,8 +50,7 @@ class Generation(Extra):
         )
 
     def check(self, run: RunSettings) -> None:
-        if TASKS[run.task].peft_task_type != "CAUSAL_LM":
-            raise SettingError(f"{run.task} generates nothing.")
+        super().check(run)
         try:
             import torchmetrics  # noqa: F401
         except ImportError:
@@ -106,25 +105,22 @@ class Generation(Extra):
             for prompt in prompts
         ]
         side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        was_training, written = model.training, []
-        model.eval()
+        written = []
         try:
-            for begin in range(0, len(texts), self.batch):
-                chats = not isinstance(prompts[0], str)  # whose template has written the special tokens
-                encoded = tokenizer(
-                    texts[begin : begin + self.batch], padding=True, add_special_tokens=not chats, return_tensors="pt"
-                )
-                inputs = {name: encoded[name].to(device_of(model)) for name in ("input_ids", "attention_mask")}
-                with torch.no_grad():
+            with in_eval_mode(model):
+                for begin in range(0, len(texts), self.batch):
+                    chats = not isinstance(prompts[0], str)  # whose template has written the special tokens
+                    some = texts[begin : begin + self.batch]
+                    encoded = tokenizer(some, padding=True, add_special_tokens=not chats, return_tensors="pt")
+                    inputs = {name: encoded[name].to(device_of(model)) for name in ("input_ids", "attention_mask")}
                     ids = model.generate(
                         **inputs,
                         do_sample=False,
                         max_new_tokens=self.max_new_tokens,
                         pad_token_id=tokenizer.pad_token_id,
                     )
-                new = ids[:, inputs["input_ids"].shape[1] :]
-                written += tokenizer.batch_decode(new, skip_special_tokens=True)
+                    new = ids[:, inputs["input_ids"].shape[1] :]
+                    written += tokenizer.batch_decode(new, skip_special_tokens=True)
         finally:
             tokenizer.padding_side = side
-            model.train(was_training)
         return written

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ...errors import SettingError, did_you_mean
-from ...training.tasks import TASKS
+from ...modes import in_eval_mode
 from ..measures import Better, Measure
 from .base import Extra
 
@@ -27,6 +27,7 @@ class LmEval(Extra):
     """
 
     name: ClassVar[str] = "lm_eval"
+    of_language_models: ClassVar[bool] = True
 
     tasks: list[str] = Field(min_length=1, description="names of tasks")
     metrics: list[str] = Field(default_factory=lambda: ["acc"], min_length=1)
@@ -45,8 +46,7 @@ class LmEval(Extra):
         return self.include_path
 
     def check(self, run: RunSettings) -> None:
-        if TASKS[run.task].peft_task_type != "CAUSAL_LM":
-            raise SettingError(f"it is for language models, which {run.task} does not train.")
+        super().check(run)
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
@@ -62,9 +62,7 @@ class LmEval(Extra):
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         model: Any = ready.attached.model
-        was_training = model.training
-        model.eval()
-        try:
+        with in_eval_mode(model):
             harness = HFLM(pretrained=model, tokenizer=ready.trainer.processing_class, batch_size=self.batch)
             found: Any = simple_evaluate(
                 model=harness,
@@ -75,8 +73,6 @@ class LmEval(Extra):
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        finally:
-            model.train(was_training)
         figures: dict[str, float] = {}
         for task in self.tasks:
             has = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
