@@ -269,7 +269,7 @@ class TestWhatFits:
         now = planning.predict(settings, count_operations=True)
         other = settings.model_copy(update={"recipe": [*settings.recipe, {"recompute": {}}]})
         changed = planning.predict(other)
-        change = Change("recompute", "blocks run again", True, 20, changed.peak_bytes, 1.25, other)
+        change = Change("recompute", "blocks run again", True, changed.peak_bytes, 1.25, other)
 
         def make(changes: list[Change], fits: bool = False, skipped: tuple[str, ...] = ()) -> None:
             def advise(settings, memory, **options):

@@ -69,6 +69,22 @@ def test_forgetting_is_the_mean_loss_of_tokens_after_less_before(ready: Callable
     assert found.keys() == {measure.name for measure in extra.measures}
 
 
+def test_a_look_at_the_model_before_training_leaves_its_modes_and_4_bit_weights(
+    ready: Callable[..., Ready], general: Path
+) -> None:
+    run = ready()
+    model: Any = run.attached.model.train()
+    block, other = model.base_model.model.model.layers
+    block.eval()
+    other.support_avx512bf16_for_cpu = True  # as bitsandbytes has it on layers that it would reorder at inference
+    seen = []
+    other.register_forward_hook(lambda module, *_: seen.append(module.support_avx512bf16_for_cpu))
+    Forgetting(data=str(general), text="document").before(run)
+    assert seen == [False] * 4
+    assert other.support_avx512bf16_for_cpu
+    assert (model.training, block.training, other.training) == (True, False, True)
+
+
 def test_forgetting_needs_the_column(ready: Callable[..., Ready], general: Path) -> None:
     with pytest.raises(SettingError, match="The general data has no column 'text'"):
         Forgetting(data=str(general)).before(ready())
