@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+NO_LABEL = -100
+"""Marks tokens without a loss in labels, for torch and transformers."""
+
 CROSS_KEYS = re.compile(r"(encoder_attn|EncDecAttention|cross_?attention|cross_attn)\.(.*\.)?(k|v|key|value)(_proj)?\.")
 """Layers of a decoder that read the encoder's tokens."""
 
@@ -23,7 +26,7 @@ def real_tokens(
     """
     of_input, of_output = batch.get("attention_mask"), batch.get("decoder_attention_mask")
     if of_output is None and (labels := batch.get("labels")) is not None:
-        of_output = labels != -100 if labels.dim() > 1 else of_input
+        of_output = labels != NO_LABEL if labels.dim() > 1 else of_input
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     in_decoder = both and "decoder" in name.split(".")
     mask = of_output if in_decoder and not CROSS_KEYS.search(name) else of_input

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..technique import Phase, Technique
+from ..wrappers import innermost
 from .attention import masks_by_rows, redirected
 from .stacks import (
     BlockCall,
@@ -237,8 +238,7 @@ def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments of the model by name; wrappers such as PeftModel name only what the model inside does."""
     if not args:
         return {}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    names = list(inspect.signature(type(inner).forward).parameters)[1:]
+    names = list(inspect.signature(type(innermost(model)).forward).parameters)[1:]
     return dict(zip(names, args, strict=False))
 
 

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from ..draws import undrawn
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
+from ..real_tokens import NO_LABEL
 from ..technique import Advised, register_technique
+from ..wrappers import innermost
 from .attention import additive, attend, handled_by, visible_rows
 from .base import BlockTechnique, Pass
 from .row_sparse import gradient_stopped, kept_by_rows, stopped_outside
@@ -41,7 +43,6 @@ from .stacks import (
 )
 from .token_selection import Selection, ends, seek_scores, select
 
-IGNORED = -100
 SHIFTED = re.compile(r"labels\[[^\]]*1:\]")
 
 
@@ -112,7 +113,9 @@ class TokenTune(BlockTechnique):
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         self._generator = torch.Generator().manual_seed(self.seed)
-        self._encodes_and_decodes = bool(getattr(getattr(_inner(model), "config", None), "is_encoder_decoder", False))
+        self._encodes_and_decodes = bool(
+            getattr(getattr(innermost(model), "config", None), "is_encoder_decoder", False)
+        )
         with super().attach(model) as attached, ExitStack() as undo:
             for stack in self.stacks:
                 owner = model.get_submodule(stack.name.rpartition(".")[0])
@@ -165,8 +168,8 @@ class TokenTune(BlockTechnique):
             return
         allowed = self._allowed(inputs, stack, targets)
         if self.encoder is not None and inputs.get("decoder_attention_mask") is None:
-            allowed &= (targets != IGNORED).flip(1).cumsum(1).flip(1) > 0  # decoders are padded after the last label
-        supervised = (targets != IGNORED) & allowed
+            allowed &= (targets != NO_LABEL).flip(1).cumsum(1).flip(1) > 0  # decoders are padded after the last label
+        supervised = (targets != NO_LABEL) & allowed
         if has_values(supervised) and not supervised.any():
             raise RunFailed(
                 "token_tune got a batch without a single labelled token to predict. Leave such samples out of the "
@@ -176,9 +179,9 @@ class TokenTune(BlockTechnique):
         state.selections[stack.name] = selection
         state.compact = stack.name
         state.lengthen = _insists_on_length(current.model.get_submodule(stack.name.rpartition(".")[0]))
-        kept = targets.gather(1, selection.kept).masked_fill(~selection.valid, IGNORED)
+        kept = targets.gather(1, selection.kept).masked_fill(~selection.valid, NO_LABEL)
         if has_values(kept):
-            self._share = float((kept != IGNORED).sum() / supervised.sum())
+            self._share = float((kept != NO_LABEL).sum() / supervised.sum())
         inputs["labels"] = kept
         if self._shifts(current.model):
             inputs["shift_labels"] = kept
@@ -199,11 +202,11 @@ class TokenTune(BlockTechnique):
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is None or tokens.shape[:2] != labels.shape:
             return None
-        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self._shifts(model) else labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL) if self._shifts(model) else labels
 
     def _shifts(self, model: nn.Module) -> bool:
         """Whether the model's loss compares each token's output with the next token's label."""
-        inner = _inner(model)
+        inner = innermost(model)
         if self.encoder is not None or not self.stacks[-1].causal or inner.get_output_embeddings() is None:
             return False
         if SHIFTED.search(inspect.getsource(type(inner).forward)):
@@ -487,11 +490,6 @@ def _insists_on_length(owner: nn.Module) -> bool:
     return "output_shape" in inspect.getsource(type(owner).forward)
 
 
-def _inner(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def _refuse_padding_without_mask(model: nn.Module, inputs: dict[str, Any]) -> None:
     config, ids = getattr(model, "config", None), inputs.get("input_ids")
     padding = getattr(config, "pad_token_id", None)
@@ -508,9 +506,9 @@ def _refuse_padding_without_mask(model: nn.Module, inputs: dict[str, Any]) -> No
 
 def _decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
     """What a decoder reads to predict `labels`: the same, one to the right."""
-    inner = _inner(model)
+    inner = innermost(model)
     if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
         return inner.prepare_decoder_input_ids_from_labels(labels=labels)
     config = inner.config
     shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
-    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
+    return shifted.masked_fill(shifted == NO_LABEL, config.pad_token_id)

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..real_tokens import NO_LABEL
 from ..technique import Moment, Phase, Technique, register_technique
 from .choice_rows import (
-    IGNORED,
     ChoiceRows,
     answer_targets,
     choices_taken,
@@ -98,7 +98,7 @@ class AnswerChoices(Technique):
         total = of_tokens.new_zeros(())
         if self.unlikelihood:
             loss = unlikelihood_loss if self.variant == "paper" else reference_unlikelihood_loss
-            total = total + self.unlikelihood * loss(of_tokens, targets != IGNORED, rows)
+            total = total + self.unlikelihood * loss(of_tokens, targets != NO_LABEL, rows)
         if self.length_normalised:
             scores = mean_log_likelihoods(of_tokens, targets)
             total = total + self.length_normalised * length_normalised_loss(scores, rows)

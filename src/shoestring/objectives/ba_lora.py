@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..precision import at_least_float32
+from ..real_tokens import NO_LABEL
 from ..technique import Phase, Technique, register_technique
 from .base import labelled_rows
 from .frozen_teacher import FrozenTeacher
@@ -44,7 +45,6 @@ from .logit_terms import (
     token_terms,
 )
 
-IGNORED = -100
 ABOUT_THE_LOSS = frozenset({"labels", "shift_labels", "num_items_in_batch", "fused_lm_head"})
 
 
@@ -237,7 +237,7 @@ class BALora(Technique):
         return token_terms(
             logits.reshape(-1, words),
             None if theirs is None else theirs.reshape(-1, words),
-            labelled_rows(targets.flatten(), IGNORED),
+            labelled_rows(targets.flatten(), NO_LABEL),
             row_term if theirs is not None or weights.diversity else None,
             Spectrum(weights.num_singular, self.oversampling, self.power_iterations, self.seed)
             if weights.concentration
@@ -262,12 +262,12 @@ def _inputs(batch: dict[str, Any], owner: PreTrainedModel) -> dict[str, Any]:
 
 
 def _targets(batch: dict[str, Any], owner: PreTrainedModel, logits: Tensor) -> Tensor:
-    """The label that each row of logits is to predict, [samples, tokens]; IGNORED where there is none."""
+    """The label that each row of logits is to predict, [samples, tokens]; NO_LABEL where there is none."""
     targets = batch.get("shift_labels")
     if targets is None and isinstance(batch.get("labels"), Tensor):
         targets = batch["labels"]
         if owner.can_generate() and not owner.config.is_encoder_decoder and targets.dim() == 2:
-            targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+            targets = nn.functional.pad(targets[:, 1:], (0, 1), value=NO_LABEL)
     if targets is None or targets.shape != logits.shape[:2]:
         raise SettingError(
             f"ba_lora counts the tokens that have a label, and needs labels of shape {list(logits.shape[:2])}, one for "

@@ -30,6 +30,7 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..modes import in_training
 from ..precision import autocast_dtype
+from ..real_tokens import NO_LABEL
 from ..technique import Moment, Phase, Technique
 
 
@@ -82,7 +83,7 @@ class HeadLoss(Technique, ABC):
         labels: Tensor,
         weight: Tensor | None = None,
         size_average: bool | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = NO_LABEL,
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,

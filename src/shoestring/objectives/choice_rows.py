@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 from ..errors import SettingError
 from ..fakes import has_values
 from ..precision import at_least_float32
-from ..real_tokens import first_rows, members
+from ..real_tokens import NO_LABEL, first_rows, members
 from .base import forward_replaced, labelled_rows
 
 ENTRIES = ("choice_labels", "example", "is_answer")
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def token_log_likelihoods(
     logits: Float[Tensor, "rows length vocabulary"], targets: Int[Tensor, "rows length"]
 ) -> Float[Tensor, "rows length"]:
     """log p of each target, in float32 or wider; 0 where there is none (-100)."""
-    chosen = labelled_rows(targets.flatten(), IGNORED)
+    chosen = labelled_rows(targets.flatten(), NO_LABEL)
     of_chosen = logits.flatten(0, 1)[chosen]
     wide = at_least_float32(of_chosen)
     found = -F.cross_entropy(wide, targets.flatten()[chosen], reduction="none")
@@ -126,14 +125,14 @@ def answer_targets(model: nn.Module, rows: ChoiceRows) -> Int[Tensor, "rows leng
     """What each row of logits is to predict of its answer; -100 elsewhere. A decoder alone predicts the next token."""
     owner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     labels = rows.choice_labels
-    return labels if owner.config.is_encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels if owner.config.is_encoder_decoder else F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
 
 
 def mean_log_likelihoods(
     of_tokens: Float[Tensor, "rows length"], targets: Int[Tensor, "rows length"]
 ) -> Float[Tensor, " rows"]:
     """The mean over the tokens of each answer: its length-normalised log-likelihood."""
-    return of_tokens.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+    return of_tokens.sum(1) / (targets != NO_LABEL).sum(1).clamp(min=1)
 
 
 def ranked_first(scores: Float[Tensor, " rows"], rows: ChoiceRows) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import SettingError
 from ..precision import wide_dtype
+from ..real_tokens import NO_LABEL
 from ..technique import Advised, register_technique
 from .base import HeadLoss, LazyLogits, Step, handed_on, labelled_rows, linear_dtype
 
@@ -73,7 +74,7 @@ def summed_cross_entropy(
     bias: Float[Tensor, " vocabulary"] | None = None,
     *,
     steps: tuple[Step, ...] = (),
-    ignore_index: int = -100,
+    ignore_index: int = NO_LABEL,
     label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
 ) -> Float[Tensor, ""]:

@@ -30,6 +30,7 @@ from ..modes import quiet
 from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
 from ..technique import MicroBatch, Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..wrappers import innermost
 from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
 
@@ -109,16 +110,14 @@ class BilevelZOFO(Technique):
 
     def on_attached(self, model: nn.Module) -> None:
         """Find the backbone, and the adapters, which are what trains by gradients."""
-        innermost: Any = getattr(model, "get_base_model", None)
-        base = innermost() if callable(innermost) else model
-        modules = {name: module for name, module in pretrained_modules(base) if name}
+        modules = {name: module for name, module in pretrained_modules(innermost(model)) if name}
         chosen = targeted(modules, self.target_modules, self.exclude_modules, self.name).values()
         meant = {id(p) for module in chosen for p in module.parameters(recurse=False)}
         self.outer = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.backbone = {n: p for n, p in model.named_parameters() if id(p) in meant and not p.requires_grad}
         if not self.outer or not self.backbone:
             what = "adapters or prompts that train" if not self.outer else "frozen weights to move"
-            raise SettingError(f"bilevel_zofo finds no {what} in {type(base).__name__}.")
+            raise SettingError(f"bilevel_zofo finds no {what} in {type(innermost(model)).__name__}.")
         check_weights(self.backbone, self.name)
         self._way_back = chosen_way_back(self.bring_back, list(self.backbone.values()), model, self.name)
         self.log.describe(self.backbone, [0] * len(self.backbone), [0.0])

@@ -19,6 +19,7 @@ from ..adapters.placement import task_head
 from ..errors import SettingError, did_you_mean
 from ..norms import is_norm
 from ..technique import Phase, Technique, register_technique
+from ..wrappers import innermost
 
 SELECTS = ("names", "kind")
 KINDS = ("adapters", "biases", "embeddings", "head", "norms")
@@ -132,9 +133,7 @@ def _of_kind(model: nn.Module, kind: str) -> set[int]:
     if kind == "biases":
         return {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
     if kind == "head":
-        innermost: Any = getattr(model, "get_base_model", None)
-        base = innermost() if callable(innermost) else model
-        return {id(p) for p in task_head(base)} - _of_kind(model, "adapters")
+        return {id(p) for p in task_head(innermost(model))} - _of_kind(model, "adapters")
     if kind == "embeddings":
         return _ids(module for module in model.modules() if isinstance(module, nn.Embedding))
     if kind == "norms":

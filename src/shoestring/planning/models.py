@@ -16,6 +16,7 @@ from ..errors import SettingError
 from ..memory import configurations
 from ..training.models import KNOWN, freeze_mask_token, options_for_images, source_of
 from ..training.quantised import Quantization, quantization_config
+from ..wrappers import innermost
 from . import quantised
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def make_batch(model: nn.Module, rows: int, length: int, side: int | None = None
     Raises SettingError if no batch is known, or images are no whole number of the model's patches.
     """
     config: Any = model.config
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = innermost(model)
     ids = torch.zeros(rows, length, dtype=torch.long)
     batch: dict[str, Any] = {}
     main, name = inner.main_input_name, type(inner).__name__

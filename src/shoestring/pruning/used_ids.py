@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import SettingError
+from ..real_tokens import NO_LABEL
 
-NO_LABEL = -100  # marks positions without a loss in labels, and is no id
 ROWS_AT_ONCE = 1000
 
 

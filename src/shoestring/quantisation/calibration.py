@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from ..errors import SettingError
 from ..modes import in_eval_mode
+from ..real_tokens import NO_LABEL
 from ..technique import Events
+from ..wrappers import innermost
 
 LABELS = frozenset({"label", "labels", "label_ids", "start_positions", "end_positions", "next_sentence_label"})
-NO_LABEL = -100
 SECONDS_BEFORE_A_BAR = 5
 BYTES_AT_ONCE = 4 << 30  # of moments; for more layers the rows are run again
 
@@ -231,8 +232,7 @@ def inputs_of(
 
     Raises SettingError with the row's `index` if nothing is left of it.
     """
-    wrapped = getattr(model, "get_base_model", None)
-    inner = wrapped() if callable(wrapped) else model
+    inner = innermost(model)
     accepted = inspect.signature(inner.forward).parameters
     config = getattr(inner, "config", None)
     two_sides = getattr(config, "is_encoder_decoder", False)

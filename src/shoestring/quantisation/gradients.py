@@ -18,7 +18,8 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..modes import in_eval_mode
 from ..precision import wide_dtype
-from .calibration import NO_LABEL, SECONDS_BEFORE_A_BAR, inputs_of
+from ..real_tokens import NO_LABEL
+from .calibration import SECONDS_BEFORE_A_BAR, inputs_of
 
 
 def column_gradients(

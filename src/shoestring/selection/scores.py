@@ -23,6 +23,7 @@ from ..feed_forward import is_elementwise
 from ..modes import in_eval_mode
 from ..quantisation.calibration import SECONDS_BEFORE_A_BAR
 from ..quantisation.gradients import all_frozen, loss_of
+from ..wrappers import innermost
 
 STEP_SHARE = 1e-3  # of the length of the weights: how far apart gradients are taken whose difference is a curvature
 
@@ -144,8 +145,7 @@ def _length(tensors: Mapping[str, Tensor]) -> float:
 
 
 def _one_token_of_ones(model: nn.Module) -> dict[str, Tensor]:
-    wrapped = getattr(model, "get_base_model", None)
-    inner: Any = wrapped() if callable(wrapped) else model
+    inner = innermost(model)
     accepted = inspect.signature(inner.forward).parameters
     if "inputs_embeds" not in accepted:
         raise SettingError(

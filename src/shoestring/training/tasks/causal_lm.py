@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RunFailed, SettingError
-from ...quantisation.calibration import NO_LABEL
+from ...real_tokens import NO_LABEL
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
 from .base import Task

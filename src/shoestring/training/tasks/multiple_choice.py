@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SettingError
-from ...objectives.choice_rows import IGNORED
+from ...real_tokens import NO_LABEL
 from ..data import need_columns
 from ..models import check_length, load_pretrained, max_positions
 from .base import QuicklyHashed, Task
@@ -135,7 +135,7 @@ class MultipleChoice(Task):
             ]
             return {
                 "input_ids": [prompt + ids for prompt, ids in pairs],
-                "labels": [[IGNORED] * len(prompt) + ids for prompt, ids in pairs],
+                "labels": [[NO_LABEL] * len(prompt) + ids for prompt, ids in pairs],
             }
 
         made = {
@@ -204,14 +204,14 @@ class ChoiceCollator:
         is_answer = torch.tensor([right for *_, right in rows])
         if self.decoder_start_id is None:
             inputs = [[*prompt, *ids] for _, prompt, ids, _ in rows]
-            answers = [[*[IGNORED] * len(prompt), *ids] for _, prompt, ids, _ in rows]
+            answers = [[*[NO_LABEL] * len(prompt), *ids] for _, prompt, ids, _ in rows]
         else:
             inputs, answers = [prompt for _, prompt, _, _ in rows], [ids for _, _, ids, _ in rows]
-        labels = _padded(answers, IGNORED)
+        labels = _padded(answers, NO_LABEL)
         batch = {
             "input_ids": _padded(inputs, self.pad_id),
             "attention_mask": _padded([[1] * len(row) for row in inputs], 0),
-            "labels": labels.masked_fill(~is_answer[:, None], IGNORED),
+            "labels": labels.masked_fill(~is_answer[:, None], NO_LABEL),
             "choice_labels": labels,
             "example": torch.tensor([number for number, *_ in rows]),
             "is_answer": is_answer,
@@ -219,7 +219,7 @@ class ChoiceCollator:
         if self.decoder_start_id is not None:  # a model would make it of `labels`, which wrong answers do not have
             shifted = [[self.decoder_start_id, *ids[:-1]] for ids in answers]
             batch["decoder_input_ids"] = _padded(shifted, self.pad_id)
-            batch["decoder_attention_mask"] = (labels != IGNORED).long()
+            batch["decoder_attention_mask"] = (labels != NO_LABEL).long()
         return batch
 
 
