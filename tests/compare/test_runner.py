@@ -24,6 +24,7 @@ from shoestring.compare.runner import Store, check_suite, comparison_of, run_sui
 from shoestring.compare.suite import Suite
 from shoestring.compare.worker import Order, run_case
 from shoestring.errors import SettingError
+from shoestring.training.output import held
 from shoestring.training.run import Ready
 from tiny_runs import reviews
 
@@ -216,10 +217,7 @@ def test_an_interrupted_run_is_written_down_and_run_again(suite_file: Callable[.
 
 def test_two_comparisons_do_not_share_a_folder(suite_file: Callable[..., Path]) -> None:
     suite = Suite.load(suite_file())
-    with (
-        Store(suite).locked(),
-        pytest.raises(SettingError, match="Another comparison runs in"),
-    ):
+    with held(Store(suite).folder, "comparison"), pytest.raises(SettingError, match="in use by another comparison"):
         run_suite(suite)
 
 

@@ -24,7 +24,6 @@ from shoestring.objectives.answer_choices import (
     unlikelihood_loss,
 )
 from shoestring.objectives.choice_rows import (
-    IGNORED,
     ChoiceRows,
     encoded_once,
     mean_log_likelihoods,
@@ -33,6 +32,7 @@ from shoestring.objectives.choice_rows import (
     token_log_likelihoods,
 )
 from shoestring.planning import predict, predict_model
+from shoestring.real_tokens import NO_LABEL
 from shoestring.recipe import attached_to
 from shoestring.technique import Moment
 from shoestring.testing.assets import need
@@ -109,7 +109,7 @@ def drawn_rows(seed: int) -> tuple[Tensor, Tensor, ChoiceRows]:
     targets = batch["choice_labels"]
     values = -torch.rand(targets.shape, generator=generator, dtype=torch.float64) * 5 - 1e-3
     rows = ChoiceRows(targets, batch["example"], batch["is_answer"])
-    return values.masked_fill(targets == IGNORED, 0), targets != IGNORED, rows
+    return values.masked_fill(targets == NO_LABEL, 0), targets != NO_LABEL, rows
 
 
 def by_example(values: Tensor, counted: Tensor, rows: ChoiceRows) -> list[tuple[Tensor, list[Tensor]]]:
@@ -154,7 +154,7 @@ def test_gradcheck():
     normalised = lambda x: length_normalised_loss(mean_log_likelihoods(x, rows.choice_labels), rows)  # noqa: E731
     assert torch.autograd.gradcheck(normalised, values)
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([[1, 4, IGNORED], [IGNORED, 0, 2]])
+    targets = torch.tensor([[1, 4, NO_LABEL], [NO_LABEL, 0, 2]])
     assert torch.autograd.gradcheck(lambda x: token_log_likelihoods(x, targets), logits)
 
 
@@ -282,12 +282,12 @@ def test_wrong_answers_are_ranked_by_their_mean_log_likelihood(name):
 def test_labels_are_of_right_answers_only(name):
     _, collate = MODELS[name]
     batch = collate(EXAMPLES)
-    labelled = (batch["labels"] != IGNORED).any(1)
+    labelled = (batch["labels"] != NO_LABEL).any(1)
     assert torch.equal(labelled, batch["is_answer"])
     kept = only_answers(batch)
     assert len(kept["input_ids"]) == 3
     assert not {"choice_labels", "example", "is_answer"} & kept.keys()
-    counts = (batch["choice_labels"] != IGNORED).sum(1).tolist()
+    counts = (batch["choice_labels"] != NO_LABEL).sum(1).tolist()
     assert counts == [len(ids) for each in EXAMPLES for ids in each["choice_ids"]]
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..forwards import forward_swapped
 from ..technique import Phase, Technique
 from ..wrappers import innermost
 from .attention import masks_by_rows, redirected
@@ -205,20 +206,6 @@ def within(passes: Mapping[int, Pass]) -> Iterator[None]:
 def running_passes() -> Mapping[int, Pass]:
     """The passes that are running now, of all techniques, for `within`."""
     return _PASSES.get()
-
-
-@contextmanager
-def forward_swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for a module's own inside the context."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.placement import Layout
 from ..errors import SettingError
-from .base import forward_swapped
+from ..forwards import forward_swapped
 from .stacks import hidden_in
 
 Forward = Callable[[Tensor], Tensor]

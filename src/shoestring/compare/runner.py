@@ -14,17 +14,15 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..errors import SettingError
 from ..training.marked_yaml import dump_yaml
+from ..training.output import held
 from .comparison import Comparison, Failure
 from .results import SCHEMA_VERSION, MetaInfo, Own, Result, RunInfo, Status, TrainInfo, read_all
 from .suite import Case, Suite
@@ -57,30 +55,6 @@ class Store:
     def failures(self) -> dict[str, Result]:
         """Runs that failed, by digest; the last of each."""
         return _by_digest(read_all(self.folder / FAILED))
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the folder and hold it.
-
-        Raises SettingError if it cannot be written or another comparison runs in it.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise SettingError(f"output_dir {self.folder} is a file, or lies inside one; name a folder.") from None
-        except OSError as error:
-            raise SettingError(f"output_dir {self.folder} cannot be made ({error.strerror}); choose another.") from None
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise SettingError(f"No permission to write in output_dir {self.folder}; choose another.")
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise SettingError(f"Another comparison runs in {self.folder}; wait for it, or choose another.") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def clear(self) -> None:
         """Remove what runs have left that are not to be kept, of a comparison that was killed as well."""
@@ -174,7 +148,7 @@ def run_suite(
     if jobs < 1:
         raise SettingError(f"jobs must be at least 1, got {jobs}.")
     store = Store(suite)
-    with store.locked():
+    with held(store.folder, "comparison"):
         state = state_of(suite, retry_failed=retry_failed)
         store.clear()
         if not state.to_do:
@@ -191,7 +165,7 @@ def check_suite(suite: Suite, *, on_event: Callable[[Event], None] = lambda even
     Raises SettingError with all that cannot work at once.
     """
     store = Store(suite)
-    with store.locked():
+    with held(store.folder, "comparison"):
         try:
             _check(suite, store, suite.cases, _context(), on_event)
         finally:

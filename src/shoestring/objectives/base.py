@@ -8,10 +8,8 @@ There the method takes over. No file of a model is copied or changed, and no los
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import operator
-import types
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..forwards import forward_replaced
 from ..modes import in_training
 from ..precision import autocast_dtype
 from ..real_tokens import NO_LABEL
@@ -146,26 +145,6 @@ def find_head(model: nn.Module, name: str) -> tuple[PreTrainedModel, nn.Linear]:
             f"target_modules and of quantization (modules_to_save trains a copy of it), or leave out {name}."
         )
     return owner, head
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Call `replacement(plain forward, module, ...)` in place of `module.forward`, on deep copies of it too."""
-    before = module.__dict__.get("forward")
-
-    # trainers and generate() read the signature, which a bound method has lost its `self` from
-    @functools.wraps(getattr(module.forward, "__func__", type(module).forward))
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = before if before is not None else functools.partial(type(self).forward, self)
-        return replacement(plain, self, *args, **kwargs)
-
-    module.forward = types.MethodType(forward, module)
-    try:
-        yield
-    finally:
-        module.__dict__.pop("forward", None)
-        if before is not None:
-            module.forward = before
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:

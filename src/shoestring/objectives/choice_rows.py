@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..forwards import forward_replaced
 from ..precision import at_least_float32
 from ..real_tokens import NO_LABEL, first_rows, members
-from .base import forward_replaced, labelled_rows
+from .base import labelled_rows
 
 ENTRIES = ("choice_labels", "example", "is_answer")
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..forwards import forward_replaced
 from ..modes import in_training, without_backward
-from .base import forward_replaced
 
 
 @dataclass

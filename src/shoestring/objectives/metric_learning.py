@@ -34,10 +34,10 @@ from transformers import PreTrainedModel
 
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
+from ..forwards import forward_replaced
 from ..modes import in_training
 from ..precision import at_least_float32
 from ..technique import Phase, Technique, register_technique
-from .base import forward_replaced
 
 SMALLEST = 1e-6
 """Of distances; and what the cosine of two features is below 1 where slerp goes along the straight line."""

@@ -26,6 +26,32 @@ def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[No
     if resume and overwrite:
         raise SettingError("--resume goes on with a run and --overwrite throws it away; give one of them.")
     made = not folder.exists()
+    with held(folder, "run"):
+        try:
+            ours = _of_a_run(folder)
+            if ours and not (resume or overwrite):
+                raise SettingError(
+                    f"output_dir {folder} holds a run already ({', '.join(sorted(p.name for p in ours)[:3])}). Go on "
+                    "with it by --resume, start over by --overwrite, or choose another output_dir."
+                )
+            elif resume and (folder / REPORT).exists():
+                raise SettingError(f"The run in {folder} has finished; its report is {folder / REPORT}.")
+            elif resume and not ours:
+                raise SettingError(f"There is no run in {folder} to go on with; start one without --resume.")
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] in ([], [LOCK]):
+                shutil.rmtree(folder, ignore_errors=True)  # refused before anything was written
+
+
+@contextmanager
+def held(folder: Path, user: str) -> Iterator[None]:
+    """Make an output folder and lock it.
+
+    user: what else may hold it, as errors name it.
+
+    Raises SettingError if it cannot be made or written, or is held already.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -40,22 +66,12 @@ def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[No
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise SettingError(f"output_dir {folder} is in use by another run; wait for it, or choose another.") from None
+        raise SettingError(
+            f"output_dir {folder} is in use by another {user}; wait for it, or choose another."
+        ) from None
     try:
-        ours = _of_a_run(folder)
-        if ours and not (resume or overwrite):
-            raise SettingError(
-                f"output_dir {folder} holds a run already ({', '.join(sorted(p.name for p in ours)[:3])}). Go on with "
-                "it by --resume, start over by --overwrite, or choose another output_dir."
-            )
-        elif resume and (folder / REPORT).exists():
-            raise SettingError(f"The run in {folder} has finished; its report is {folder / REPORT}.")
-        elif resume and not ours:
-            raise SettingError(f"There is no run in {folder} to go on with; start one without --resume.")
         yield
     finally:
-        if made and [path.name for path in folder.iterdir()] in ([], [LOCK]):
-            shutil.rmtree(folder, ignore_errors=True)  # refused before anything was written
         lock.release()
 
 
