@@ -33,8 +33,8 @@ from .train import train
 app = typer.Typer(
     name="shoestring",
     help="Fine-tune Hugging Face Transformers in the memory you have.",
-    epilog="Begin with [cyan]shoestring assets list[/] and [cyan]shoestring train examples/first.yaml[/]. "
-    "Help on a command: [cyan]shoestring COMMAND --help[/].",
+    epilog="Begin with [cyan]shoestring assets install minilm rotten-tomatoes[/] and [cyan]shoestring train "
+    "examples/first.yaml[/]; examples/ is in the checkout. Help on a command: [cyan]shoestring COMMAND --help[/].",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     add_completion=False,

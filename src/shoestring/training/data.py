@@ -1,4 +1,4 @@
-"""Data of a run: splits from a hub id, csv, jsonl or parquet files, or `packaged:NAME`."""
+"""Data of a run: splits from a hub id, a file of rows (`READERS`), a folder of pictures, or `packaged:NAME`."""
 
 from __future__ import annotations
 
@@ -105,8 +105,9 @@ def _read(source: str, split: str) -> DatasetDict:
         found = load_dataset(source) if split == "train" else DatasetDict({split: load_dataset(source, split=split)})
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingError(
-            f"The {split} data {source!r} is no hub id that can be reached, no {', '.join(READERS)} file and no "
-            f"packaged:NAME. `shoestring assets list` shows the packaged data. ({type(error).__name__}: {error})"
+            f"The {split} data {source!r} is no hub id that can be reached, no {', '.join(READERS)} file, no folder of "
+            f"pictures and no packaged:NAME. `shoestring assets list` shows the packaged data. "
+            f"({type(error).__name__}: {error})"
         ) from error
     if "train" not in found and split == "train":
         raise SettingError(f"{source} has no split 'train'; it has {', '.join(found)}.")

@@ -67,7 +67,10 @@ class ModelSettings(_Section):
 class DataSettings(_Section):
     """Where the examples are, and the columns they are in. A task reads the columns it needs and no others."""
 
-    train: str = Field(min_length=1, description="hub id, .csv, .jsonl or .parquet file, or packaged:NAME")
+    train: str = Field(
+        min_length=1,
+        description="hub id, .csv, .tsv, .json, .jsonl or .parquet file, folder of pictures, or packaged:NAME",
+    )
     validation: str | None = Field(None, min_length=1, description="as train; looked at during training")
     validation_share: float | None = Field(
         None, gt=0, lt=1, description="of the training rows, held out for validation; the same ones with every seed"
