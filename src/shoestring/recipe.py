@@ -286,17 +286,18 @@ class Attached:
         moved = {id(p) for technique in self.techniques for p in technique.trained_without_gradient(self.model)}
         return {name: p for name, p in self._base_parameters.items() if p.requires_grad or id(p) in moved}
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, base_weights: bool = True) -> None:
         """Write the recipe, the adapters as peft does, what of the base changes, and the techniques' own state.
 
         folder: made if needed; files of the same name are replaced. Every file is written beside its place first.
+        base_weights: False where the whole model is saved there too, so that what changes of the base is left out.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for index, technique in enumerate(self.techniques):
             technique.save(self.model, self._folder(folder, index))
         trained = {name: self._to_saved(p) for name, p in self.trained_base().items()} | self._statistics.now()
-        if trained:
+        if trained and base_weights:
             write_tensors(folder / TRAINED_FILE, trained)
         plain_state, tensors = _split({str(i): t.state_dict() for i, t in enumerate(self.techniques)})
         write_text(folder / STATE_FILE, json.dumps(plain_state, indent=1))
@@ -337,6 +338,10 @@ class Attached:
         return folder if adapters in ([], [index]) else folder / f"{index}-{self.techniques[index].name}"
 
     def _restore_shared_files(self, folder: Path) -> None:
+        if not self.techniques and not (folder / TRAINED_FILE).exists():
+            raise SettingError(
+                f"{folder} holds a whole model, trained with an empty recipe: load it by from_pretrained()."
+            )
         if (folder / TRAINED_FILE).exists():
             tensors, _ = read_tensors(folder / TRAINED_FILE)
             self._statistics.put(tensors)

@@ -149,7 +149,8 @@ class TestData:
                 "text,label\na film,0\nthe plot,7\na story,1\n",
                 "Row 1 of train has the label 7 in 'label', out of range",
             ),
-            ("text,label\na film,0.5\nthe plot,1\n", "must hold names or whole numbers"),
+            ("text,label\na film,0.5\nthe plot,1\n", "must hold names or whole numbers, got 0.5"),
+            ("text,label\na film,good\nthe plot,\n", "must hold names or whole numbers, got None"),
             (
                 "text,label\na film,good\nthe plot,good\n",
                 "All rows of train have the label 'good' in 'label', but there must be at least two classes",
@@ -174,6 +175,12 @@ class TestData:
         data.write_text('{"question": "a", "answer": "b"}\n')
         message = fails(capsys, run_file("wrong", task="causal-lm", data={"train": str(data)}))
         assert "it has question, answer" in message or "it has answer, question" in message
+
+    def test_a_decoder_is_refused_a_column_of_numbers(self, run_file, tmp_path, capsys):
+        data = tmp_path / "data.csv"
+        data.write_text("prompt,completion\none and one,2\ntwo and one,3\n")
+        message = fails(capsys, run_file("wrong", task="causal-lm", data={"train": str(data)}))
+        assert "Row 0 of train holds no text in 'completion', but 2" in message
 
     def test_a_file_that_is_no_table_is_refused(self, run_file, tmp_path, capsys):
         data = tmp_path / "data.parquet"

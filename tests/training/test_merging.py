@@ -1,6 +1,7 @@
 """Merging a run: what is written is the trained model, as transformers loads it, and the report says how far off."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,10 @@ def test_a_new_head_is_merged_with_its_labels(finished, tmp_path):
 
 def test_a_run_without_adapters_is_written_whole(finished, tmp_path):
     _, folder = finished(recipe=[], train={"learning_rate": 1e-3})
+    final = Path(folder, "final")
+    assert [path.name for path in final.glob("*.safetensors")] == ["model.safetensors"]  # and no weight twice
+    with pytest.raises(SettingError, match="holds a whole model, trained with an empty recipe"):
+        load(AutoModelForCausalLM.from_pretrained(final), final)
     report = merge(folder, tmp_path / "merged")
     assert report.layers == ()
     assert report.logits_error < 1e-5 < report.logits_change

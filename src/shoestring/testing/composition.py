@@ -125,16 +125,20 @@ def page() -> str:
 HEAD = f"""# Which techniques go together
 
 Made by `python -m shoestring.testing.composition > docs/composition.md`; `tests/test_composition.py` checks that it is
-what the code gives. How adapters combine is another matter: a recipe may hold several, see the README.
+what the code gives. How adapters combine is another matter: a recipe may hold several, see
+[techniques.md](techniques.md#adapters).
 
-Every two techniques are attached together with peft's LoRA on all linear layers of a tiny BERT classifier and of a tiny
-Llama (two queries to a key, tied head), and make one training step in float64. The number is the difference of all
-gradients, as a share of their length:
+Every two techniques that train by gradients on plain batches of text are attached together with peft's LoRA on all
+linear layers of a tiny BERT classifier and of a tiny Llama (two queries to a key, tied head), and make one training
+step in float64. The number is the difference of all gradients, as a share of their length:
 
 - two exact techniques are compared with LoRA alone;
 - otherwise the pair is compared with LoRA and one of the two, the nearer one, so that it is what the other one adds;
 - *alone* is one technique with LoRA, compared with LoRA alone. `reversible` makes the model another function, so its
   number is no error.
+
+Left out: `zeroth_order` and `bilevel_zofo` make the step themselves, `answer_choices` reads answers to choose from, and
+`masked_autoencoder` brings a loss of images.
 
 **exact** is below {EXACT:g}; **{MORE}** is 20 % or more, on models whose weights are random. Where the models differ,
 the encoder's result comes first. Pairs of exact techniques are also tried with dropout: their gradients must be the

@@ -73,6 +73,17 @@ def need_columns(split: str, dataset: Dataset, *names: str | None) -> None:
             )
 
 
+def need_texts(split: str, dataset: Dataset, *names: str | None) -> None:
+    """Refuse a column with anything but texts.
+
+    Raises SettingError with the first row of it.
+    """
+    for name in filter(None, names):
+        row = next((i for i, value in enumerate(dataset[name]) if not isinstance(value, str)), None)
+        if row is not None:
+            raise SettingError(f"Row {row} of {split} holds no text in {name!r}, but {dataset[row][name]!r}.")
+
+
 def _read(source: str, split: str) -> DatasetDict:
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -101,8 +112,9 @@ def _read(source: str, split: str) -> DatasetDict:
             raise SettingError(
                 f"The {split} data file {source} cannot be read as {path.suffix[1:]}: {error}"
             ) from error
+    where = str(path) if path.is_dir() else source
     try:
-        found = load_dataset(source) if split == "train" else DatasetDict({split: load_dataset(source, split=split)})
+        found = load_dataset(where) if split == "train" else DatasetDict({split: load_dataset(where, split=split)})
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingError(
             f"The {split} data {source!r} is no hub id that can be reached, no {', '.join(READERS)} file, no folder of "

@@ -31,7 +31,7 @@ from ..adapters.base import is_quantised
 from ..errors import SettingError
 from ..modes import in_eval_mode
 from ..precision import wide_dtype
-from ..recipe import Attached, Recipe, attached_to, load
+from ..recipe import Attached, Recipe, attached_to, load, read_recipe
 from ..technique import Phase
 from ..whole_files import write_text
 from . import output
@@ -323,6 +323,8 @@ def _attached(model: Any, final: Path, settings: RunSettings) -> Attached:
             "model.quantization."
         )
     try:
+        if not read_recipe(final).techniques:  # the folder is a whole model
+            return attached_to(Recipe().apply(type(model).from_pretrained(final, dtype=model.dtype)))
         return attached_to(load(model, final))
     except (OSError, SafetensorError) as error:
         raise SettingError(f"{final} cannot be read: {error}") from error

@@ -23,6 +23,7 @@ class Report:
     measured_batch: the largest micro-batch of that step, a StepShape. predicted: what was predicted for it, if asked.
     process_peak_bytes: the largest resident size of the process. step_seconds: the median step, evaluation left out.
     tokens_a_second: over the same steps. saved: folder by what it holds. settings: the run file, resolved.
+    classes: their names, in the order of a classifier's outputs.
     """
 
     status: str
@@ -41,6 +42,7 @@ class Report:
     losses: list[tuple[int, float]] = field(default_factory=list)
     measured_batch: dict[str, Any] | None = None
     predicted: dict[str, Any] | None = None
+    classes: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -128,6 +128,7 @@ def train(
                 losses=[(row["step"], row["loss"]) for row in ready.trainer.state.log_history if "loss" in row],
                 measured_batch=memory.shape.to_dict() if memory.shape else None,
                 predicted=_predicted(predict, settings, memory, say),
+                classes=list(ready.task.classes.names) if ready.task.classes else None,
             )
             if report.status == "finished":
                 report.write(folder / output.REPORT)

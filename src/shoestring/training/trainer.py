@@ -225,7 +225,7 @@ class RecipeTrainerMixin(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if not self.attached.techniques:
             self.model.save_pretrained(folder, state_dict=state_dict)
-        self.attached.save(folder)
+        self.attached.save(folder, base_weights=bool(self.attached.techniques))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

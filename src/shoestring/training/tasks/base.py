@@ -56,6 +56,7 @@ class Task(ABC):
     measures: ClassVar[tuple[str, ...]] = ("loss",)
     batch_extras: ClassVar[frozenset[str]] = frozenset()  # what batches hold beside the model's inputs
     takes_images: ClassVar[bool] = False  # and so no tokens
+    classes: Any = None  # of a classification, once known: labels.Classes
     limit: int | None = None  # the most tokens that the model takes, once known
 
     def __init__(self, settings: RunSettings):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RunFailed, SettingError
 from ...real_tokens import NO_LABEL
-from ..data import need_columns
+from ..data import need_columns, need_texts
 from ..models import check_length, load_pretrained, max_positions
 from .base import Task
 
@@ -70,7 +70,10 @@ class CausalLM(Task):
                 f"The {split} data needs a column {data.messages!r}, or {data.prompt!r} and {data.completion!r}, or "
                 f"{data.text!r}; it has {', '.join(dataset.column_names)}. Name yours under data."
             )
+        from datasets import Value
+
         need_columns(split, dataset, *columns)
+        need_texts(split, dataset, *(name for name in columns if isinstance(dataset.features[name], Value)))
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
         model, tokenizer = load_pretrained(self.settings.model, self.auto_class())

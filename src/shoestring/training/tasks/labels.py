@@ -74,8 +74,9 @@ def _names_in(train: Dataset, column: str) -> list[str]:
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     values = train.unique(column)
-    if any(isinstance(value, float) or value is None for value in values):
-        raise SettingError(f"data.label {column!r} must hold names or whole numbers, got {values[0]!r}.")
+    for value in values:
+        if isinstance(value, float) or value is None:
+            raise SettingError(f"data.label {column!r} must hold names or whole numbers, got {value!r}.")
     if all(isinstance(value, int) for value in values):
         wrong = [value for value in values if not 0 <= value < len(values)]
         if wrong:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...errors import SettingError
-from ..data import need_columns
+from ..data import need_columns, need_texts
 from ..models import check_length, load_pretrained, max_positions
 from .base import QuicklyHashed, Task
 from .labels import CLASS_MEASURES, Classes, accuracy_and_f1, hits
@@ -34,10 +34,7 @@ class TextClassification(Task):
 
     def check_columns(self, split: str, dataset: Dataset) -> None:
         need_columns(split, dataset, self.data.text, self.data.label, self.data.text_pair)
-        for name in filter(None, (self.data.text, self.data.text_pair)):
-            row = next((i for i, value in enumerate(dataset[name]) if not isinstance(value, str)), None)
-            if row is not None:
-                raise SettingError(f"Row {row} of {split} holds no text in {name!r}, but {dataset[row][name]!r}.")
+        need_texts(split, dataset, self.data.text, self.data.text_pair)
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
         self.classes = Classes.of(data["train"], self.data.label)
