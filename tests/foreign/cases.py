@@ -23,11 +23,11 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "per_band": {"r": 1, "levels": 2, "per_band": True},
         "tiny": {"form": "tiny", "r": 1},
     },
-    "nera": {"small gain": {"r": 2, "gain": 0.03}},  # the inputs of peft's tests go up to 89
+    "nera": {"small gain": {"r": 2, "gain": 0.1}},  # the inputs of peft's tests go up to 89
     # 5 divides the 10, 20 and 5 inputs
     "l4q": {
         "8 bits": {"r": 2, "bits": 8, "group_size": 5, "learn_offset": False},
-        "3 bits": {"r": 2, "bits": 3, "group_size": 1, "learn_offset": False},  # these learn from clipped weights alone
+        "3 bits": {"r": 2, "bits": 3, "group_size": 5, "learn_offset": False},
     },
     # neither 10 nor 5 inputs have a Hadamard transform; with the default alpha the large steps of peft's tests diverge
     "qwha": {"filled up": {"r": 1, "init": "zero", "strict": False, "alpha": 3.0}},
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Settings]] = {
         "sum": {"r": 5, "num_experts": 5},
         "per expert": {"r": 5, "num_experts": 5, "aggregate": "per_expert", "has_bias": True},
     },
-    "paca": {"random": {"r": 2}, "weight": {"r": 2, "selection": "weight"}},
+    "paca": {"random": {"r": 2}, "weight": {"r": 4, "selection": "weight"}},
     "mola": {"two of three": {"r": 2, "experts": 3}, "all of two": {"r": 2, "experts": 2}},
     # Conv1D has 5 inputs, of which some must be chosen
     "s2ft": {"random": {"down_ratio": 0.5}, "by weight": {"down_ratio": 0.4, "selection": "weight"}},
