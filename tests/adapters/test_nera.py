@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from shoestring import assets
 from shoestring.adapters import NeRA, NeRAConfig, nera
 from shoestring.adapters.nera import fit_gain, hats
-from shoestring.fakes import without_values
 from shoestring.memory import Ledger, MemoryReport
 from shoestring.recipe import Recipe
 from shoestring.testing.adapters import LLAMA_TARGETS, adapted, batch, tiny_llama, tokens, trainable, two_layers
@@ -328,18 +326,6 @@ def test_techniques_that_are_exact_leave_its_gradients_alone(technique: str):
 def test_it_learns_from_a_share_of_the_tokens():
     found = gradients({"token_tune": {"keep_fraction": 0.4}})
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in found.values())
-
-
-def test_a_step_is_counted_without_values():
-    """The planner runs recipes on fake tensors."""
-    config = NeRAConfig(r=3, target_modules=list(LLAMA_TARGETS))
-    model = Recipe.from_list([config, "recompute", "chunked_loss"]).apply(tiny_llama().train())
-    mode = FakeTensorMode()
-    without_values(model, mode)
-    with mode:
-        ids = mode.from_tensor(tokens())
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in trainable(model).values())
 
 
 def test_a_packaged_encoder_learns_reviews_with_it():
