@@ -28,7 +28,7 @@ from shoestring.pruning import SketchTune, sketchtune
 from shoestring.pruning.sketchtune import CODES_FILE, TABLES_FILE
 from shoestring.quantisation import groups as grids
 from shoestring.quantisation import load_packed, save_packed, sketched_linear
-from shoestring.quantisation.packing import pack, unpack
+from shoestring.quantisation.packing import unpack
 from shoestring.quantisation.sketch import (
     Curvature,
     build_sketch,
@@ -156,15 +156,6 @@ def test_columns_without_inputs_count_as_zero():
     seen = Curvature(torch.eye(4).double(), torch.tensor([False, True, False, False]))
     weight = torch.tensor([[1.0, 100.0, 1.0, 0.0]])
     assert dequantise(*build_sketch(weight, 2, curvature=seen)).tolist() == [[1.0, 0.0, 1.0, 0.0]]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("width", [13, 16])
-def test_codes_are_packed_and_come_back(bits: int, width: int):
-    codes = torch.randint(0, 1 << bits, (5, width), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.shape == (5, -(-width * bits // 8))
-    assert torch.equal(unpack(packed, bits, width), codes)
 
 
 # the product

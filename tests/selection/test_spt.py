@@ -1,11 +1,10 @@
 """SPT: which tensors train how within a budget, step 0, gradients, memory, saving without data, and merging."""
 
 import copy
-import gc
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -256,15 +255,6 @@ def test_gradients_are_those_of_the_dense_weights_at_the_places_of_lora_and_of_w
             assert lora.scaling == {"default": 1.0}
 
 
-@pytest.fixture(scope="module")
-def few_objects() -> Iterator[None]:
-    """Ledgers collect garbage first, which takes a second for all that is imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class OneLayer(nn.Module):
     """A wide linear layer in a list of blocks, whose output is its loss."""
 
@@ -277,7 +267,6 @@ class OneLayer(nn.Module):
         return type("Output", (), {"loss": loss})()
 
 
-@pytest.mark.usefixtures("few_objects")
 def test_backward_of_a_hundred_thousand_numbers_makes_no_table_of_their_pairs():
     width, count = 512, 100_000
     rows = [{"x": torch.randn(width), "labels": torch.zeros(1)} for _ in range(2)]
@@ -311,7 +300,6 @@ def peak(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     return ledger.report().peak_bytes, ledger.report().saved_bytes
 
 
-@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("r", [8, 1], ids=["mostly modules", "mostly single numbers"])
 def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget(r):
     targets = [n for n, m in wide().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n]
@@ -326,7 +314,6 @@ def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget(r):
     assert ours[0] <= 1.15 * theirs[0], f"{ours} and {theirs}"
 
 
-@pytest.mark.usefixtures("few_objects")
 def test_scoring_takes_no_more_than_a_step_of_one_row_and_four_bytes_a_number():
     model, rows = wide(), images(2, 64)
     batch = stacked(rows[:1])
