@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, MissConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from shoestring import assets
+from packaged import losses_of, minilm_and_reviews
 from shoestring.memory import Ledger, MemoryReport
 from shoestring.recipe import Recipe
 from shoestring.testing.adapters import (
@@ -23,7 +22,7 @@ from shoestring.testing.adapters import (
     trainable,
     two_layers,
 )
-from shoestring.testing.assets import need
+from shoestring.testing.tiny_models import seeded
 
 # the modes of peft's MissConfig: the words of its setting `init_weights`, then further settings. 24 -> 40 -> 16
 MODES = {"bat": {"init_weights": "bat"}, "default": {}, "mini": {"init_weights": "mini", "mini_r": 4}}
@@ -292,24 +291,9 @@ def test_what_does_not_fit_is_refused(settings: dict, message: str):
 
 @pytest.mark.parametrize("init_weights", ["bat", True])
 def test_a_packaged_encoder_learns_reviews_with_it(init_weights: str | bool):
-    need("minilm", "rotten-tomatoes")
-    folder = assets.model_folder("minilm")
-    rows = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
-    words = AutoTokenizer.from_pretrained(folder)(
-        list(rows["text"]), max_length=24, truncation=True, padding=True, return_tensors="pt"
-    )
-    labels = torch.tensor(list(rows["label"]))
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    base, inputs = minilm_and_reviews(16)
     settings = {"r": 16, "init_weights": init_weights, "target_modules": ["query", "value"]}
     recipe = Recipe.from_list([{"miss": {**settings, "modules_to_save": ["classifier"]}}])
-    model = recipe.apply(base).train()
-    optimizer = torch.optim.Adam(trainable(model).values(), lr=2e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(**words, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    with seeded(0):
+        losses = losses_of(recipe.apply(base).train(), inputs, own="miss_", steps=8, lr=2e-3)
     assert losses[-1] < 0.9 * losses[0]

@@ -14,14 +14,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from shoestring import assets
+from packaged import losses_of, minilm_and_reviews
 from shoestring.adapters import TLoRA, TLoRAConfig
 from shoestring.adapters.tlora import gram, split
 from shoestring.fakes import without_values
 from shoestring.memory import MemoryReport
 from shoestring.recipe import Recipe
 from shoestring.testing.adapters import adapted, batch, chain, counted_step, tiny_llama, tokens, trainable, two_layers
-from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import seeded
 
 FORMS = ["ring", "lora"]
@@ -384,26 +383,8 @@ def test_the_penalty_runs_without_values():
 
 
 def test_a_packaged_encoder_learns_reviews():
-    need("minilm", "rotten-tomatoes")
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = assets.model_folder("minilm")
-    rows = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(8))
-    inputs = AutoTokenizer.from_pretrained(folder)(list(rows["text"]), padding=True, return_tensors="pt")
-    inputs["labels"] = torch.tensor(rows["label"])
+    base, inputs = minilm_and_reviews(8)
     with seeded(0):
-        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
         config = TLoRAConfig(r=4, modules_to_save=["classifier"], target_modules=["query", "value"])
-        model = get_peft_model(base, config)
-    own = [p for name, p in model.named_parameters() if "tlora_" in name]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    before = [p.detach().clone() for p in own]
-    losses = []
-    for _ in range(5):
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses = losses_of(get_peft_model(base, config), inputs, own="tlora_", steps=5)
     assert losses[-1] < 0.97 * losses[0], losses
-    assert all(not torch.equal(p, start) for p, start in zip(own, before, strict=True))

@@ -1,6 +1,7 @@
 """WaRA: its transform, equations of all forms against dense references, costs, counts, refusals, real models."""
 
 import sys
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import convert_to_lora
 from peft.utils import set_peft_model_state_dict
+from PIL import Image
 from torch import Tensor, nn
 
+from packaged import losses_of, minilm_and_reviews
 from shoestring import assets
 from shoestring.adapters import WaRA, WaRAConfig, wavelets
 from shoestring.adapters.wara import GridWaRA, TinyWaRA
+from shoestring.assets.fashion_mnist import read_pairs
 from shoestring.errors import SettingError
 from shoestring.memory import MemoryReport
 from shoestring.recipe import Recipe, attached_to, load
@@ -458,29 +462,12 @@ def test_it_trains_beside_other_techniques(others: list):
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable(model).values())
 
 
-def losses_of(model: nn.Module, inputs: dict[str, Tensor], steps: int = 4) -> list[float]:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 @pytest.mark.parametrize("settings", [{"r": 8}, {"form": "tiny", "r": 16}])
 def test_minilm_learns_reviews(settings: dict):
-    need("minilm", "rotten-tomatoes")
-    folder = assets.model_folder("minilm")
-    rows = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(8))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    inputs = dict(tokenizer(list(rows["text"]), padding=True, truncation=True, max_length=32, return_tensors="pt"))
+    base, inputs = minilm_and_reviews(8)
     torch.manual_seed(0)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    config = WaRAConfig(target_modules=["query", "value"], task_type="SEQ_CLS", **settings)
-    losses = losses_of(get_peft_model(base, config), {**inputs, "labels": torch.tensor(rows["label"])})
+    model = get_peft_model(base, WaRAConfig(target_modules=["query", "value"], task_type="SEQ_CLS", **settings))
+    losses = losses_of(model, inputs, own="wara_")
     assert losses[-1] < losses[0]
 
 
@@ -495,12 +482,16 @@ def test_minilm_learns_reviews(settings: dict):
 def test_dinov2_learns_images(settings: dict):
     filters(settings.get("wavelet", "haar"))
     need("dinov2-small", "fashion-mnist")
-    rows = assets.load_data("fashion-mnist")["test"].select(range(4))
-    pixels = torch.stack([torch.from_numpy(np.array(row["image"].convert("RGB").resize((70, 70)))) for row in rows])
+    rows = read_pairs(assets.data_files("fashion-mnist"), "t10k")[:4]
+    pictures = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB").resize((70, 70)) for row in rows]
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
     torch.manual_seed(0)
     folder = assets.model_folder("dinov2-small")
     base = transformers.AutoModelForImageClassification.from_pretrained(folder, num_labels=10)
     config = WaRAConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], **settings)
-    inputs = {"pixel_values": pixels.permute(0, 3, 1, 2) / 127.5 - 1, "labels": torch.tensor(rows["label"])}
-    losses = losses_of(get_peft_model(base, config), inputs)
+    inputs = {
+        "pixel_values": pixels.permute(0, 3, 1, 2) / 127.5 - 1,
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
+    losses = losses_of(get_peft_model(base, config), inputs, own="wara_")
     assert losses[-1] < losses[0]

@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from packaged import reviews
 from shoestring import Recipe, assets, load
 from shoestring.errors import SettingError
 from shoestring.planning.prediction import work_of_model
@@ -552,12 +553,12 @@ def test_files_of_other_settings_are_refused_with_both_shapes(tmp_path: Path):
 
 
 def test_a_packaged_model_trains_on_packaged_data():
-    need("minilm", "rotten-tomatoes")
+    need("minilm")
     folder = assets.model_folder("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with seeded(0):
         base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    data = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
+    data = reviews(16)
     rows = [{**tokenizer(row["text"]), "labels": row["label"]} for row in data]
     recipe = Recipe(SketchTune(groups=1, target_modules=["query", "value"], calibration_rows=8))
     model = recipe.apply(base, data={"train": rows}).train(False)
