@@ -217,7 +217,10 @@ def test_a_mistake_of_the_base_is_told_once() -> None:
         ({"measure": [{"latency": {"repeats": 0}}]}, "measure.latency: repeats must be at least 1, got 0"),
         ({"measure": [{"forgetting": {}}]}, "measure.forgetting: data is missing"),
         ({"measure": [{"forgetting": {"data": "a.jsonl"}}]}, "text-classification does not train"),
-        ({"measure": ["generation"]}, "measure.generation: text-classification generates nothing"),
+        (
+            {"measure": ["generation"]},
+            "measure.generation: it is for language models, which text-classification does not train",
+        ),
         ({"base": {**suite_of()["base"], "output_dir": "x"}}, "the base run has output_dir, which each recipe brings"),
         (
             {"target": 0.8, "base": {**suite_of()["base"], "train": {"eval_strategy": "no"}}},

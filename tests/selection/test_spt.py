@@ -199,7 +199,6 @@ def test_step_0_is_the_pretrained_model(name, structured):
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, lr: float = 0.01) -> list[float]:
-    start = {name: p.detach().clone() for name, p in trained(model).items()}
     optimizer = torch.optim.AdamW(trained(model).values(), lr=lr)
     losses = []
     for _ in range(steps):
@@ -211,6 +210,13 @@ def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, lr: float 
     for technique in attached_to(model).techniques:
         for entries in getattr(technique, "entries", {}).values():
             entries.write(always=True)
+    return losses
+
+
+def train_all(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, lr: float = 0.01) -> list[float]:
+    """As `train`; raises AssertionError if something that trains has not moved."""
+    start = {name: p.detach().clone() for name, p in trained(model).items()}
+    losses = train(model, batch, steps, lr)
     still = [name for name, p in trained(model).items() if torch.equal(p, start[name])]
     assert not still, f"{still[0]} trains, but has not moved"
     return losses
@@ -406,6 +412,12 @@ def test_it_runs_beside_lora_which_stays_trained():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.xfail(strict=True, reason="on layers that have LoRA, its own stands beside that and is not active")
+def test_its_lora_learns_on_layers_that_have_lora():
+    model = applied("decoder", DECODER.lora(target_modules=["q_proj", "v_proj"]), budget=2000)
+    train_all(model, MODELS["decoder"][2])
+
+
 def test_it_is_planned_without_values_as_if_all_tensors_were_alike():
     with Valueless() as mode:
         model = Recipe(spt(budget=1500)).apply(without_values(vit(), mode))
@@ -475,7 +487,7 @@ def test_a_packaged_vision_transformer_learns_clothes_from_a_few_pictures(struct
     assert {"structured", "sparse", "vector", "frozen"} == kinds(spt_of(model))
     counted = sum(p.numel() for n, p in trained(model).items() if "classifier" not in n)
     assert 0.95 * 150_000 < counted <= 150_000
-    losses = train(model, stacked(rows), steps=5, lr=1e-3)
+    losses = train_all(model, stacked(rows), steps=5, lr=1e-3)
     assert losses[-1] < 0.8 * losses[0], losses
 
 
@@ -494,7 +506,7 @@ def test_a_packaged_text_model_learns_reviews():
         **tokenizer(data["text"][:8], return_tensors="pt", padding=True),
         "labels": torch.tensor(data["label"][:8]),
     }
-    losses = train(model, batch, steps=5, lr=2e-3)
+    losses = train_all(model, batch, steps=5, lr=2e-3)
     assert losses[-1] < losses[0]
     expected = model(**batch).logits
     torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
