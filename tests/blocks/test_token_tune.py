@@ -735,7 +735,7 @@ def test_padded_input_without_a_mask_is_refused():
         pytest.param(
             lambda: t.ImageGPTForCausalImageModeling(t.ImageGPTConfig(**GPT)),
             marks=pytest.mark.xfail(
-                strict=True, reason="find_stacks takes its blocks for an encoder's, as its attention has no is_causal"
+                strict=True, reason="find_stacks takes its blocks for an encoder's: they mask by a buffer of their own"
             ),
         ),
     ],
