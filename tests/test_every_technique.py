@@ -12,18 +12,24 @@ from shoestring.testing.techniques import (
     Check,
     TechniqueCase,
     check_a_recipe_undoes_it,
+    check_declares_what_it_is,
     check_gradients_accumulate,
+    check_gradients_in_float64,
     check_trains_in_the_trainer,
     check_two_models_at_once,
     run_technique_check,
 )
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, IMAGES, decoder
 
-NO_FAKES = {"cannot": {"check_runs_without_values": "it counts the rows of an embedding that has values"}}
+NO_FAKES: dict[str, Any] = {
+    "cannot": {"check_runs_without_values": "it counts the rows of an embedding that has values"},
+    "cannot_by": (NotImplementedError,),
+}
 ROUNDS_IN_FLOAT32 = {"float64": 2e-6}  # Llama's norms and the losses of language models compute in float32
 UNTIED = replace(DECODER, make=partial(decoder, tie_word_embeddings=False))
 WITH_RELU = replace(DECODER, make=partial(decoder, hidden_act="relu"))
-ON_THE_SPHERE: dict[str, Any] = {"model": CLASSIFIER, "bound": 5.0, "changes_evaluation": True}
+ON_THE_SPHERE: dict[str, Any] = {"model": CLASSIFIER, "own_loss": True, "changes_evaluation": True}
+ROUNDED_AT_RANDOM: dict[str, Any] = {"settings": {"min_bytes": 0}, "draws_at_each_step": True}
 SKETCHED: dict[str, Any] = {
     "settings": {"groups": 2, "calibration_rows": 8},
     "bound": 0.3,
@@ -70,8 +76,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bitfit": ("bitfit", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
     "bitfit-added": ("bitfit", {"settings": {"added": list(DECODER.targets)}, "bound": 2e-6, "trained_alone": True}),
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
-    "density_loss": ("density_loss", {"settings": {"epsilon": 0.1}, "model": WITH_RELU, "bound": 1.0}),
-    "density_loss-encoder": ("density_loss", {"settings": {"epsilon": 0.1}, "model": CLASSIFIER, "bound": 1.0}),
+    "density_loss": ("density_loss", {"settings": {"epsilon": 0.1}, "model": WITH_RELU, "own_loss": True}),
+    "density_loss-encoder": ("density_loss", {"settings": {"epsilon": 0.1}, "model": CLASSIFIER, "own_loss": True}),
     "embedding_pruning": ("embedding_pruning", {"settings": {"keep_ids": [50]}, "model": UNTIED, **NO_FAKES}),
     "embedding_pruning-tied": ("embedding_pruning", {"trained_alone": True, **NO_FAKES}),
     "id3": ("id3", {"settings": {"count": 90, "steps": 3}, "bound": 2e-6, "trained_alone": True}),
@@ -95,11 +101,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "light_peft",
         {"settings": {"estimation_steps": 3, "channel_multiple": 4}, "model": CLASSIFIER, **CHOSEN},
     ),
-    "low_bit_activations": ("low_bit_activations", {"settings": {"min_bytes": 0}, "bound": 0.04}),
-    "low_bit_activations-encoder": (
-        "low_bit_activations",
-        {"settings": {"min_bytes": 0}, "model": CLASSIFIER, "bound": 0.03},
-    ),
+    "low_bit_activations": ("low_bit_activations", {**ROUNDED_AT_RANDOM, "bound": 0.04}),
+    "low_bit_activations-encoder": ("low_bit_activations", {**ROUNDED_AT_RANDOM, "model": CLASSIFIER, "bound": 0.03}),
     "metric_learning": ("metric_learning", {**ON_THE_SPHERE, "settings": {"learn_scale": True, "slerp": True}}),
     "metric_learning-fixed": ("metric_learning", {**ON_THE_SPHERE, "settings": {"scale": 3.0}}),
     "masked_autoencoder": (
@@ -107,7 +110,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "settings": {"mask_ratio": 0.6, "decoder_width": 16, "decoder_blocks": 1, "decoder_heads": 2},
             "model": IMAGES,
-            "reference": {"mask_ratio": 0.6, "decoder_width": 16, "decoder_blocks": 1, "decoder_heads": 2},
+            "own_loss": True,
         },
     ),
     "norm_tuning": ("norm_tuning", {"bound": 2e-6, "trained_alone": True}),
@@ -178,9 +181,14 @@ for form in ({}, {"mode": "float"}):
         CASES["reversible"] = ("reversible", of_reversible)
     CASES[f"reversible-{form.get('mode', 'exact')}-encoder"] = ("reversible", {**of_reversible, "model": CLASSIFIER})
 for form in ({}, {"form": "rows"}):
-    of_tune: dict[str, Any] = {"settings": {"keep_fraction": 0.6, **form}, "bound": 2.0, "draws_alike": False}
-    CASES[f"token_tune-{form.get('form', 'streams')}"] = ("token_tune", of_tune)
-    CASES[f"token_tune-{form.get('form', 'streams')}-encoder"] = ("token_tune", {**of_tune, "model": CLASSIFIER})
+    of_tune: dict[str, Any] = {
+        "settings": {"keep_fraction": 0.8, **form},
+        "draws_alike": False,
+        "draws_at_each_step": True,
+    }
+    of_tune_on_encoder = {**of_tune, "model": CLASSIFIER, "bound": 0.25}
+    CASES[f"token_tune-{form.get('form', 'streams')}"] = ("token_tune", {**of_tune, "bound": 0.8})
+    CASES[f"token_tune-{form.get('form', 'streams')}-encoder"] = ("token_tune", of_tune_on_encoder)
 
 
 FIRST_ROWS = {name: case for case, (name, _) in reversed(CASES.items())}.values()
@@ -198,3 +206,23 @@ def test_every_registered_technique_has_a_row():
     ours = {name for name, cls in TECHNIQUES.items() if cls.__module__.startswith("shoestring.")}
     missing = ours - {name for name, _ in CASES.values()}
     assert not missing, f"add a row to CASES for {', '.join(sorted(missing))}"
+
+
+def test_a_bound_that_a_gradient_of_zero_keeps_is_refused():
+    with pytest.raises(AssertionError, match="a bound of 1 lets a gradient of zero pass"):
+        check_declares_what_it_is(TechniqueCase(name="step_activation", bound=1.0))
+
+
+def test_a_gradient_that_is_no_derivative_of_its_loss_is_found():
+    with pytest.raises(AssertionError, match=r"the loss changes by .* along its gradient"):
+        check_gradients_in_float64(TechniqueCase(name="step_activation", own_loss=True))
+
+
+@pytest.mark.parametrize(("by", "outcome"), [((KeyError,), pytest.xfail.Exception), ((AssertionError,), KeyError)])
+def test_an_error_proves_what_cannot_be_only_where_the_case_names_it(by, outcome):
+    def check_something(case: TechniqueCase) -> None:
+        raise KeyError
+
+    case = TechniqueCase(name="recompute", cannot={"check_something": "for a reason"}, cannot_by=by)
+    with pytest.raises(outcome):
+        run_technique_check(check_something, case)

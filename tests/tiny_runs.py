@@ -1,6 +1,7 @@
 """Fixtures: tiny models, tokenizers and data made on the spot, and run files on them; a whole run takes a second."""
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,20 @@ def tiny_decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, pad="<pad>", unk="<unk>", begin="<s>", end="</s>", bert=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_decoder(tmp_path_factory: pytest.TempPathFactory, tiny_decoder_folder: Path) -> Path:
+    """The tiny decoder with layers in sizes of whole blocks, which bitsandbytes wants at inference on some CPUs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide-decoder") / "model"
+    shutil.copytree(tiny_decoder_folder, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(folder)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 32})
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -68,6 +68,9 @@ def test_the_contract_catches_a_method_that_breaks_it(row_scale, monkeypatch):
     monkeypatch.setattr(RowScale, "cannot", {"check_starts_as_the_pretrained_model": "starts at random"})
     with pytest.raises(pytest.xfail.Exception, match="row_scale cannot: starts at random"):
         run_adapter_check(checks["check_starts_as_the_pretrained_model"], row_scale, dict)
+    monkeypatch.setattr(RowScale, "start", lambda self: None)
+    with pytest.raises(TypeError, match="positional argument"):
+        run_adapter_check(checks["check_starts_as_the_pretrained_model"], row_scale, dict)
     monkeypatch.setattr(RowScale, "cannot", {"check_disabled_is_the_base": "not true"})
     with pytest.raises(AssertionError, match="declares that it cannot pass check_disabled_is_the_base, but it does"):
         run_adapter_check(checks["check_disabled_is_the_base"], row_scale, dict)

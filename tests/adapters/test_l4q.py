@@ -7,13 +7,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from shoestring.adapters import L4Q, L4QConfig
 from shoestring.adapters.l4q import adapters_in
 from shoestring.errors import SettingError
-from shoestring.fakes import without_values
 from shoestring.memory import Ledger
 from shoestring.quantisation import (
     PackedLinear,
@@ -28,7 +26,17 @@ from shoestring.quantisation.packed_model import TENSORS_FILE
 from shoestring.quantisation.packing import unpack
 from shoestring.recipe import Recipe, attached_to
 from shoestring.technique import Moment
-from shoestring.testing.adapters import TARGETS, adapted, batch, tiny_llama, tokens, trainable, two_layers
+from shoestring.testing.adapters import (
+    TARGETS,
+    adapted,
+    batch,
+    chain,
+    counted_step,
+    tiny_llama,
+    tokens,
+    trainable,
+    two_layers,
+)
 from shoestring.testing.assets import need
 from shoestring.testing.packed_layers import KINDS, pack_layer
 from shoestring.training import RunSettings, train
@@ -297,20 +305,9 @@ def test_gradients_of_accumulated_batches_add_up_and_nothing_dense_is_left_behin
         torch.testing.assert_close(parameter.grad, parts[0][name] + parts[1][name])
 
 
-def step_of(config, num_layers: int, sizes: tuple[int, int], dtype: torch.dtype = torch.float32, rows: int = 64):
-    """The ledger of a training step of some tokens through linear layers of these widths in turn."""
-    torch.manual_seed(0)
-    layers = [nn.Linear(sizes[i % 2], sizes[(i + 1) % 2], dtype=dtype) for i in range(num_layers)]
-    config.target_modules = {str(i) for i in range(num_layers)}
-    model = get_peft_model(nn.Sequential(*layers), config)
-    with Ledger(model) as ledger:
-        model(torch.randn(rows, sizes[0], dtype=dtype)).sum().backward()
-    return ledger.report()
-
-
 def test_only_the_layer_inputs_are_kept_for_backward():
     between = 64 * 4 * (192 + 256 + 192)  # inputs of layers 2 to 4; the first one's is the model's own
-    assert step_of(L4QConfig(r=4, group_size=64), 4, (256, 192)).saved_bytes == between
+    assert counted_step(chain(L4QConfig(r=4, group_size=64), widths=(256, 192)), 64).saved_bytes == between
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -318,7 +315,7 @@ def test_only_the_layer_inputs_are_kept_for_backward():
 def test_the_peak_is_loras_the_grids_and_three_matrices_of_one_layer(depth: int, dtype: torch.dtype):
     sizes = (512, 768)
     configs = L4QConfig(r=4, group_size=128), LoraConfig(r=4)
-    l4q, lora = (step_of(config, depth, sizes, dtype).peak_bytes for config in configs)
+    l4q, lora = (counted_step(chain(config, depth, sizes, dtype), 64).peak_bytes for config in configs)
     gradients_of_grids = depth * 2 * 512 * 768 // 128 * 4
     weights_of_grids = gradients_of_grids
     assert l4q - lora <= 3 * 512 * 768 * dtype.itemsize + gradients_of_grids + weights_of_grids
@@ -377,15 +374,6 @@ def test_three_bits_learned_end_below_lora_rounded_after():
         learned = fit(L4QConfig(r=4, bits=3, group_size=16, target_modules=["0"]), seed)
         after = [fit(LoraConfig(r=4, target_modules=["0"]), seed, on_rounded) for on_rounded in (False, True)]
         assert learned < 0.9 * min(after), (seed, learned, after)
-
-
-def test_a_step_runs_on_fake_tensors():
-    model = adapted(L4QConfig, lambda: {"group_size": 4}).train()
-    mode = FakeTensorMode()
-    model = without_values(model, mode)
-    with mode:
-        model(torch.empty(2, 63, 24)).sum().backward()
-    assert all(p.grad is not None for p in trainable(model).values())
 
 
 @pytest.mark.parametrize("other", [{"recompute": {}}, {"chunked_loss": {}}, {"token_tune": {"keep_fraction": 0.5}}])

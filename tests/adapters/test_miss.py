@@ -6,14 +6,23 @@ import torch.nn.functional as F
 from peft import LoraConfig, MissConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from shoestring import assets
-from shoestring.memory import Ledger
+from packaged import losses_of, minilm_and_reviews
+from shoestring.memory import Ledger, MemoryReport
 from shoestring.recipe import Recipe
-from shoestring.testing.adapters import TARGETS, TwoLayers, batch, tiny_llama, tokens, trainable, two_layers
-from shoestring.testing.assets import need
+from shoestring.testing.adapters import (
+    TARGETS,
+    TwoLayers,
+    batch,
+    chain,
+    counted_step,
+    tiny_llama,
+    tokens,
+    trainable,
+    two_layers,
+)
+from shoestring.testing.tiny_models import seeded
 
 # the modes of peft's MissConfig: the words of its setting `init_weights`, then further settings. 24 -> 40 -> 16
 MODES = {"bat": {"init_weights": "bat"}, "default": {}, "mini": {"init_weights": "mini", "mini_r": 4}}
@@ -163,30 +172,24 @@ def test_the_default_converts_to_lora_exactly_and_bat_does_not():
     assert errors["bat"] > 1e-2
 
 
-def stack(config: MissConfig | LoraConfig, tokens: int = 96, width: int = 64) -> Ledger:
-    """One step through four square layers without biases."""
-    torch.manual_seed(0)
-    config.target_modules = {str(i) for i in range(4)}
-    model = get_peft_model(nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4))), config)
-    with Ledger(model) as ledger:
-        model(torch.randn(tokens, width)).sum().backward()
-    return ledger
+def step(config: MissConfig | LoraConfig, num_tokens: int = 96) -> MemoryReport:
+    return counted_step(chain(config, widths=(64,)), num_tokens)
 
 
 @pytest.mark.parametrize("r", [8, 16])
 def test_the_default_keeps_r_numbers_a_token_and_no_input(r: int):
-    assert stack(MissConfig(r=r)).report().saved_bytes == 4 * 96 * r * 4
+    assert step(MissConfig(r=r)).saved_bytes == 4 * 96 * r * 4
 
 
 def test_the_default_peaks_below_lora_of_as_many_parameters():
-    ours, lora = (stack(c, tokens=512).report() for c in (MissConfig(r=16), LoraConfig(r=8)))
+    ours, lora = (step(c, 512) for c in (MissConfig(r=16), LoraConfig(r=8)))
     assert ours.trainable_bytes == lora.trainable_bytes
     assert ours.peak_bytes < lora.peak_bytes
 
 
 def test_bat_keeps_its_input_and_two_dense_weights_a_layer():
     """The copy that it multiplies and the changed one: what `recompute` beside it is for."""
-    ours = stack(MissConfig(r=16, init_weights="bat")).report().saved_bytes
+    ours = step(MissConfig(r=16, init_weights="bat")).saved_bytes
     # the first layer's input is the model's own, and needs no gradient that would read the changed weight
     assert ours == (4 + 3) * 64 * 64 * 4 + 3 * 96 * 64 * 4
 
@@ -288,24 +291,9 @@ def test_what_does_not_fit_is_refused(settings: dict, message: str):
 
 @pytest.mark.parametrize("init_weights", ["bat", True])
 def test_a_packaged_encoder_learns_reviews_with_it(init_weights: str | bool):
-    need("minilm", "rotten-tomatoes")
-    folder = assets.model_folder("minilm")
-    rows = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
-    words = AutoTokenizer.from_pretrained(folder)(
-        list(rows["text"]), max_length=24, truncation=True, padding=True, return_tensors="pt"
-    )
-    labels = torch.tensor(list(rows["label"]))
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    base, inputs = minilm_and_reviews(16)
     settings = {"r": 16, "init_weights": init_weights, "target_modules": ["query", "value"]}
     recipe = Recipe.from_list([{"miss": {**settings, "modules_to_save": ["classifier"]}}])
-    model = recipe.apply(base).train()
-    optimizer = torch.optim.Adam(trainable(model).values(), lr=2e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(**words, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    with seeded(0):
+        losses = losses_of(recipe.apply(base).train(), inputs, own="miss_", steps=8, lr=2e-3)
     assert losses[-1] < 0.9 * losses[0]

@@ -8,17 +8,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from shoestring import assets
+from packaged import losses_of, minilm_and_reviews
 from shoestring.adapters import NeRA, NeRAConfig, nera
 from shoestring.adapters.nera import fit_gain, hats
-from shoestring.fakes import without_values
 from shoestring.memory import Ledger, MemoryReport
 from shoestring.recipe import Recipe
 from shoestring.testing.adapters import LLAMA_TARGETS, adapted, batch, tiny_llama, tokens, trainable, two_layers
-from shoestring.testing.assets import need
+from shoestring.testing.tiny_models import seeded
 
 
 def splines(in_features: int = 5, out_features: int = 7, seed: int = 0, **settings: object) -> NeRA:
@@ -330,39 +327,13 @@ def test_it_learns_from_a_share_of_the_tokens():
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in found.values())
 
 
-def test_a_step_is_counted_without_values():
-    """The planner runs recipes on fake tensors."""
-    config = NeRAConfig(r=3, target_modules=list(LLAMA_TARGETS))
-    model = Recipe.from_list([config, "recompute", "chunked_loss"]).apply(tiny_llama().train())
-    mode = FakeTensorMode()
-    without_values(model, mode)
-    with mode:
-        ids = mode.from_tensor(tokens())
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in trainable(model).values())
-
-
 def test_a_packaged_encoder_learns_reviews_with_it():
-    need("minilm", "rotten-tomatoes")
-    folder = assets.model_folder("minilm")
-    rows = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
-    words = AutoTokenizer.from_pretrained(folder)(
-        list(rows["text"]), max_length=24, truncation=True, padding=True, return_tensors="pt"
-    )
-    labels = torch.tensor(list(rows["label"]))
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    base, inputs = minilm_and_reviews(16)
     config = NeRAConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
-    model = Recipe(config).apply(base).train()
-    fit_gain(model, words)
-    optimizer = torch.optim.Adam(trainable(model).values(), lr=2e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(**words, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    with seeded(0):
+        model = Recipe(config).apply(base).train()
+        fit_gain(model, {name: value for name, value in inputs.items() if name != "labels"})
+        losses = losses_of(model, inputs, own="nera_", steps=8, lr=2e-3)
     assert losses[-1] < 0.9 * losses[0]
     assert sum(p.numel() for n, p in trainable(model).items() if "nera_" in n) == 12 * (384 * (8 + 16 + 1) + 768 + 1)
 

@@ -13,11 +13,10 @@ from shoestring.adapters.hadamard import matrix
 from shoestring.adapters.sparse_coefficients import allocate, best_coefficients, output_errors
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
-from shoestring.memory import Ledger
 from shoestring.quantisation import dequantise, round_to_nearest
 from shoestring.quantisation.calibration import Moments
 from shoestring.recipe import Recipe, attached_to, load
-from shoestring.testing.adapters import methods_in, tiny_llama, tokens
+from shoestring.testing.adapters import chain, counted_step, methods_in, tiny_llama, tokens
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import DECODER, decoder, seeded, step
 from shoestring.training import RunSettings, train
@@ -247,21 +246,15 @@ def test_places_at_random_are_ascending_and_never_twice():
         assert 0 <= int(places[0]) <= int(places[-1]) < size
 
 
-def step_of(config, sizes=(512, 384), num_layers=4):
-    """The ledger of a training step through linear layers of these widths in turn, by weights."""
-    with seeded(0):
-        model = nn.Sequential(*(nn.Linear(sizes[i % 2], sizes[(i + 1) % 2]) for i in range(num_layers)))
-        config.target_modules = {str(i) for i in range(num_layers)}
-        model = get_peft_model(model, config)
+def step_by_weights(config):
+    model = chain(config, widths=(512, 384))
     for adapter in methods_in(model):
         adapter.prefers_tokens = lambda count: False
-    with Ledger(model) as ledger:
-        model(torch.randn(16, sizes[0])).sum().backward()
-    return ledger.report()
+    return counted_step(model, 16)
 
 
 def test_inputs_alone_are_kept_and_the_peak_is_loras_and_three_matrices_of_one_layer():
-    ours, lora = step_of(QWHAConfig(r=4, init="zero")), step_of(LoraConfig(r=4))
+    ours, lora = step_by_weights(QWHAConfig(r=4, init="zero")), step_by_weights(LoraConfig(r=4))
     assert ours.saved_bytes == 16 * 4 * (384 + 512 + 384), "inputs of layers 2 to 4; the first one's is the model's own"
     above = [report.peak_bytes - report.at_peak["weights"] for report in (ours, lora)]
     assert above[0] - above[1] <= 3.1 * 512 * 384 * 4, "three, and the places as indices"

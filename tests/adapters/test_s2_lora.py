@@ -17,7 +17,7 @@ from shoestring import assets
 from shoestring.adapters import S2LoRA, S2LoRAConfig
 from shoestring.adapters.s2_lora import compact, ranks_in_use
 from shoestring.recipe import Moment, Recipe, attached_to
-from shoestring.testing.adapters import adapted, batch, trainable, two_layers
+from shoestring.testing.adapters import adapted, batch, chain, counted_step, trainable, two_layers
 from shoestring.testing.assets import need
 
 
@@ -302,7 +302,16 @@ def test_compaction_of_an_adapter_that_learned_nothing_keeps_one_rank():
         compact(model, "other")
 
 
-def test_a_rank_costs_two_small_tensors_not_a_dense_delta():
+def test_a_layer_keeps_two_tensors_of_r_numbers_a_token_beside_lora_no_dense_delta():
+    r, tokens, width = 8, 16, 96
+    configs = S2LoRAConfig(r=r), LoraConfig(r=r)
+    ours, lora = (counted_step(chain(config, widths=(width,)), tokens).saved_bytes for config in configs)
+    inputs, inner, coefficients = 3 * tokens * width, 4 * tokens * r, 4 * r  # the first input is the model's own
+    assert lora == 4 * (inputs + inner)
+    assert ours == 4 * (inputs + 2 * inner + coefficients)
+
+
+def test_the_output_is_that_of_the_dense_delta():
     layer = layers_of(s2())[0]
     x = torch.randn(2, 63, 12)
     torch.testing.assert_close(layer.delta_output(x), F.linear(x, layer.delta_weight()), rtol=1e-5, atol=1e-5)

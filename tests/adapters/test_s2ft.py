@@ -10,7 +10,6 @@ from families import FAMILIES, gpt2
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,11 +26,10 @@ from shoestring.adapters.coupled import channel_order, find_structures, head_ord
 from shoestring.adapters.s2ft import fuse
 from shoestring.blocks import Recompute, TokenTune, TokenWindows
 from shoestring.errors import SettingError
-from shoestring.fakes import without_values
 from shoestring.memory import Ledger
 from shoestring.objectives import ChunkedLoss
 from shoestring.recipe import Recipe, attached_to, load
-from shoestring.testing.adapters import assert_near, batch, trainable, two_layers
+from shoestring.testing.adapters import assert_near, batch, chain, counted_step, trainable, two_layers
 from shoestring.testing.assets import need
 from shoestring.testing.packed_layers import KINDS, pack_layer
 from shoestring.testing.tiny_models import DECODER, WORDS, decoder, seeded, step
@@ -341,23 +339,12 @@ def test_four_micro_batches_give_the_gradient_of_one():
 # ---- memory ----
 
 
-def chain(config: Any, num_layers: int = 4, width: int = 96) -> nn.Module:
-    with seeded(0):
-        model: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers)))
-        if config is None:
-            return model
-        config.target_modules = {str(i) for i in range(num_layers)}
-        return get_peft_model(model, config)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_columns_keep_their_part_of_the_input_alone(dtype: torch.dtype):
     model = chain(S2FTConfig(down_ratio=0.05)).to(dtype)
-    with Ledger(model) as ledger:
-        model(torch.randn(64, 96, dtype=dtype)).sum().backward()
     selected = model.peft_config["default"].selected
     assert sum(map(len, selected.values())) == 19
-    assert ledger.report().saved_bytes == 64 * 19 * dtype.itemsize
+    assert counted_step(model, 64).saved_bytes == 64 * 19 * dtype.itemsize
 
 
 def test_saved_and_peak_bytes_are_below_those_of_lora_and_of_full_training():
@@ -530,14 +517,6 @@ def out_in(layer: Any, of: str) -> Tensor:
     """`of` its weight, as [out, in]."""
     tensor: Tensor = getattr(layer.weight, of)
     return tensor.T if isinstance(layer, Conv1D) else tensor
-
-
-def test_a_step_runs_on_fake_tensors():
-    model = s2ft().train()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = {name: mode.from_tensor(value) for name, value in DECODER.batch().items()}
-        without_values(model, mode)(**inputs).loss.backward()
-    assert all(p.grad is not None for p in trainable(model).values())
 
 
 @pytest.mark.slow

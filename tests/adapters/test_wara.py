@@ -1,6 +1,7 @@
 """WaRA: its transform, equations of all forms against dense references, costs, counts, refusals, real models."""
 
 import sys
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,29 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import convert_to_lora
 from peft.utils import set_peft_model_state_dict
+from PIL import Image
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
+from packaged import losses_of, minilm_and_reviews
 from shoestring import assets
 from shoestring.adapters import WaRA, WaRAConfig, wavelets
 from shoestring.adapters.wara import GridWaRA, TinyWaRA
+from shoestring.assets.fashion_mnist import read_pairs
 from shoestring.errors import SettingError
-from shoestring.fakes import without_values
-from shoestring.memory import Ledger
+from shoestring.memory import MemoryReport
 from shoestring.recipe import Recipe, attached_to, load
-from shoestring.testing.adapters import TARGETS, adapted, batch, methods_in, tiny_llama, tokens, trainable, two_layers
+from shoestring.testing.adapters import (
+    TARGETS,
+    adapted,
+    batch,
+    chain,
+    counted_step,
+    methods_in,
+    tiny_llama,
+    tokens,
+    trainable,
+    two_layers,
+)
 from shoestring.testing.assets import need
 
 # (settings of the weight form, its bands)
@@ -232,27 +245,20 @@ def test_odd_sizes_count_as_the_next_even_ones():
     assert sum(p.numel() for p in wara.parameters()) == 3 * (26 + 18) // 2
 
 
-def step(config: Any) -> Ledger:
-    """One forward and backward through four linear layers 256 -> 192 -> 256 ..., 512 tokens."""
-    torch.manual_seed(0)
-    sizes = [256, 192]
-    config.target_modules = {"0", "1", "2", "3"}
-    model = get_peft_model(nn.Sequential(*(nn.Linear(sizes[i % 2], sizes[(i + 1) % 2]) for i in range(4))), config)
-    with Ledger(model) as ledger:
-        model(torch.randn(512, 256)).sum().backward()
-    return ledger
+def step(config: Any) -> MemoryReport:
+    return counted_step(chain(config, widths=(256, 192)), 512)
 
 
 def test_only_inputs_and_the_inner_numbers_are_kept_for_backward():
     inputs = 192 + 256 + 192  # of layers 2 to 4; the first one's is the model's own
-    assert step(WaRAConfig(r=8)).report().saved_bytes == 512 * 4 * (inputs + 4 * 16)
+    assert step(WaRAConfig(r=8)).saved_bytes == 512 * 4 * (inputs + 4 * 16)
     grid = WaRAConfig(form="grid", r=8, grid=[16, 32], num_prefix_tokens=0)
-    assert step(grid).report().saved_bytes == 512 * 4 * (inputs + 4 * 2 * 8)
-    assert step(WaRAConfig(form="tiny", r=8)).report().saved_bytes == 512 * 4 * (4 * 8)
+    assert step(grid).saved_bytes == 512 * 4 * (inputs + 4 * 2 * 8)
+    assert step(WaRAConfig(form="tiny", r=8)).saved_bytes == 512 * 4 * (4 * 8)
 
 
 def test_the_peak_is_within_five_percent_of_loras_at_equal_rank():
-    assert step(WaRAConfig(r=8)).report().peak_bytes <= 1.05 * step(LoraConfig(r=8)).report().peak_bytes
+    assert step(WaRAConfig(r=8)).peak_bytes <= 1.05 * step(LoraConfig(r=8)).peak_bytes
 
 
 def grid_reference(
@@ -447,18 +453,6 @@ def test_without_pywavelets_haar_works_and_others_name_the_extra(monkeypatch: py
         WaRAConfig(wavelet="db2")
 
 
-@pytest.mark.parametrize("settings", [{"r": 3}, {"form": "tiny", "r": 3}, {"form": "grid", "grid": [31, 2]}])
-def test_a_training_step_runs_without_values(settings: dict):
-    settings = {"target_modules": ["v_proj", "down_proj"], **settings}
-    model = get_peft_model(tiny_llama(), WaRAConfig(**{"r": 3, **settings}))
-    mode = FakeTensorMode()
-    without_values(model, mode)
-    ids = mode.from_tensor(tokens())
-    with mode:
-        model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in trainable(model).values())
-
-
 @pytest.mark.parametrize("others", [["recompute"], ["chunked_loss"], [{"token_tune": {"keep_fraction": 0.5}}]])
 def test_it_trains_beside_other_techniques(others: list):
     config = {"wara": {"r": 3, "target_modules": ["v_proj", "down_proj"]}}
@@ -468,29 +462,12 @@ def test_it_trains_beside_other_techniques(others: list):
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable(model).values())
 
 
-def losses_of(model: nn.Module, inputs: dict[str, Tensor], steps: int = 4) -> list[float]:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 @pytest.mark.parametrize("settings", [{"r": 8}, {"form": "tiny", "r": 16}])
 def test_minilm_learns_reviews(settings: dict):
-    need("minilm", "rotten-tomatoes")
-    folder = assets.model_folder("minilm")
-    rows = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(8))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    inputs = dict(tokenizer(list(rows["text"]), padding=True, truncation=True, max_length=32, return_tensors="pt"))
+    base, inputs = minilm_and_reviews(8)
     torch.manual_seed(0)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    config = WaRAConfig(target_modules=["query", "value"], task_type="SEQ_CLS", **settings)
-    losses = losses_of(get_peft_model(base, config), {**inputs, "labels": torch.tensor(rows["label"])})
+    model = get_peft_model(base, WaRAConfig(target_modules=["query", "value"], task_type="SEQ_CLS", **settings))
+    losses = losses_of(model, inputs, own="wara_")
     assert losses[-1] < losses[0]
 
 
@@ -505,12 +482,16 @@ def test_minilm_learns_reviews(settings: dict):
 def test_dinov2_learns_images(settings: dict):
     filters(settings.get("wavelet", "haar"))
     need("dinov2-small", "fashion-mnist")
-    rows = assets.load_data("fashion-mnist")["test"].select(range(4))
-    pixels = torch.stack([torch.from_numpy(np.array(row["image"].convert("RGB").resize((70, 70)))) for row in rows])
+    rows = read_pairs(assets.data_files("fashion-mnist"), "t10k")[:4]
+    pictures = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB").resize((70, 70)) for row in rows]
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
     torch.manual_seed(0)
     folder = assets.model_folder("dinov2-small")
     base = transformers.AutoModelForImageClassification.from_pretrained(folder, num_labels=10)
     config = WaRAConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], **settings)
-    inputs = {"pixel_values": pixels.permute(0, 3, 1, 2) / 127.5 - 1, "labels": torch.tensor(rows["label"])}
-    losses = losses_of(get_peft_model(base, config), inputs)
+    inputs = {
+        "pixel_values": pixels.permute(0, 3, 1, 2) / 127.5 - 1,
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
+    losses = losses_of(get_peft_model(base, config), inputs, own="wara_")
     assert losses[-1] < losses[0]

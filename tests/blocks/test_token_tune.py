@@ -43,6 +43,7 @@ from shoestring.errors import RunFailed, SettingError
 from shoestring.recipe import attached_to
 from shoestring.technique import Technique
 
+GPT = {"vocab_size": WORDS, "n_embd": 16, "n_layer": 2, "n_head": 4}
 TOKEN_LABELS = {*DECODERS, *ENCODER_DECODERS, "bert tokens"}
 
 
@@ -303,15 +304,21 @@ def test_tokens_are_seen_as_they_were_computed_under_dropout(form):
         attached(**batch)
     hook.remove()
     if form == "rows":
+        (whole,) = made_by_projection
         assert len(seen) == 3
+        assert torch.equal(seen[1]["key"], keys_in(whole))
         return
     # of each block the selected tokens attend first, then the others; of the last block only the selected ones
     assert len(seen) == 5
     for selected, others in ((0, 1), (2, 3)):
         assert all(torch.equal(seen[selected][kind], seen[others][kind]) for kind in ("key", "value"))
     others, selected = made_by_projection
-    keys = torch.cat([selected, others], 1).split(16, 2)[1].view(BATCH, LENGTH, 4, 4).transpose(1, 2)
-    assert torch.equal(seen[2]["key"], keys)
+    assert torch.equal(seen[2]["key"], keys_in(torch.cat([selected, others], 1)))
+
+
+def keys_in(projected: Tensor) -> Tensor:
+    """The keys of four heads in what GPT-2 projects to queries, keys and values."""
+    return projected.split(16, 2)[1].view(BATCH, LENGTH, 4, 4).transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", ["llama grouped", "gpt2", "bert", "t5", "bart", "whisper"])
@@ -721,9 +728,34 @@ def test_padded_input_without_a_mask_is_refused():
             attached(**batch).loss.backward()
 
 
-def test_losses_that_shift_labels_by_themselves_are_refused():
-    torch.manual_seed(0)
-    model = t.OpenAIGPTLMHeadModel(t.OpenAIGPTConfig(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=4)).train()
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: t.GPT2DoubleHeadsModel(t.GPT2Config(**GPT)),
+        pytest.param(
+            lambda: t.ImageGPTForCausalImageModeling(t.ImageGPTConfig(**GPT)),
+            marks=pytest.mark.xfail(
+                strict=True, reason="find_stacks takes its blocks for an encoder's: they mask by a buffer of their own"
+            ),
+        ),
+    ],
+    ids=["gpt2", "imagegpt"],
+)
+def test_losses_that_shift_labels_by_themselves_are_refused(make):
+    model = make().train()
     ids = torch.randint(3, WORDS, (2, LENGTH))
-    with pytest.raises(SettingError), tuned(model, form="rows") as (attached, _):
+    with pytest.raises(SettingError, match="shifts labels by itself"), tuned(model, form="rows") as (attached, _):
         attached(input_ids=ids, labels=ids)
+
+
+@pytest.mark.xfail(strict=True, reason="what stands in for a block that returns a list returns the hidden states alone")
+@pytest.mark.parametrize(
+    "technique", [TokenTune(form="rows", keep_fraction=1.0), Recompute()], ids=["rows", "recompute"]
+)
+def test_blocks_that_return_lists_run(technique):
+    torch.manual_seed(0)
+    model = t.OpenAIGPTLMHeadModel(t.OpenAIGPTConfig(**GPT, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).train()
+    ids = torch.randint(3, WORDS, (2, LENGTH))
+    expected = model(input_ids=ids, labels=ids).loss
+    with Recipe(technique)(model) as attached:
+        torch.testing.assert_close(attached(input_ids=ids, labels=ids).loss, expected)

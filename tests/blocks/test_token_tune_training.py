@@ -1,6 +1,5 @@
 """token_tune in whole runs: trainers, accumulation, resuming, and packaged models on packaged data."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,6 @@ from shoestring.testing.assets import need
 from shoestring.training import RecipeCallback, RecipeTrainer, recipe_sft_trainer
 from shoestring.training.run import prepare
 from shoestring.training.settings import RunSettings
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
 
 SFT = {"max_length": 32, "gradient_checkpointing": False, "bf16": False}  # TRL's own defaults are on
 

@@ -14,11 +14,16 @@ from shoestring.training.marked_yaml import dump_yaml, read_marked_yaml
 from shoestring.training.run import training_arguments
 from shoestring.training.tasks import TASKS
 
-SUITES = sorted(Path("benchmarks/suites").glob("*.yaml"))
-RATES = sorted(Path("benchmarks/suites/rates").glob("*.yaml"))  # learning rates for some of them
+ROOT = Path(__file__).parents[2]
+SUITES = sorted(ROOT.glob("benchmarks/suites/*.yaml"))
+RATES = sorted(ROOT.glob("benchmarks/suites/rates/*.yaml"))  # learning rates for some of them
 OF_PEFT = {"lora", "ia3", "ln_tuning", "vera", "prompt_tuning", "prefix_tuning", "miss", "shira"}
 SHORT = ["base.data.max_train_rows=128", "base.data.max_eval_rows=16", "budget.steps=2", "seeds=[0]"]
 SMOKE = ("full tuning", "lora", "bitfit", "token_tune")
+
+
+def from_root(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def used_in(suite: Suite) -> set[str]:
@@ -26,14 +31,14 @@ def used_in(suite: Suite) -> set[str]:
     return {name for case in suite.cases for entry in case.settings.recipe for name in entry}
 
 
-@pytest.mark.parametrize("path", [*SUITES, *RATES], ids=str)
+@pytest.mark.parametrize("path", [*SUITES, *RATES], ids=from_root)
 def test_every_suite_is_read(path: Path) -> None:
     suite = Suite.load(path)
     assert suite.seeds == ((0,) if path in RATES else (0, 1, 2))
-    assert path.read_text().count(f"shoestring compare {path}") == 1  # it says how to run it
+    assert path.read_text().count(f"shoestring compare {from_root(path)}") == 1  # it says how to run it
 
 
-@pytest.mark.parametrize("path", [*SUITES, *RATES, *Path("examples").glob("suite*.yaml")], ids=str)
+@pytest.mark.parametrize("path", [*SUITES, *RATES, *ROOT.glob("examples/suite*.yaml")], ids=from_root)
 def test_the_trainer_takes_the_settings_of_every_run(path: Path) -> None:
     runs = {json.dumps(case.settings.train, sort_keys=True): case.settings for case in Suite.load(path).cases}
     for run in runs.values():
@@ -68,7 +73,7 @@ def run(path: Path, folder: Path, *overrides: str) -> dict[str, Any]:
 
 def test_a_smoke_version_of_the_encoder_suite(tmp_path: Path) -> None:
     need("minilm", "rotten-tomatoes")
-    values = read_marked_yaml(Path("benchmarks/suites/encoder.yaml")).values
+    values = read_marked_yaml(ROOT / "benchmarks/suites/encoder.yaml").values
     del values["measure"]
     values["recipes"] = {name: values["recipes"][name] for name in SMOKE}
     path = tmp_path / "smoke.yaml"

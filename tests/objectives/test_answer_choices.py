@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
@@ -572,5 +573,8 @@ def test_the_recipe_trains_a_packaged_model(model, tmp_path):
     changes += [f"train.{name}={value}" for name, value in sizes.items()]
     run = RunSettings.load("examples/t-few.yaml", [*changes, f"output_dir={tmp_path}"])
     report = train(run)
+    vectors = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert vectors
+    assert not [name for name, vector in vectors.items() if (vector == 1).all()]  # where (IA)3 starts
     assert 0 <= report.quality["test"]["accuracy"] <= 1
     assert math.isfinite(report.quality["test"]["loss"])

@@ -251,11 +251,17 @@ def test_the_decoder_is_saved_and_is_no_part_of_the_model(tmp_path):
     assert names == set(vit().state_dict())
 
 
-def test_a_decoder_of_other_sizes_is_refused(tmp_path):
+def test_a_file_that_is_damaged_is_refused(tmp_path):
     attached_to(Recipe(MaskedAutoencoder(**DECODER)).apply(vit())).save(tmp_path)
     (tmp_path / "decoder.safetensors").write_bytes(b"nothing")
-    with pytest.raises(SettingError, match=r"decoder.safetensors, which masked_autoencoder has saved, cannot be read"):
+    with pytest.raises(SettingError, match=r"decoder.safetensors cannot be read"):
         load(vit(), tmp_path)
+
+
+def test_a_decoder_of_other_sizes_is_refused(tmp_path):
+    attached_to(Recipe(MaskedAutoencoder(**DECODER)).apply(vit())).save(tmp_path)
+    with pytest.raises(SettingError, match=r"(?s)decoder.safetensors is of another decoder than .* mismatch for embed"):
+        load(vit(hidden_size=32), tmp_path)
 
 
 @pytest.mark.parametrize(

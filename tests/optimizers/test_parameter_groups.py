@@ -85,6 +85,7 @@ def test_the_schedule_acts_on_every_group_with_any_optimizer(tmp_path, beside):
     rates = Rates()
     model = applied({"names": ["lora_B"], "lr_factor": 4.0}, beside=beside)
     trainer_of(model, tmp_path, [rates], lr_scheduler_type="linear").train()
+    assert len(rates.seen) == 3
     for step, seen in enumerate(rates.seen):
         share = 1 - step / 3
         assert sorted(set(seen)) == pytest.approx([1e-2 * share, 4e-2 * share])

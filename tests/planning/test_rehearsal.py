@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.utils import import_utils
 
-from shoestring import Recipe
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
 from shoestring.planning import Prediction, Sharding, plan, predict, predict_model
@@ -473,9 +472,27 @@ def test_modules_change_their_dtype_without_values():
 
 
 def test_a_recipe_is_undone_after_a_rehearsal():
-    recipe = Recipe.from_list(["lean_mlp"])
-    work = work_of_model(llama(), recipe, batch=1, length=5)
-    assert rehearse(work) == rehearse(work)
+    work = work_of_model(llama(), [LORA, "lean_mlp"], batch=1, length=5)
+    kept: list[nn.Module] = []
+    before: list[Any] = []
+
+    def make_and_keep() -> nn.Module:
+        kept.append(work.make_model())
+        before.append(marks(kept[0]))
+        return kept[0]
+
+    rehearse(replace(work, make_model=make_and_keep))
+    assert [marks(model) for model in kept] == before
+
+
+def marks(model: nn.Module) -> Any:
+    """What a recipe may change of a model: types of modules, what hangs on them, what trains."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    of_modules = [
+        (name, type(module), "forward" in vars(module), [len(getattr(module, table)) for table in hooks])
+        for name, module in model.named_modules()
+    ]
+    return of_modules, [(name, p.requires_grad) for name, p in model.named_parameters()]
 
 
 def test_a_run_is_planned_from_a_file_a_mapping_or_settings_and_an_attention_for_gpus_by_rule(tmp_path: Path):

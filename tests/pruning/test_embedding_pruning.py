@@ -27,6 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from packaged import data
 from shoestring import Recipe, load
 from shoestring.adapters import HUTConfig
 from shoestring.errors import SettingError
@@ -772,10 +773,10 @@ def test_a_packaged_model_gives_the_same_loss_and_gradients_with_fewer_rows(name
 
     from shoestring import assets
 
-    need(name, "rotten-tomatoes")
+    need(name)
     folder = assets.model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    reviews = assets.load_data("rotten-tomatoes")["train"].select(range(64))
+    reviews = data("rotten-tomatoes")["train"].select(range(64))
     kind = AutoModelForSequenceClassification if name == "minilm" else AutoModelForSeq2SeqLM
     torch.manual_seed(0)
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,6 @@ V = len(WORDS) + len(SPECIAL) + 3  # a table larger than the tokenizer
 SIZES = {"vocab_size": V, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
 TABLE = "bert.embeddings.word_embeddings.weight"
 CHAT = "{% for m in messages %}[CLS] {{ m['content'] }} [SEP] {% endfor %}{% if add_generation_prompt %}w39{% endif %}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture(scope="module")

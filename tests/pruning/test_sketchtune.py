@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from packaged import reviews
 from shoestring import Recipe, assets, load
 from shoestring.errors import SettingError
 from shoestring.planning.prediction import work_of_model
@@ -28,7 +29,7 @@ from shoestring.pruning import SketchTune, sketchtune
 from shoestring.pruning.sketchtune import CODES_FILE, TABLES_FILE
 from shoestring.quantisation import groups as grids
 from shoestring.quantisation import load_packed, save_packed, sketched_linear
-from shoestring.quantisation.packing import pack, unpack
+from shoestring.quantisation.packing import unpack
 from shoestring.quantisation.sketch import (
     Curvature,
     build_sketch,
@@ -156,15 +157,6 @@ def test_columns_without_inputs_count_as_zero():
     seen = Curvature(torch.eye(4).double(), torch.tensor([False, True, False, False]))
     weight = torch.tensor([[1.0, 100.0, 1.0, 0.0]])
     assert dequantise(*build_sketch(weight, 2, curvature=seen)).tolist() == [[1.0, 0.0, 1.0, 0.0]]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("width", [13, 16])
-def test_codes_are_packed_and_come_back(bits: int, width: int):
-    codes = torch.randint(0, 1 << bits, (5, width), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.shape == (5, -(-width * bits // 8))
-    assert torch.equal(unpack(packed, bits, width), codes)
 
 
 # the product
@@ -561,12 +553,12 @@ def test_files_of_other_settings_are_refused_with_both_shapes(tmp_path: Path):
 
 
 def test_a_packaged_model_trains_on_packaged_data():
-    need("minilm", "rotten-tomatoes")
+    need("minilm")
     folder = assets.model_folder("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with seeded(0):
         base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    data = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
+    data = reviews(16)
     rows = [{**tokenizer(row["text"]), "labels": row["label"]} for row in data]
     recipe = Recipe(SketchTune(groups=1, target_modules=["query", "value"], calibration_rows=8))
     model = recipe.apply(base, data={"train": rows}).train(False)

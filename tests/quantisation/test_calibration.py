@@ -173,7 +173,7 @@ def test_modes_hooks_and_weights_are_as_they_were():
     before, seed = marks(), torch.get_rng_state()
     layers = chosen(model, "query")
     input_moments(model, layers, token_rows(), 2)
-    with pytest.raises(SettingError):
+    with pytest.raises(SettingError, match="row 0 has none of the inputs of BertForSequenceClassification, only words"):
         input_moments(model, layers, [{"words": "no"}], 1)
     assert marks() == before
     assert torch.equal(torch.get_rng_state(), seed)

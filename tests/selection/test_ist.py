@@ -1,11 +1,9 @@
 """IST: which blocks train, what rests as it was, how scores are learned, and what is kept for backward."""
 
 import copy
-import gc
 import itertools
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -166,7 +164,7 @@ def test_a_block_that_never_learns_is_found_when_its_turn_has_come(tmp_path):
     base.model.layers[1].forward = lambda hidden, *a, **k: (
         hidden + 0 * type(base.model.layers[1]).forward(base.model.layers[1], hidden, *a, **k)
     )
-    model = applied(lora(), IST(active_layers=1, importance=False), model=base)
+    model = applied(lora(), IST(active_layers=1, importance=False, seed=1), model=base)  # it begins with block 0
     arguments = TrainingArguments(
         tmp_path,
         max_steps=20,
@@ -178,7 +176,7 @@ def test_a_block_that_never_learns_is_found_when_its_turn_has_come(tmp_path):
         use_cpu=True,
     )
     rows = DECODER.data()["train"]
-    with pytest.raises(RunFailed, match=r"layers\.1\..* had no gradient but zero in 4 steps|Every gradient is zero"):
+    with pytest.raises(RunFailed, match=r"layers\.1\..* had no gradient but zero in 4 steps"):
         RecipeTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[GradientCheck()]).train()
 
 
@@ -377,15 +375,6 @@ def test_a_resumed_run_goes_on_bit_by_bit(tmp_path):
 # 6: memory
 
 
-@pytest.fixture(scope="module")
-def few_objects() -> Iterator[None]:
-    """Ledgers collect garbage first, which takes a second for all that is imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def saved_bytes(model, batch) -> int:
     with Ledger(model) as ledger:
         model(**batch).loss.backward()
@@ -393,7 +382,6 @@ def saved_bytes(model, batch) -> int:
     return ledger.report().saved_bytes
 
 
-@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("beside", [(), (Recompute(),)], ids=["plain", "recompute"])
 def test_backward_stops_at_the_lowest_block_that_trains(beside):
     model = applied(random_lora(), *beside, IST(active_layers=1, importance=False))
@@ -502,7 +490,6 @@ def test_layers_whose_output_is_no_tensor_are_refused_by_name():
     hook.remove()
 
 
-@pytest.mark.usefixtures("few_objects")
 def test_memory_of_steps_is_below_that_of_adapters_in_all_blocks():
     batch = DECODER.batch()
     every = saved_bytes(applied(random_lora()), batch)

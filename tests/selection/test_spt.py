@@ -1,11 +1,10 @@
 """SPT: which tensors train how within a budget, step 0, gradients, memory, saving without data, and merging."""
 
 import copy
-import gc
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from packaged import reviews
 from shoestring import Ledger, Recipe, assets, load
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
@@ -213,6 +213,15 @@ def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, lr: float 
     return losses
 
 
+def train_all(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, lr: float = 0.01) -> list[float]:
+    """As `train`; raises AssertionError if something that trains has not moved."""
+    start = {name: p.detach().clone() for name, p in trained(model).items()}
+    losses = train(model, batch, steps, lr)
+    still = [name for name, p in trained(model).items() if torch.equal(p, start[name])]
+    assert not still, f"{still[0]} trains, but has not moved"
+    return losses
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_it_computes_the_same(name):
     batch = MODELS[name][2]
@@ -256,15 +265,6 @@ def test_gradients_are_those_of_the_dense_weights_at_the_places_of_lora_and_of_w
             assert lora.scaling == {"default": 1.0}
 
 
-@pytest.fixture(scope="module")
-def few_objects() -> Iterator[None]:
-    """Ledgers collect garbage first, which takes a second for all that is imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class OneLayer(nn.Module):
     """A wide linear layer in a list of blocks, whose output is its loss."""
 
@@ -277,7 +277,6 @@ class OneLayer(nn.Module):
         return type("Output", (), {"loss": loss})()
 
 
-@pytest.mark.usefixtures("few_objects")
 def test_backward_of_a_hundred_thousand_numbers_makes_no_table_of_their_pairs():
     width, count = 512, 100_000
     rows = [{"x": torch.randn(width), "labels": torch.zeros(1)} for _ in range(2)]
@@ -311,7 +310,6 @@ def peak(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     return ledger.report().peak_bytes, ledger.report().saved_bytes
 
 
-@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("r", [8, 1], ids=["mostly modules", "mostly single numbers"])
 def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget(r):
     targets = [n for n, m in wide().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n]
@@ -326,7 +324,6 @@ def test_training_takes_hardly_more_memory_than_lora_of_the_same_budget(r):
     assert ours[0] <= 1.15 * theirs[0], f"{ours} and {theirs}"
 
 
-@pytest.mark.usefixtures("few_objects")
 def test_scoring_takes_no_more_than_a_step_of_one_row_and_four_bytes_a_number():
     model, rows = wide(), images(2, 64)
     batch = stacked(rows[:1])
@@ -415,6 +412,12 @@ def test_it_runs_beside_lora_which_stays_trained():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.xfail(strict=True, reason="on layers that have LoRA, its own stands beside that and is not active")
+def test_its_lora_learns_on_layers_that_have_lora():
+    model = applied("decoder", DECODER.lora(target_modules=["q_proj", "v_proj"]), budget=2000)
+    train_all(model, MODELS["decoder"][2])
+
+
 def test_it_is_planned_without_values_as_if_all_tensors_were_alike():
     with Valueless() as mode:
         model = Recipe(spt(budget=1500)).apply(without_values(vit(), mode))
@@ -484,16 +487,16 @@ def test_a_packaged_vision_transformer_learns_clothes_from_a_few_pictures(struct
     assert {"structured", "sparse", "vector", "frozen"} == kinds(spt_of(model))
     counted = sum(p.numel() for n, p in trained(model).items() if "classifier" not in n)
     assert 0.95 * 150_000 < counted <= 150_000
-    losses = train(model, stacked(rows), steps=5, lr=1e-3)
+    losses = train_all(model, stacked(rows), steps=5, lr=1e-3)
     assert losses[-1] < 0.8 * losses[0], losses
 
 
 @pytest.mark.slow
 def test_a_packaged_text_model_learns_reviews():
-    need("minilm", "rotten-tomatoes")
+    need("minilm")
     folder = assets.model_folder("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = assets.load_data("rotten-tomatoes")["train"].shuffle(seed=0).select(range(16))
+    data = reviews(16)
     rows = [{**tokenizer(row["text"]), "labels": row["label"]} for row in data]
     with seeded(0):
         base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
@@ -503,7 +506,7 @@ def test_a_packaged_text_model_learns_reviews():
         **tokenizer(data["text"][:8], return_tensors="pt", padding=True),
         "labels": torch.tensor(data["label"][:8]),
     }
-    losses = train(model, batch, steps=5, lr=2e-3)
+    losses = train_all(model, batch, steps=5, lr=2e-3)
     assert losses[-1] < losses[0]
     expected = model(**batch).logits
     torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-4)

@@ -8,4 +8,5 @@ from tiny_runs import (  # noqa: F401
     run_file,
     tiny_classifier_folder,
     tiny_decoder_folder,
+    wide_decoder,
 )

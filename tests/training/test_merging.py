@@ -21,22 +21,6 @@ LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 HUT = {"hut": {"r": 4, "target_modules": "all-linear"}}
 
 
-@pytest.fixture(scope="session")
-def wide_decoder(tmp_path_factory, tiny_decoder_folder):
-    """The tiny decoder with layers in sizes of whole blocks, which bitsandbytes wants at inference on some CPUs."""
-    import shutil
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("wide-decoder") / "model"
-    shutil.copytree(tiny_decoder_folder, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(folder)
-    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 32})
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def finished(run_file):
     """Trains a run and gives its folder."""

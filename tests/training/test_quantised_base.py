@@ -20,22 +20,6 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: p
 PACKED = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 
 
-@pytest.fixture(scope="session")
-def decoder_folder(tmp_path_factory, tiny_decoder_folder):
-    """The tiny decoder with layers of sizes that are blocks of 32, as bitsandbytes wants them on a CPU."""
-    import shutil
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("decoder") / "model"
-    shutil.copytree(tiny_decoder_folder, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(folder)
-    config.update({"hidden_size": 64, "intermediate_size": 96, "head_dim": 32})
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def no_words(text):
     pass
 
@@ -47,8 +31,8 @@ def a_quantised_run(run_file, folder, kind, **rest):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
-def test_a_run_on_a_packed_base_learns_saves_and_loads(kind, run_file, decoder_folder):
-    settings = a_quantised_run(run_file, decoder_folder, kind, train={"max_steps": 12})
+def test_a_run_on_a_packed_base_learns_saves_and_loads(kind, run_file, wide_decoder):
+    settings = a_quantised_run(run_file, wide_decoder, kind, train={"max_steps": 12})
     report = train(settings)
     losses = [loss for _, loss in report.losses]
     assert losses[-1] < losses[0] - 0.2
@@ -70,7 +54,7 @@ def test_a_run_on_a_packed_base_learns_saves_and_loads(kind, run_file, decoder_f
     torch.testing.assert_close(outputs(load(again, report.saved["weights"])), learned)
 
 
-def test_the_named_qlora_is_that_of_transformers_and_peft(decoder_folder):
+def test_the_named_qlora_is_that_of_transformers_and_peft(wide_decoder):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -86,11 +70,11 @@ def test_the_named_qlora_is_that_of_transformers_and_peft(decoder_folder):
     def plain():
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         config.bnb_4bit_compute_dtype = torch.float32
-        model = AutoModelForCausalLM.from_pretrained(decoder_folder, quantization_config=config)
+        model = AutoModelForCausalLM.from_pretrained(wide_decoder, quantization_config=config)
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
     def named():
-        model, _ = load_pretrained(ModelSettings(name=str(decoder_folder), quantization="nf4"), AutoModelForCausalLM)
+        model, _ = load_pretrained(ModelSettings(name=str(wide_decoder), quantization="nf4"), AutoModelForCausalLM)
         return Recipe.named("qlora").apply(model)
 
     (ours, start), (theirs, start_of_theirs) = filled(named), filled(plain)
@@ -114,19 +98,19 @@ def test_the_named_qlora_is_that_of_transformers_and_peft(decoder_folder):
         ("torchao-int8", {"init_lora_weights": "olora"}, "Int8Tensor dispatch: attempting to run unimplemented"),
     ],
 )
-def test_what_peft_cannot_do_on_a_packed_base_is_refused(kind, settings, message, run_file, decoder_folder):
+def test_what_peft_cannot_do_on_a_packed_base_is_refused(kind, settings, message, run_file, wide_decoder):
     recipe = [{"lora": {"r": 4, "target_modules": "all-linear", **settings}}]
     with pytest.raises(SettingError, match=f"The recipe does not fit the model: {message}"):
-        prepare(a_quantised_run(run_file, decoder_folder, kind, recipe=recipe), say=no_words)
+        prepare(a_quantised_run(run_file, wide_decoder, kind, recipe=recipe), say=no_words)
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
-def test_linear_layers_are_packed_and_the_rest_stays_as_it_was(task, run_file, decoder_folder):
+def test_linear_layers_are_packed_and_the_rest_stays_as_it_was(task, run_file, wide_decoder):
     ready = prepare(
         RunSettings.load(
             run_file(
                 task=task,
-                model={"name": str(decoder_folder), "quantization": "nf4", "dtype": "bfloat16"},
+                model={"name": str(wide_decoder), "quantization": "nf4", "dtype": "bfloat16"},
                 recipe=[{"lora": {"r": 2, "target_modules": ["q_proj"]}}],
             )
         ),
@@ -156,10 +140,10 @@ def test_a_trained_weight_that_is_cast_comes_back_with_its_value():
     assert model.bias.dtype is torch.bfloat16
 
 
-def test_products_are_in_the_dtype_of_the_files_where_none_is_set(decoder_folder):
+def test_products_are_in_the_dtype_of_the_files_where_none_is_set(wide_decoder):
     from transformers import AutoModelForCausalLM
 
-    model, _ = load_pretrained(ModelSettings(name=str(decoder_folder), quantization="nf4"), AutoModelForCausalLM)
+    model, _ = load_pretrained(ModelSettings(name=str(wide_decoder), quantization="nf4"), AutoModelForCausalLM)
     assert model.dtype is torch.float32
     assert {module.compute_dtype for module in model.modules() if isinstance(module, PACKED)} == {torch.float32}
 
@@ -188,13 +172,13 @@ def test_four_bits_of_torchao_are_refused_with_the_reason(run_file):
 @pytest.mark.parametrize(
     ("kind", "package", "extra"), [("nf4", "bitsandbytes", "quant"), ("torchao-int8", "torchao", "torchao")]
 )
-def test_a_missing_package_is_named_with_its_extra(kind, package, extra, run_file, decoder_folder, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(kind, package, extra, run_file, wide_decoder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     with pytest.raises(SettingError, match=rf"{kind} needs {package}, .*: pip install 'shoestring\[{extra}\]'"):
-        measure(a_quantised_run(run_file, decoder_folder, kind), say=no_words)
+        measure(a_quantised_run(run_file, wide_decoder, kind), say=no_words)
 
 
 def test_torchao_has_nothing_to_pack_where_no_layer_is_linear():
@@ -229,19 +213,19 @@ def test_a_layer_that_torchao_packs_keeps_nothing_and_has_its_gradients(dtype, b
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-2 if dtype is torch.bfloat16 else 1e-6)
 
 
-def test_packing_by_torchao_leaves_settings_of_torch_alone(decoder_folder):
+def test_packing_by_torchao_leaves_settings_of_torch_alone(wide_decoder):
     from transformers import AutoModelForCausalLM
 
     before = torch.get_float32_matmul_precision()
-    load_pretrained(ModelSettings(name=str(decoder_folder), quantization="torchao-int8"), AutoModelForCausalLM)
+    load_pretrained(ModelSettings(name=str(wide_decoder), quantization="torchao-int8"), AutoModelForCausalLM)
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_files_that_are_packed_already_are_refused(run_file, decoder_folder, tmp_path):
+def test_files_that_are_packed_already_are_refused(run_file, wide_decoder, tmp_path):
     import shutil
 
     folder = tmp_path / "packed"
-    shutil.copytree(decoder_folder, folder)
+    shutil.copytree(wide_decoder, folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
@@ -249,16 +233,16 @@ def test_files_that_are_packed_already_are_refused(run_file, decoder_folder, tmp
         measure(a_quantised_run(run_file, folder, "nf4"), say=no_words)
 
 
-def test_the_setting_comes_back_from_the_settings_that_are_written(run_file, decoder_folder, tmp_path):
-    settings = a_quantised_run(run_file, decoder_folder, "int8")
+def test_the_setting_comes_back_from_the_settings_that_are_written(run_file, wide_decoder, tmp_path):
+    settings = a_quantised_run(run_file, wide_decoder, "int8")
     (tmp_path / "again.yaml").write_text(settings.to_yaml())
     assert RunSettings.load(tmp_path / "again.yaml") == settings
 
 
-def test_layers_that_ran_without_gradients_still_give_them(decoder_folder):
+def test_layers_that_ran_without_gradients_still_give_them(wide_decoder):
     from transformers import AutoModelForCausalLM
 
-    model, _ = load_pretrained(ModelSettings(name=str(decoder_folder), quantization="nf4"), AutoModelForCausalLM)
+    model, _ = load_pretrained(ModelSettings(name=str(wide_decoder), quantization="nf4"), AutoModelForCausalLM)
     layer = model.model.layers[0].mlp.down_proj
     x = torch.randn(3, layer.in_features)
 

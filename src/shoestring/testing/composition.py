@@ -71,17 +71,24 @@ def tried() -> list[type[Technique]]:
 
 
 def alone(model: TinyModel, name: str) -> Outcome:
-    """One technique beside LoRA, compared with LoRA."""
+    """One technique beside LoRA, compared with LoRA.
+
+    Raises AssertionError where an exact one loses a gradient.
+    """
     try:
-        return Outcome(_step(model, name).error(_step(model)))
+        found = _step(model, name)
     except _Refused as refusal:
         return Outcome(refused=str(refusal))
+    if TECHNIQUES[name].exact:
+        found.assert_same_names(_step(model), f"{name} on the {model.name}")
+    return Outcome(found.error(_step(model)))
 
 
 def together(model: TinyModel, first: str, second: str) -> Outcome:
     """Two techniques beside LoRA.
 
-    Raises whatever a pair raises that was not refused in time, AssertionError where gradients under dropout are wrong.
+    Raises whatever a pair raises that was not refused in time, AssertionError where gradients of two exact ones
+    are lost, or are wrong under dropout.
     """
     try:
         pair = _step(model, first, second)
@@ -89,6 +96,7 @@ def together(model: TinyModel, first: str, second: str) -> Outcome:
         return Outcome(refused=str(refusal))
     lossy = [name for name in (first, second) if not TECHNIQUES[name].exact]
     if not lossy:
+        pair.assert_same_names(_step(model), f"{first} and {second} on the {model.name}")
         _check_derivative(model, first, second)
         return Outcome(pair.error(_step(model)))
     for name in lossy:

@@ -8,8 +8,9 @@
         run_technique_check(check, case)
 
 A case says what the technique is held to beside what its class declares. A check raises AssertionError where the
-promise is broken. What a technique cannot do stands in `cannot` of its case, by the name of the check and with the
-reason; the check must then fail. Models are tiny, have odd sizes and are built from fixed seeds.
+promise is broken, and skips visibly what says nothing of a case. What a technique cannot do stands in `cannot` of its
+case, by the name of the check and with the reason; the check must then fail. Models are tiny, have odd sizes and are
+built from fixed seeds.
 """
 
 import copy
@@ -37,6 +38,7 @@ from ..memory.kept import REMOVABLE
 from ..recipe import Recipe, attached_to
 from ..technique import TECHNIQUES, Moment, Phase, Technique
 from ..training import RecipeTrainer
+from .declared import must_fail
 from .tiny_models import DECODER, IMAGES, Step, TinyModel, assert_derivative_of_the_loss, result_of, seeded, step
 
 FLOAT32, FLOAT64 = 2e-6, 1e-12
@@ -49,26 +51,34 @@ NEEDED_LABELS = {"Source", "Update", "Costs"}
 class TechniqueCase:
     """One technique with settings on one model, and what it is held to.
 
-    bound: of a technique that is not exact, the largest error of its gradients, as a share of their length.
+    bound: of a technique that is not exact, the largest error of its gradients, as a share of their length; below 1,
+        which is the error of no gradient at all.
+    own_loss: its loss is none that the model has without it, so there are no gradients to compare its own with; they
+        must be the derivative of that loss.
     float64: the largest error of an exact one in float64; more than rounding where stock parts of the model or of the
         loss compute in float32.
     reference: settings of the same technique that give the right gradients; None: the model without it.
     draws_alike: with dropout and the same seed it draws as the reference does.
+    draws_at_each_step: it goes on in random numbers of its own, so the same step a second time is another one.
     trained_alone: it trains weights of its own choice or needs adapters, so it has no full fine-tuning to compare with.
     changes_evaluation: outputs in evaluation are not those of the model without it.
     cannot: checks that it cannot pass, with the reason.
+    cannot_by: the exceptions that these checks must fail by.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     model: TinyModel = DECODER
     bound: float | None = None
+    own_loss: bool = False
     float64: float = FLOAT64
     reference: Mapping[str, Any] | None = None
     draws_alike: bool = True
+    draws_at_each_step: bool = False
     trained_alone: bool = False
     changes_evaluation: bool = False
     cannot: Mapping[str, str] = field(default_factory=dict)
+    cannot_by: tuple[type[Exception], ...] = (AssertionError, SettingError)
 
     @property
     def technique_class(self) -> type[Technique]:
@@ -79,6 +89,11 @@ class TechniqueCase:
     def exact(self) -> bool:
         """Whether its gradients must be those of the reference, to rounding."""
         return self.technique_class.exact or self.reference is not None
+
+    @property
+    def names_alike(self) -> bool:
+        """Whether the weights that train are those that train in what it is compared with."""
+        return self.exact or self.own_loss or not self.trained_alone
 
     def technique(self) -> Technique:
         """A new one."""
@@ -117,8 +132,11 @@ def check_declares_what_it_is(case: TechniqueCase) -> None:
     assert all(isinstance(phase, Phase) for phase in cls.needs)
     assert all(isinstance(claim, str) and claim == claim.strip() for claim in cls.claims)
     assert not (unknown := cls.removes - REMOVABLE), f"removes names {sorted(unknown)}, which are not in REMOVABLE"
-    assert cls.exact or case.reference is not None or case.bound is not None, (
-        "a case of a lossy technique needs a bound"
+    held_to = (cls.exact, case.reference is not None, case.bound is not None, case.own_loss)
+    assert any(held_to), "a case of a lossy technique needs a bound, or own_loss if its loss is its own"
+    assert not case.own_loss or held_to.count(True) == 1, "a case with own_loss has neither reference nor bound"
+    assert case.bound is None or case.bound < 1, (
+        f"a bound of {case.bound:g} lets a gradient of zero pass; it must be < 1"
     )
 
 
@@ -187,31 +205,39 @@ def check_a_recipe_undoes_it(case: TechniqueCase) -> None:
 
 def check_gradients_in_float32(case: TechniqueCase) -> None:
     """Loss and gradients are those of the reference, within rounding or the bound."""
+    if case.own_loss:
+        pytest.skip(f"the loss of {case.name} is its own: check_gradients_in_float64 compares it with its derivative")
     _compare_gradients(case, torch.float32)
 
 
 def check_gradients_in_float64(case: TechniqueCase) -> None:
-    """Loss and gradients are those of the reference, within rounding or the bound."""
-    _compare_gradients(case, torch.float64)
+    """Loss and gradients are those of the reference, within rounding or the bound; or they fit its own loss."""
+    if case.own_loss:
+        _check_derivative(case)
+    else:
+        _compare_gradients(case, torch.float64)
 
 
 def check_gradients_with_dropout(case: TechniqueCase) -> None:
     """From the same seed, gradients are the reference's; or, if draws differ, those of the loss it computed."""
-    if case.draws_alike:
+    if case.own_loss or (case.exact and not case.draws_alike):
+        _check_derivative(case, dropout=0.2)
+    elif case.draws_alike:
         _compare_gradients(case, torch.float32, dropout=0.2)
-    elif case.exact:
-        model = case.applied(case.technique(), dtype=torch.float64, dropout=0.2)
-        assert_derivative_of_the_loss(model, case.model.batch())
+    else:
+        pytest.skip(f"{case.name} is lossy and draws otherwise: its own tests must compare it with a plain reference")
 
 
 def check_gradients_after_an_error(case: TechniqueCase) -> None:
     """A forward that raised leaves nothing behind: the next step is what it is without it."""
-    if not case.exact:
-        return  # the state of random draws has moved on
+    if case.draws_at_each_step:
+        pytest.skip(f"{case.name} draws at each step, so the step after an error is another one")
     model, fresh = case.applied(case.technique()), case.applied(case.technique())
     with suppress(_Planned):
         _use_with_an_error_in_the_forward(model, case.model.batch())
-    error = step(model, case.model.batch()).error(step(fresh, case.model.batch()))
+    ours, wanted = step(model, case.model.batch()), step(fresh, case.model.batch())
+    ours.assert_same_names(wanted, "after an error in the forward before")
+    error = ours.error(wanted)
     assert error == 0, f"gradients after an error in the forward before are off by {error:.1e}"
 
 
@@ -232,7 +258,12 @@ def check_gradients_accumulate(case: TechniqueCase) -> None:
 
 
 def check_bfloat16(case: TechniqueCase) -> None:
-    """A model in bfloat16, and one in float32 under autocast, train beside float32 adapters."""
+    """A model in bfloat16, and one in float32 under autocast, train beside float32 adapters.
+
+    Gradients are near the reference's; those of a loss of its own near what they are in float32, all roundings of the
+    model between them.
+    """
+    in_float32 = step(case.applied(case.technique()), case.model.batch())
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
 
         def run(*techniques: Any, dtype: torch.dtype = dtype, autocast: bool = autocast) -> Step:
@@ -241,17 +272,20 @@ def check_bfloat16(case: TechniqueCase) -> None:
                 return step(model, case.model.batch())
 
         ours = run(case.technique())
+        wanted = in_float32 if case.own_loss else run(*case.referred())
         where = "under autocast" if autocast else "in bfloat16"
         for name, gradient in ours.gradients.items():
             assert torch.isfinite(gradient).all(), f"the gradient of {name} is not finite {where}"
-        bound = HALF if case.exact else max(HALF, 2 * (case.bound or 0))
-        assert (error := ours.error(run(*case.referred()))) < bound, f"gradients are off by {error:.1e} {where}"
+        if case.names_alike:
+            ours.assert_same_names(wanted, where)
+        bound = 2 * HALF if case.own_loss else HALF + (0 if case.exact else case.bound or 0)
+        assert (error := ours.error(wanted)) < bound, f"gradients are off by {error:.1e} {where}"
 
 
 def check_evaluation_is_untouched(case: TechniqueCase) -> None:
     """In evaluation and without gradients, outputs are those of the model without it; generation too, or it refuses."""
     if case.changes_evaluation:
-        return
+        pytest.skip(f"{case.name} changes outputs in evaluation")
     batch = case.model.batch()
     plain, model = case.applied(), case.applied(case.technique())
     step(model, batch)
@@ -303,7 +337,9 @@ def check_trains_in_the_trainer(case: TechniqueCase) -> None:
         assert change.abs().max() > 0, f"{name} trains, but a step has not moved it"
     if case.exact:
         wanted = _trained(case, *case.referred()) if case.reference else _trained_with_lora_alone(case.model)
-        error = Step(torch.zeros(()), ours).error(Step(torch.zeros(()), wanted))
+        changes, expected = Step(torch.zeros(()), ours), Step(torch.zeros(()), wanted)
+        changes.assert_same_names(expected, "after a step in the trainer")
+        error = changes.error(expected)
         assert error < 1e-4, f"a step in the trainer is off by {error:.1e}"  # weights round where gradients do not
 
 
@@ -345,13 +381,15 @@ def check_two_models_at_once(case: TechniqueCase) -> None:
             losses.append(model(**batch).loss)
     for loss in losses:
         loss.backward()
-    for model, wanted in zip(models, expected, strict=True):
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                assert torch.equal(parameter.grad, wanted.gradients[name]), f"{name} differs beside another model"
+    for model, loss, wanted in zip(models, losses, expected, strict=True):
+        found = Step(loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        found.assert_same_names(wanted, "beside another model")
+        for name, gradient in found.gradients.items():
+            assert torch.equal(gradient, wanted.gradients[name]), f"{name} differs beside another model"
     Recipe.remove(models[0])
-    error = step(models[1], batches[1]).error(expected[1]) if case.exact else 0.0
-    assert error == 0, "detaching one model disturbed the other"
+    if not case.draws_at_each_step:
+        error = step(models[1], batches[1]).error(expected[1])
+        assert error == 0, "detaching one model disturbed the other"
 
 
 def check_runs_without_values(case: TechniqueCase) -> None:
@@ -387,13 +425,7 @@ def run_technique_check(check: Check, case: TechniqueCase) -> None:
     if reason is None:
         check(case)
         return
-    try:
-        check(case)
-    except Exception as error:
-        pytest.xfail(f"{case.name} cannot: {reason} ({type(error).__name__})")
-    raise AssertionError(
-        f"The case of {case.name} says that it cannot pass {check.__name__}, but it does; take the entry out of cannot."
-    )
+    must_fail(lambda: check(case), check.__name__, case.name, reason, case.cannot_by)
 
 
 def _compare_gradients(case: TechniqueCase, dtype: torch.dtype, dropout: float = 0.0) -> None:
@@ -403,11 +435,18 @@ def _compare_gradients(case: TechniqueCase, dtype: torch.dtype, dropout: float =
         ours = step(case.applied(case.technique(), lora=lora, dtype=dtype, dropout=dropout), case.model.batch())
         wanted = step(case.applied(*case.referred(), lora=lora, dtype=dtype, dropout=dropout), case.model.batch())
         where = f"{'beside LoRA' if lora else 'in full fine-tuning'}, {dtype}, dropout {dropout}"
+        if case.names_alike:
+            ours.assert_same_names(wanted, where)
         error = ours.error(wanted)
         assert error <= bound, f"gradients are off by {error:.2e} of their length ({where}); the bound is {bound:g}"
         if case.exact:
-            assert ours.gradients.keys() == wanted.gradients.keys(), f"other weights have gradients ({where})"
             assert abs(float(ours.loss - wanted.loss)) <= bound * abs(float(wanted.loss)), f"the loss differs ({where})"
+
+
+def _check_derivative(case: TechniqueCase, dropout: float = 0.0) -> None:
+    for lora in case.lora_choices:
+        model = case.applied(case.technique(), lora=lora, dtype=torch.float64, dropout=dropout)
+        assert_derivative_of_the_loss(model, case.model.batch())
 
 
 def _trained(case: TechniqueCase, *techniques: Any) -> dict[str, Tensor]:

@@ -151,11 +151,21 @@ class Step:
     loss: Tensor
     gradients: dict[str, Tensor]
 
+    def assert_same_names(self, reference: "Step", where: str) -> None:
+        """Raise AssertionError unless the same weights have gradients."""
+        if lost := reference.gradients.keys() - self.gradients.keys():
+            raise AssertionError(f"{min(lost)} has no gradient ({where})")
+        if more := self.gradients.keys() - reference.gradients.keys():
+            raise AssertionError(f"{min(more)} has a gradient, and should have none ({where})")
+
     def error(self, reference: "Step") -> float:
-        """Length of the difference over that of the reference, of the gradients that both have."""
+        """Length of the difference over that of the reference, of the gradients that both have.
+
+        Raises AssertionError if they have none in common.
+        """
         names = self.gradients.keys() & reference.gradients.keys()
         if not names:
-            raise ValueError("The two steps have no gradient in common.")
+            raise AssertionError("The two steps have no gradient in common.")
         pairs = [_rows_in_use(self.gradients[name], reference.gradients[name]) for name in names]
         difference = sum(float((ours - theirs).double().square().sum()) for ours, theirs in pairs)
         return float((difference / sum(float(theirs.double().square().sum()) for _, theirs in pairs)) ** 0.5)
