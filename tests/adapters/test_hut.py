@@ -229,7 +229,6 @@ def test_unmerging_what_was_never_merged_warns():
         model.unmerge_adapter()
 
 
-@pytest.mark.xfail(strict=True, reason="unmerge takes a missing copy for a layer that was never merged")
 def test_a_merged_layer_without_its_saved_copy_is_not_unmerged_and_says_so():
     model = adapted(HUTConfig, lambda: {"r": 3})
     expected = model(batch())

@@ -412,7 +412,6 @@ def test_it_runs_beside_lora_which_stays_trained():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="on layers that have LoRA, its own stands beside that and is not active")
 def test_its_lora_learns_on_layers_that_have_lora():
     model = applied("decoder", DECODER.lora(target_modules=["q_proj", "v_proj"]), budget=2000)
     train_all(model, MODELS["decoder"][2])

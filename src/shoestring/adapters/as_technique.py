@@ -76,6 +76,8 @@ class PeftTechnique(Technique):
             parameter.requires_grad_(True)
         for module, names in active:
             module._active_adapter = names
+            if isinstance(module, BaseTunerLayer) and self.adapter_name in module._get_available_adapters():
+                module._active_adapter = [*module.active_adapters, self.adapter_name]  # it was put beside those there
         try:
             yield self.wrapped
         finally:

@@ -610,10 +610,18 @@ class AdaptedLinear(AdaptedLayer):
         return names, self._new_bias(adapters)
 
     def unmerge(self) -> None:
-        """Put the pretrained weight back."""
-        if not self.merged or self._unmerged_weight is None:
+        """Put the pretrained weight back.
+
+        Raises ValueError if it was not kept, as on a merged layer that was copied without it.
+        """
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
+        if self._unmerged_weight is None:
+            raise ValueError(
+                f"{', '.join(self.merged_adapters)} cannot be unmerged: the weight from before merging was not kept. "
+                "Load the base model again."
+            )
         self.set_base_weight(self._unmerged_weight.to(self.get_base_weight()))  # the model may have moved since
         if self._unmerged_bias is not None:
             held: Tensor = self.get_base_layer().bias  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NoReturn
 
+import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -21,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.placement import stacks as lists_of_equal_modules
 from ..errors import SettingError
+from ..fakes import has_values
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn|encdecattention", re.IGNORECASE)
 
@@ -86,9 +88,22 @@ def _stack(name: str, blocks: nn.ModuleList) -> Stack:
 
 
 def _masks_are_causal(block: nn.Module) -> bool:
-    """Whether attention that does not say so itself is causal, such as Bloom's: by the only masks its file makes."""
+    """Whether attention that does not say so itself is causal: by a mask of its own, or, such as Bloom's, by the only
+    masks that its file makes.
+    """
+    if any(map(_is_causal_mask, (buffer for _, attention in _attentions(block) for buffer in attention.buffers()))):
+        return True
     others = ("create_bidirectional_mask", "ALL_ATTENTION_FUNCTIONS")
     return _code_has(block, "create_causal_mask") and not any(_code_has(block, name) for name in others)
+
+
+def _is_causal_mask(buffer: Tensor) -> bool:
+    """Whether it is one mask of tokens by tokens, with nothing after the token itself."""
+    tokens = buffer.shape[-1] if buffer.dim() > 1 else 1
+    is_table = buffer.dtype == torch.int64  # of places in it, as of relative positions
+    if is_table or tokens == 1 or buffer.shape[-2] != tokens or buffer.numel() != tokens**2:
+        return False
+    return not has_values(buffer) or not buffer.triu(1).any()
 
 
 def _code_has(block: nn.Module, name: str) -> bool:
@@ -173,23 +188,36 @@ class NotedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.forward(*args, **kwargs)
         self.beside = None
-        if isinstance(output, tuple):
+        if isinstance(output, (tuple, list)):
             self.beside = tuple(None if part is None else self.unread for part in output[1:])
         return output
 
 
 @cache
 def _length_in_code(forward: Callable[..., Any]) -> int | None:
-    """How long a tuple a block's forward returns; None if it returns none, or if its code does not show it."""
+    """How long a tuple or list a block's forward returns; None if it returns none, or if its code does not show it.
+
+    Of one that others are added to, what it has without them.
+    """
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError):  # of a class that stands in no file
         return None
-    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
-    lengths = {
-        len(x.elts) if isinstance(x, ast.Tuple) and not any(isinstance(e, ast.Starred) for e in x.elts) else None
-        for x in returned
+    assigned = {
+        target.id: node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
     }
+
+    def length(value: Any) -> int | None:
+        value = assigned.get(value.id) if isinstance(value, ast.Name) else value
+        value = value.left if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) else value
+        literal = isinstance(value, (ast.Tuple, ast.List)) and not any(isinstance(e, ast.Starred) for e in value.elts)
+        return len(value.elts) if literal else None
+
+    lengths = {length(node.value) for node in ast.walk(function) if isinstance(node, ast.Return)}
     return lengths.pop() if len(lengths) == 1 else None
 
 
