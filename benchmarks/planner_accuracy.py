@@ -38,7 +38,7 @@ from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArg
 from result import Row, print_table, rows_beside, write
 from shoestring.planning import advise, predict_model
 from shoestring.planning.models import configuration
-from shoestring.planning.prediction import ONE_STEP, quiet, work_of, work_of_model
+from shoestring.planning.prediction import ONE_STEP, without_printing, work_of, work_of_model
 from shoestring.planning.rehearsal import Work, rehearse, run_one_step
 from shoestring.training import RunSettings
 from shoestring.training.trainer import RecipeTrainer
@@ -386,7 +386,7 @@ def with_trainer(work: Work, cls: type[RecipeTrainer], **train: Any) -> Work:
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
         arguments = TrainingArguments(**{**ONE_STEP, **train, "output_dir": folder})
-        return quiet(cls(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks)))
+        return without_printing(cls(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks)))
 
     return replace(work, make_trainer=make_trainer)
 

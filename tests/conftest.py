@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +26,13 @@ def what_is_there_is_not_searched_for_garbage() -> None:
     """Ledgers and trainers collect garbage often, which takes a second where all imports are searched each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep what datasets caches out of the user's cache folder."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets-cache")
+    datasets.config.HF_DATASETS_CACHE = folder
+    return folder

@@ -31,7 +31,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     file = tmp_path / "some.safetensors"
-    with pytest.raises(SettingError, match=r"holds no some\.safetensors\.$"):
+    with pytest.raises(SettingError, match=r"holds no some\.safetensors: it was not saved with this recipe\.$"):
         read_tensors(file)
     for content in (b"", b"nothing", b"\x08\0\0\0\0\0\0\0{}"):
         file.write_bytes(content)

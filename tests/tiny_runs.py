@@ -42,16 +42,6 @@ def save_tokenizer(folder: Path, *, pad: str, unk: str, begin: str, end: str, be
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **names).save_pretrained(folder)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keep what datasets caches out of the user's cache folder."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("datasets-cache")
-    datasets.config.HF_DATASETS_CACHE = folder
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of 2 layers, width 12 and 32 positions, random weights, with its tokenizer."""

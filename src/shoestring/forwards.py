@@ -20,13 +20,8 @@ def forward_replaced(module: nn.Module, replacement: Callable[..., Any]) -> Iter
         plain = before if before is not None else functools.partial(type(self).forward, self)
         return replacement(plain, self, *args, **kwargs)
 
-    module.forward = types.MethodType(forward, module)
-    try:
+    with forward_swapped(module, types.MethodType(forward, module)):
         yield
-    finally:
-        module.__dict__.pop("forward", None)
-        if before is not None:
-            module.forward = before
 
 
 @contextmanager
@@ -37,7 +32,6 @@ def forward_swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
     try:
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
+        module.__dict__.pop("forward", None)
+        if own is not None:
             module.forward = own

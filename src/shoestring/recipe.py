@@ -338,7 +338,7 @@ class Attached:
         return folder if adapters in ([], [index]) else folder / f"{index}-{self.techniques[index].name}"
 
     def _restore_shared_files(self, folder: Path) -> None:
-        if not self.techniques and not (folder / TRAINED_FILE).exists():
+        if not self.techniques and (folder / "config.json").exists() and not (folder / TRAINED_FILE).exists():
             raise SettingError(
                 f"{folder} holds a whole model, trained with an empty recipe: load it by from_pretrained()."
             )

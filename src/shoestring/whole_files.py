@@ -39,7 +39,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises SettingError if it is missing or damaged.
     """
     if not path.exists():
-        raise SettingError(f"{path.parent} holds no {path.name}.")
+        raise SettingError(f"{path.parent} holds no {path.name}: it was not saved with this recipe.")
     try:
         with safe_open(path, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118

@@ -1,7 +1,6 @@
 """Tiny models and run files, as the tests of training have them."""
 
 from tiny_runs import (  # noqa: F401
-    datasets_cache,
     prompt_jsonl,
     review_csv,
     run_file,

@@ -1,7 +1,6 @@
 """Tiny models, tokenizers and data, and run files on them."""
 
 from tiny_runs import (  # noqa: F401
-    datasets_cache,
     image_encoder_folder,
     prompt_jsonl,
     review_csv,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import SettingError, did_you_mean
 from ..technique import Events, Moment, Phase, Technique, settings_of
 from ..whole_files import check_names
+from ..wrappers import innermost
 from .placement import task_head
 
 # What peft fills in itself, and what names the method rather than a setting of it.
@@ -121,7 +122,7 @@ class PeftTechnique(Technique):
 
     def _name_head(self, model: nn.Module) -> None:
         """Put the names of the new head's modules into modules_to_save, beside what is there."""
-        inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner = innermost(model)
         head = {id(p) for p in task_head(inner)}
         names = [name for name, child in inner.named_children() if any(id(p) in head for p in child.parameters())]
         if not hasattr(self.config, "modules_to_save"):

@@ -91,7 +91,8 @@ def _masks_are_causal(block: nn.Module) -> bool:
     """Whether attention that does not say so itself is causal: by a mask of its own, or, such as Bloom's, by the only
     masks that its file makes.
     """
-    if any(map(_is_causal_mask, (buffer for _, attention in _attentions(block) for buffer in attention.buffers()))):
+    buffers = (buffer for _, attention in _attentions(block) for buffer in attention.buffers(recurse=False))
+    if any(map(_is_causal_mask, buffers)):
         return True
     others = ("create_bidirectional_mask", "ALL_ATTENTION_FUNCTIONS")
     return _code_has(block, "create_causal_mask") and not any(_code_has(block, name) for name in others)
@@ -103,7 +104,7 @@ def _is_causal_mask(buffer: Tensor) -> bool:
     is_table = buffer.dtype == torch.int64  # of places in it, as of relative positions
     if is_table or tokens == 1 or buffer.shape[-2] != tokens or buffer.numel() != tokens**2:
         return False
-    return not has_values(buffer) or not buffer.triu(1).any()
+    return not has_values(buffer) or bool(buffer.tril(-1).any() and not buffer.triu(1).any())
 
 
 def _code_has(block: nn.Module, name: str) -> bool:

@@ -88,11 +88,11 @@ def rehearse(work: Work, *, count_operations: bool = False) -> Rehearsed:
 
     Raises SettingError, naming the technique, if one needs values.
     """
-    try:
-        with _imports_not_searched():
+    with _imports_not_searched():
+        try:
             return run_one_step(work, count_operations=count_operations, mode=Valueless())
-    except NO_FAKES as error:
-        raise SettingError(_without_values(work, error)) from error
+        except NO_FAKES as error:
+            raise SettingError(_without_values(work, error)) from error
 
 
 @contextmanager

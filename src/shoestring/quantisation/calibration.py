@@ -94,19 +94,19 @@ def moments_in_parts(
             yield name, moments.pop(name)
 
 
-def training_rows(splits: Mapping[str, Any], method: str, setting: str, count: int) -> Any:
-    """The split "train", to draw rows from.
+def training_rows(splits: Mapping[str, Any], method: str, setting: str, count: int, otherwise: str = "") -> Any:
+    """The split "train", to draw rows from. otherwise: what needs no data, for errors.
 
     Raises SettingError, naming the setting that wants so many, if it is no data set of at least `count` rows.
     """
     rows = splits.get("train")
     if rows is None or not hasattr(rows, "__len__"):
         got = f"a stream of type {type(rows).__name__}" if rows is not None else f"only {', '.join(splits)}"
-        raise SettingError(f"{method} draws rows of the split 'train', a data set with a length; got {got}.")
+        raise SettingError(f"{method} draws rows of the split 'train', a data set with a length; got {got}.{otherwise}")
     if len(rows) < count:
         raise SettingError(
             f"{setting} of {method} is {count}, but the training data has only {len(rows)} rows: lower {setting} or "
-            "give more data."
+            f"give more data.{otherwise}"
         )
     return rows
 

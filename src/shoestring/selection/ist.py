@@ -110,7 +110,9 @@ class IST(Technique):
         """
         if not splits or not self.importance:
             return
-        self._rows = training_rows(splits, self.name, "reward_rows", self.reward_rows)
+        self._rows = training_rows(
+            splits, self.name, "reward_rows", self.reward_rows, " With importance: false none are needed."
+        )
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -295,9 +295,9 @@ class SparseSelection(Selection):
         Raises SettingError if the file is missing or damaged, or was made of another model.
         """
         tensors, _ = read_tensors(folder / FILE)
-        names = {key.rpartition(".")[0] for key in tensors}
-        if names != self.entries.keys():
-            odd = sorted(names ^ self.entries.keys())[0]
+        wanted = {f"{name}.{part}" for name in self.entries for part in ("places", "values", "shape")}
+        if tensors.keys() != wanted:
+            odd = sorted(tensors.keys() ^ wanted)[0]
             raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd} is in one only.")
         for name, entries in self.entries.items():
             places, shape = tensors[f"{name}.places"], tuple(entries.weight[0].shape)

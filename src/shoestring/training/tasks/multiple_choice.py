@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import SettingError
 from ...real_tokens import NO_LABEL
-from ..data import need_columns
+from ..data import need_columns, need_texts
 from ..models import check_length, load_pretrained, max_positions
 from .base import QuicklyHashed, Task
 
@@ -90,6 +90,8 @@ class MultipleChoice(Task):
             )
         column = self.data.choices if isinstance(self.data.choices, str) else None
         need_columns(split, dataset, *self._fields, self.data.label, column)
+        if self.data.template is None:
+            need_texts(split, dataset, self.data.prompt)
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
         model, tokenizer = load_pretrained(self.settings.model, self.auto_class())
