@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ class PeftTechnique(Technique):
         try:
             yield self.wrapped
         finally:
-            if isinstance(self.wrapped.base_model, BaseTuner) and not stacked:
+            # when Python ends there is nothing to undo, and peft's progress bar would wait for its thread for ever
+            if isinstance(self.wrapped.base_model, BaseTuner) and not stacked and not sys.is_finalizing():
                 self.wrapped.base_model.unload()  # with the layers of every adapter stacked on this one
             del self.wrapped
 
