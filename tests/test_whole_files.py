@@ -27,6 +27,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         write_whole(file, fails)
     assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_files_that_are_missing_or_damaged_are_named(tmp_path):
