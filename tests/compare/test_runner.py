@@ -163,9 +163,19 @@ def test_what_cannot_run_is_told_before_the_first_run(suite_file: Callable[..., 
     assert "no linear layer: " in text
     assert "started" not in [event[0] for event in heard]
     with pytest.raises(SettingError) as error:
-        check_suite(suite)
+        check_suite(suite, jobs=3)
     assert str(error.value) == text
     assert not list(Path(suite.output_dir).rglob("*.json"))
+
+
+def test_what_differs_in_the_learning_rate_alone_is_checked_once(suite_file: Callable[..., Path]) -> None:
+    grid = {"train.learning_rate": [1e-3, 4e-3], "recipe.lora.target_modules": [["query"], ["nowhere"]]}
+    suite = Suite.load(suite_file(recipes={"lora": {"recipe": LORA, "grid": grid}}, seeds=[0, 1], baseline=None))
+    heard: list[Any] = []
+    with pytest.raises(SettingError, match="2 of 4 recipes cannot run") as error:
+        check_suite(suite, on_event=heard.append)
+    assert [event[0] for event in heard] == ["checking"] * 2
+    assert all("nowhere" in line for line in str(error.value).splitlines()[1:])
 
 
 def test_a_failure_is_kept_with_its_reason_and_stops_no_other(suite_file: Callable[..., Path]) -> None:

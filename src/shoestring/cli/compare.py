@@ -91,7 +91,7 @@ def compare(
         return
     if dry_run:
         with console.status("checking") as status:
-            check_suite(made, on_event=lambda event: status.update(f"checking {event[1].name}"))
+            check_suite(made, jobs=jobs, on_event=lambda event: status.update(f"checking {event[1].name}"))
         count = "1 recipe" if len(made.names) == 1 else f"{len(made.names)} recipes"
         typer.echo(json.dumps({"checked": list(made.names)}) if as_json else f"Checked {count}: nothing is in the way.")
         return

@@ -30,9 +30,12 @@ from .summary import Asked, compare_results
 
 RESULTS, FAILED, CANCELLED, AT_WORK, KEPT = "results", "failed", "cancelled", ".at_work", "runs"
 PATIENCE = 10.0  # seconds a run gets to end when asked
+REFUSED_BY_NONE = ("seed", "learning_rate", "weight_decay")  # of train; what is prepared is the same whatever they are
 
 Event = tuple[Any, ...]
-"""("started"|"finished"|"failed"|"cancelled", case, ...) or ("step", case, number, of) or ("stage", case, text)."""
+"""A word for what happened, the case, and more: ("checking"|"started"|"finished"|"failed"|"cancelled", case, ...),
+("step", case, number, of) or ("stage", case, text).
+"""
 
 
 class Store:
@@ -155,19 +158,20 @@ def run_suite(
             return
         context = _context()
         if check:
-            _check(suite, store, state.to_do, context, on_event)
+            _check(suite, store, state.to_do, jobs, context, on_event)
         _run_all(suite, store, list(state.to_do), jobs, context, on_event)
 
 
-def check_suite(suite: Suite, *, on_event: Callable[[Event], None] = lambda event: None) -> None:
-    """Load data and model of every recipe and attach it, whether it is finished or not; nothing is trained.
+def check_suite(suite: Suite, *, jobs: int = 1, on_event: Callable[[Event], None] = lambda event: None) -> None:
+    """Load data and model of every recipe and attach it, whether it is finished or not, `jobs` at a time; nothing is
+    trained.
 
     Raises SettingError with all that cannot work at once.
     """
     store = Store(suite)
     with held(store.folder, "comparison"):
         try:
-            _check(suite, store, suite.cases, _context(), on_event)
+            _check(suite, store, suite.cases, jobs, _context(), on_event)
         finally:
             store.clear()
 
@@ -236,30 +240,62 @@ def _died(code: int | None) -> str:
     return f"The process ended with exit code {code} and no message."
 
 
-def _check(suite: Suite, store: Store, cases: Sequence[Case], context: Any, on_event: Callable[[Event], None]) -> None:
-    """Prepare the first seed of every recipe among the cases, in one process, and tell what is wrong with all."""
-    first = {case.name: case for case in reversed(cases)}
-    left = [case for case in cases if first[case.name] is case]
-    problems: list[str] = []
-    while left:
-        running = _start(suite, store, left, context, fits_only=True)
-        try:
-            while left:
-                on_event(("checking", left[0]))
-                message = _heard(running)
-                while message is not None and message[0] in ("stage", "step"):
-                    message = _heard(running)
+def _check(
+    suite: Suite, store: Store, cases: Sequence[Case], jobs: int, context: Any, on_event: Callable[[Event], None]
+) -> None:
+    """Prepare one of all cases that are prepared alike, `jobs` at a time, and tell what is wrong with any."""
+    alike: dict[str, list[Case]] = {}
+    for case in cases:
+        alike.setdefault(_prepared_as(case), []).append(case)
+    left = [same[0] for same in alike.values()]
+    shares = [left[start::jobs] for start in range(min(jobs, len(left)))]
+    problems: dict[str, str] = {}
+    running: dict[Connection, _Running] = {}
+
+    def start(share: list[Case]) -> None:
+        started = _start(suite, store, share, context, threads=_threads(jobs), fits_only=True)
+        running[started.connection] = started
+        on_event(("checking", share[0]))
+
+    try:
+        for share in shares:
+            start(share)
+        while running:
+            for connection in wait(list(running)):
+                one = running[connection]  # type: ignore[index]
+                message = _heard(one)
+                if message is not None and message[0] in ("stage", "step"):
+                    continue
+                case, *share = one.cases
                 if message is None or message[0] == "failed":
-                    problems.append(f"{left[0].name}: {message[2] if message else _died(running.process.exitcode)}")
-                left = left[1:]
-                if message is None:
-                    break
-            running.process.join(PATIENCE)
-        finally:
-            _end(running)
+                    reason = message[2] if message else _died(one.process.exitcode)
+                    problems |= {same.name: reason for same in alike[_prepared_as(case)]}
+                one.cases = share
+                if share and message is not None:
+                    on_event(("checking", share[0]))
+                    continue
+                del running[connection]  # type: ignore[arg-type]
+                _end(one)
+                if share:
+                    start(share)
+    finally:
+        for one in running.values():
+            _end(one)
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise SettingError(f"{len(problems)} of {len(first)} recipes cannot run; nothing was started:\n{lines}")
+        names = dict.fromkeys(case.name for case in cases)
+        lines = "\n".join(f"  {name}: {problems[name]}" for name in names if name in problems)
+        raise SettingError(f"{len(problems)} of {len(names)} recipes cannot run; nothing was started:\n{lines}")
+
+
+def _prepared_as(case: Case) -> str:
+    """Of its settings those that data, model, recipe or trainer could refuse."""
+    train = {key: value for key, value in case.settings.train.items() if key not in REFUSED_BY_NONE}
+    return case.settings.model_copy(update={"train": train}).to_yaml()
+
+
+def _threads(jobs: int) -> int | None:
+    """Of each process, where several share the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
 
 
 def _run_all(
@@ -270,12 +306,11 @@ def _run_all(
     context: Any,
     on_event: Callable[[Event], None],
 ) -> None:
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
     running: dict[Connection, _Running] = {}
     try:
         while to_do or running:
             while to_do and len(running) < jobs:
-                started = _start(suite, store, [to_do.pop(0)], context, threads=threads)
+                started = _start(suite, store, [to_do.pop(0)], context, threads=_threads(jobs))
                 running[started.connection] = started
                 on_event(("started", started.cases[0]))
             for connection in wait(list(running)):
