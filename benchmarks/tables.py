@@ -20,6 +20,7 @@ TRAINED = re.compile(
     r"(?P<seeds>\d+) of (?P<all>\d+) seeds: (?P<what>.+)"
 )
 COST = re.compile(r"(?P<model>[^,]+), (?P<name>[^,]+) beside LoRA r=(?P<r>\d+): (?P<what>.+)")
+IN_PLACE = re.compile(r"\w+ (?P<variant>in [^,]+), (?P<name>[^,]+) beside (?P<base>.+): (?P<what>.+)")
 Found = dict[str, dict[str, tuple[re.Match[str], Row]]]
 """By name of the method, and by what was measured."""
 
@@ -103,6 +104,26 @@ def _cost(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
         f"{peak:.3f}",
         f"{seconds:.2f}",
     ]
+
+
+def in_place(file: str, variants: Iterable[str]) -> str:
+    """Shares of each baseline's bytes kept, peak and seconds, and how many goals hold; a miss is marked."""
+    rows = [row for row in read_rows(RESULTS / file) if IN_PLACE.fullmatch(row.name)]
+    measures = {"bytes kept": "kept", "peak above the weights": "peak", "seconds": "time"}
+    others = {"peak, weights and states included": "peak above the weights"}
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        match = IN_PLACE.fullmatch(row.name)
+        assert match
+        variant, what = match["variant"], others.get(match["what"], match["what"])
+        if what in measures:
+            missed = " **missed**" if row.holds is False else ""
+            cells.setdefault((match["name"], match["base"]), {})[variant, what] = f"{row.ratio:.3f}{missed}"
+    columns = [(variant, what) for variant in variants for what in measures]
+    head = ["method", "beside", *(f"{variant}: {measures[what]}" for variant, what in columns)]
+    lines = [[f"`{name}`", base, *(some.get(at, "") for at in columns)] for (name, base), some in cells.items()]
+    goals = [row for row in rows if row.goal]
+    return f"{markdown(head, lines)}\n\n{sum(row.holds is True for row in goals)} of {len(goals)} goals hold."
 
 
 def plain(file: str, without: Iterable[str] = ()) -> str:
