@@ -3,12 +3,13 @@
     python benchmarks/in_place.py --json docs/results/in_place.json
     python benchmarks/in_place.py --only cost --methods paca --rounds 2 --json in_place.json
 
-cost: one step, forward and backward, of the packaged decoder: in float32; with weights in bfloat16 under autocast,
-what trains in float32; and so with `chunked_loss`, without which logits of its many words are half of all bytes. Each
-method stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the
-method's trained parameters; both are rows of their own. `paca` stands beside a LoRA of equal r too, and `qwha` of r
-64 beside one of 64, in batches of 2,048 tokens, where its paper takes 8,192 and more: steps of these would take
-minutes here, and what it makes beside its products counts for less there. In bfloat16, peft casts the input of each
+cost: one step, forward and backward, of the packaged decoder: in float32; with weights in bfloat16 under autocast, what
+trains in float32; and so with `chunked_loss`, without which logits of its many words are half of all bytes. Each method
+stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the method's
+trained parameters; both are rows of their own. `paca` stands beside a LoRA of equal r too, and `qwha` of r 64 beside
+one of 64, in batches of 2,048 tokens, where its paper takes 8,192 and more: steps of these would take minutes here, and
+what it makes beside its products counts for less there. `norms alone` trains nothing in these layers: what is above its
+share of LoRA's bytes and seconds is all that a method for them could spare. In bfloat16, peft casts the input of each
 layer to the float32 of LoRA's weights and autocast casts it back, so that q, k and v keep a copy each of an input that
 is one; there each method stands, with the same limits, beside a LoRA whose own weights are in bfloat16 too, as with
 peft's `autocast_adapter_dtype=False`, and whose layers share it. Bytes are the ledger's. Seconds are those of the
@@ -115,6 +116,7 @@ METHODS: dict[str, Method] = {
     ),
     "SHiRA": Method([{"shira": {"r": 8}}]),
     "LoRA-FA": Method([{"lora": {"r": 16, "lora_alpha": 32}}, "lora_fa"]),
+    "norms alone": Method([{"norm_tuning": {"target_modules": None}}], parts=()),  # costs of a step without adapters
 }
 QUALITY = {"classification": REVIEWS, "decoder": WORD_PROBLEMS, "rounded": WORD_PROBLEMS}
 
