@@ -106,24 +106,28 @@ def _cost(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
     ]
 
 
-def in_place(file: str, variants: Iterable[str]) -> str:
-    """Shares of each baseline's bytes kept, peak and seconds, and how many goals hold; a miss is marked."""
-    rows = [row for row in read_rows(RESULTS / file) if IN_PLACE.fullmatch(row.name)]
+def in_place(file: str, variants: Mapping[str, str]) -> str:
+    """Shares of each baseline's bytes kept, peak and seconds, and how many goals hold; a miss is marked.
+
+    variants: what a reader is told of each.
+    """
+    matches = ((IN_PLACE.fullmatch(row.name), row) for row in read_rows(RESULTS / file))
     measures = {"bytes kept": "kept", "peak above the weights": "peak", "seconds": "time"}
     others = {"peak, weights and states included": "peak above the weights"}
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-    for row in rows:
-        match = IN_PLACE.fullmatch(row.name)
-        assert match
-        variant, what = match["variant"], others.get(match["what"], match["what"])
-        if what in measures:
-            missed = " **missed**" if row.holds is False else ""
-            cells.setdefault((match["name"], match["base"]), {})[variant, what] = f"{row.ratio:.3f}{missed}"
+    goals = []
+    for match, row in matches:
+        if match is None:
+            continue
+        if row.goal:
+            goals.append(row.holds)
+        what = others.get(match["what"], match["what"])
+        missed = " **missed**" if row.holds is False else ""
+        cells.setdefault((match["name"], match["base"]), {})[match["variant"], what] = f"{row.ratio:.3f}{missed}"
     columns = [(variant, what) for variant in variants for what in measures]
-    head = ["method", "beside", *(f"{variant}: {measures[what]}" for variant, what in columns)]
+    head = ["method", "beside", *(f"{variants[variant]}: {measures[what]}" for variant, what in columns)]
     lines = [[f"`{name}`", base, *(some.get(at, "") for at in columns)] for (name, base), some in cells.items()]
-    goals = [row for row in rows if row.goal]
-    return f"{markdown(head, lines)}\n\n{sum(row.holds is True for row in goals)} of {len(goals)} goals hold."
+    return f"{markdown(head, lines)}\n\n{sum(map(bool, goals))} of {len(goals)} goals hold."
 
 
 def plain(file: str, without: Iterable[str] = ()) -> str:
@@ -147,8 +151,13 @@ def _number(value: float) -> str:
 ON_TEXTS = {"classification": "reviews", "decoder": "word problems"}
 TABLES: dict[str, Callable[[], str]] = {
     "costs of weight adapters": lambda: costs("adapters.json", {"minilm": "encoder", "smollm2": "decoder"}),
+    "costs in place": lambda: in_place(
+        "in_place.json",
+        {"in float32": "float32", "in bfloat16": "bfloat16", "in bfloat16 with chunked_loss": "with chunked loss"},
+    ),
     "costs of selections": lambda: plain("selection.json", ["quality", "forwards"]),
     "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
+    "quality in place": lambda: quality("in_place.json", ON_TEXTS | {"rounded": "2-bit decoder"}),
     "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
 }
 
