@@ -8,14 +8,14 @@ trains in float32; and so with `chunked_loss`, without which logits of its many 
 stands beside a LoRA without dropout on the same layers, whose r is the whole number that comes nearest to the method's
 trained parameters; both are rows of their own. `paca` stands beside a LoRA of equal r too, and `qwha` of r 64 beside
 one of 64, in batches of 2,048 tokens, where its paper takes 8,192 and more: steps of these would take minutes here, and
-what it makes beside its products counts for less there. `norms alone` trains nothing in these layers: what is above its
-share of LoRA's bytes and seconds is all that a method for them could spare. In bfloat16, peft casts the input of each
-layer to the float32 of LoRA's weights and autocast casts it back, so that q, k and v keep a copy each of an input that
-is one; there each method stands, with the same limits, beside a LoRA whose own weights are in bfloat16 too, as with
-peft's `autocast_adapter_dtype=False`, and whose layers share it. Bytes are the ledger's. Seconds are those of the
-processor on one thread, the least of several steps, the method's and LoRA's in turn. No optimizer is in it. Those with
-limits beside full tuning stand there too, with AdamW's update in both, and bytes of all there is, weights and states
-included; full tuning has its weights in float32.
+what it makes beside its products counts for less there. `first norm alone` trains next to nothing, but backward goes
+through all blocks: what it has of LoRA's bytes and seconds, no method for these layers can spare. In bfloat16, peft
+casts the input of each layer to the float32 of LoRA's weights and autocast casts it back, so that q, k and v keep a
+copy each of an input that is one; there each method stands, with the same limits, beside a LoRA whose own weights are
+in bfloat16 too, as with peft's `autocast_adapter_dtype=False`, and whose layers share it. Bytes are the ledger's.
+Seconds are those of the processor on one thread, the least of several steps, the method's and LoRA's in turn. No
+optimizer is in it. Some stand beside full tuning too, with AdamW's update in both, and bytes of all there is, weights
+and states included; full tuning has its weights in float32.
 
 stored: the decoder as `save_packed` writes it, beside its weights in 16 bit: the whole file with what stays as it was,
 embeddings above all, and the packed layers in it alone.
@@ -69,8 +69,9 @@ EVERYWHERE = {"minilm": ["query", "key", "value", "dense"], MODEL: "all-linear"}
 class Method:
     """A recipe, and what of a step may be at most so many times LoRA's.
 
-    targets: the layers of LoRA, and of the method where it does not say its own. full: limits beside full tuning.
-    same_r: an r that the method and a LoRA both take, and limits beside that one; None for no such rows.
+    targets: the layers of LoRA, and of the method where it does not say its own. r: LoRA's, where none has about as
+    many trained parameters. full: limits beside full tuning; None for no such rows. same_r: an r that the method and a
+    LoRA both take, and limits beside that one; None for no such rows.
     without_data: settings that let its first technique attach without data, for costs; None leaves one out. parts: the
     trainings. nf4: LoRA stands on the base in nf4. stored: how many times the bytes of 16 bit its file may be, and the
     packed layers in it. apart: by part, how much worse than LoRA's its quality may be, where not as much as the part
@@ -80,7 +81,8 @@ class Method:
     recipe: list[Any]
     limits: dict[str, float] = field(default_factory=dict)
     targets: dict[str, Any] = field(default_factory=lambda: EVERYWHERE)
-    full: dict[str, float] = field(default_factory=dict)
+    r: int | None = None
+    full: dict[str, float] | None = None
     same_r: tuple[int, dict[str, float]] | None = None
     without_data: dict[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ("classification", "decoder")
@@ -116,7 +118,9 @@ METHODS: dict[str, Method] = {
     ),
     "SHiRA": Method([{"shira": {"r": 8}}]),
     "LoRA-FA": Method([{"lora": {"r": 16, "lora_alpha": 32}}, "lora_fa"]),
-    "norms alone": Method([{"norm_tuning": {"target_modules": None}}], parts=()),  # costs of a step without adapters
+    "first norm alone": Method(
+        [{"norm_tuning": {"target_modules": r".*layers\.0\.input_layernorm"}}], r=8, full={}, parts=()
+    ),
 }
 QUALITY = {"classification": REVIEWS, "decoder": WORD_PROBLEMS, "rounded": WORD_PROBLEMS}
 
@@ -165,7 +169,7 @@ def equal_lora(name: str, model: str) -> tuple[int, list[Any]]:
     method = METHODS[name]
     ours = Stepped(model, without_data(method, model)).trained
     a_rank = Stepped(model, [lora(1, target_modules=method.targets[model])]).trained
-    r = max(1, round(ours / a_rank))
+    r = method.r or max(1, round(ours / a_rank))
     return r, [lora(r, target_modules=method.targets[model])]
 
 
@@ -179,7 +183,7 @@ def cost_of(name: str, variant: str, rounds: int) -> list[Row]:
     r, recipe = equal_lora(name, MODEL)
     label = f"{MODEL} {variant}, {name} beside"
     rows = rows_beside_lora(f"{label} LoRA r={r}", name, recipe, method.limits, variant, rounds)
-    if method.full:
+    if method.full is not None:
         rows += rows_of(f"{label} full tuning, with AdamW", name, [], method.full, variant, rounds, update=True)
     if method.same_r:
         r, limits = method.same_r
