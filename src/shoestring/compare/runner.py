@@ -275,6 +275,7 @@ def _check(
                     on_event(("checking", share[0]))
                     continue
                 del running[connection]  # type: ignore[arg-type]
+                one.process.join(PATIENCE)  # by itself, or what it holds of the system is left behind
                 _end(one)
                 if share:
                     start(share)
