@@ -168,6 +168,14 @@ def test_what_cannot_run_is_told_before_the_first_run(suite_file: Callable[..., 
     assert not list(Path(suite.output_dir).rglob("*.json"))
 
 
+def test_processes_that_check_end_by_themselves_and_leave_nothing_behind(suite_file: Callable[..., Path]) -> None:
+    path = suite_file(recipes={"lora": LORA, "bitfit": ["bitfit"]}, baseline=None)
+    command = [sys.executable, "-m", "shoestring", "compare", str(path), "--dry-run", "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "Checked 2 recipes: nothing is in the way.\n"
+    assert "leaked" not in done.stderr
+
+
 def test_what_differs_in_the_learning_rate_alone_is_checked_once(suite_file: Callable[..., Path]) -> None:
     grid = {"train.learning_rate": [1e-3, 4e-3], "recipe.lora.target_modules": [["query"], ["nowhere"]]}
     suite = Suite.load(suite_file(recipes={"lora": {"recipe": LORA, "grid": grid}}, seeds=[0, 1], baseline=None))
