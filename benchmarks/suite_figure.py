@@ -11,13 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
 COSTS = {"peak_bytes": ("memory of a step, MB", 1e-6), "step_seconds": ("median step, seconds", 1.0)}
 
 
-def drawn(axes: Axes, comparison: dict[str, Any], cost: str) -> None:
+def drawn(axes: Any, comparison: dict[str, Any], cost: str) -> None:
     """One cost against the quality."""
     quality, (label, scale) = comparison["quality"], COSTS[cost]
     front: list[tuple[float, float]] = []
@@ -38,6 +35,8 @@ def drawn(axes: Axes, comparison: dict[str, Any], cost: str) -> None:
 
 
 def main() -> None:
+    import matplotlib.pyplot as plt
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path)
     parser.add_argument("figure", type=Path)
