@@ -264,8 +264,6 @@ def _check(
             for connection in wait(list(running)):
                 one = running[connection]  # type: ignore[index]
                 message = _heard(one)
-                if message is not None and message[0] in ("stage", "step"):
-                    continue
                 case, *share = one.cases
                 if message is None or message[0] == "failed":
                     reason = message[2] if message else _died(one.process.exitcode)
