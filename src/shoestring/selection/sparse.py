@@ -46,6 +46,7 @@ class Entries(nn.Module):
 
     moves: ClassVar[bool] = False
     places: Int[Tensor, " n"]
+    originals: Float[Tensor, " n"]
 
     def __init__(self, name: str, weight: nn.Parameter, places: Int[Tensor, " n"]):
         super().__init__()
@@ -53,7 +54,7 @@ class Entries(nn.Module):
         self.weight = [weight]  # in a list, so that it is no parameter of this module
         narrow = weight.numel() <= torch.iinfo(torch.int32).max
         self.register_buffer("places", places.to(weight.device, torch.int32 if narrow else torch.int64))
-        self.originals = self.taken()
+        self.register_buffer("originals", self.taken(), persistent=False)
         values = self.originals.to(wide_dtype(weight.dtype), copy=True)
         self.values = nn.Parameter(values, requires_grad=self._may_train)
         self._written = self.values._version

@@ -236,14 +236,14 @@ class MovingEntries(Entries):
     """
 
     moves = True
+    left: Int[Tensor, " m"]
+    left_values: Float[Tensor, " m"]
+    left_originals: Float[Tensor, " m"]
 
     def __init__(self, name: str, weight: nn.Parameter, places: Int[Tensor, " n"]):
         super().__init__(name, weight, places)
-        self._forget_left()
-
-    def _forget_left(self) -> None:
-        self.left, self.left_values = self.places[:0].clone(), self.values.detach()[:0].clone()
-        self.left_originals = self.originals[:0].clone()
+        for part, like in (("left", self.places), ("left_values", self.values), ("left_originals", self.originals)):
+            self.register_buffer(part, like.detach()[:0].clone(), persistent=False)
 
     def move(self, places: Int[Tensor, " n"], optimizer: Optimizer | None = None) -> None:
         """Train the numbers at other places from now on, each from what it is in the weight.
@@ -291,7 +291,7 @@ class MovingEntries(Entries):
         """Take other places, and leave none."""
         self.put(self.left_originals, self.left)
         super().replace(places, values)
-        self._forget_left()
+        self.left, self.left_values, self.left_originals = self.left[:0], self.left_values[:0], self.left_originals[:0]
 
 
 def _positions(known: Int[Tensor, " m"], wanted: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:

@@ -33,7 +33,7 @@ from ..fakes import without_values
 from ..memory import Ledger, MemoryReport
 from ..recipe import Recipe, attached_to, load
 from .declared import must_fail
-from .tiny_models import seeded
+from .tiny_models import seeded, tensors_left_behind
 
 MakeSettings = Callable[[], dict[str, Any]]
 Check = Callable[[type[AdapterConfig], MakeSettings], None]
@@ -456,6 +456,12 @@ def check_gradient_checkpointing_gives_equal_gradients(
         for name, gradient in gradients(use_reentrant=reentrant).items():
             assert gradient is not None, f"{name} has no gradient under checkpointing (use_reentrant={reentrant})"
             assert_close(gradient, expected[name], f"the gradient of {name} under checkpointing", atol=1e-7)
+
+
+def check_moves_with_its_model(config_class: type[AdapterConfig], make_settings: MakeSettings) -> None:
+    """A model that is moved to another device takes all tensors of the adapters along."""
+    left = tensors_left_behind(adapted(config_class, make_settings, tiny_llama(), target_modules=list(LLAMA_TARGETS)))
+    assert not left, f"{left[0]} stays behind when the model is moved: make it a buffer"
 
 
 def check_runs_without_values(config_class: type[AdapterConfig], make_settings: MakeSettings) -> None:

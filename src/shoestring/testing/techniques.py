@@ -39,7 +39,17 @@ from ..recipe import Recipe, attached_to
 from ..technique import TECHNIQUES, Moment, Phase, Technique
 from ..training import RecipeTrainer
 from .declared import must_fail
-from .tiny_models import DECODER, IMAGES, Step, TinyModel, assert_derivative_of_the_loss, result_of, seeded, step
+from .tiny_models import (
+    DECODER,
+    IMAGES,
+    Step,
+    TinyModel,
+    assert_derivative_of_the_loss,
+    result_of,
+    seeded,
+    step,
+    tensors_left_behind,
+)
 
 FLOAT32, FLOAT64 = 2e-6, 1e-12
 HALF = 0.05  # of bfloat16, whose unit is 0.4 %
@@ -390,6 +400,12 @@ def check_two_models_at_once(case: TechniqueCase) -> None:
     if not case.draws_at_each_step:
         error = step(models[1], batches[1]).error(expected[1])
         assert error == 0, "detaching one model disturbed the other"
+
+
+def check_moves_with_its_model(case: TechniqueCase) -> None:
+    """A model that is moved to another device after a recipe was attached takes all tensors of its modules along."""
+    left = tensors_left_behind(case.applied(case.technique()))
+    assert not left, f"{left[0]} stays behind when the model is moved: make it a buffer"
 
 
 def check_runs_without_values(case: TechniqueCase) -> None:

@@ -207,3 +207,15 @@ def assert_derivative_of_the_loss(model: nn.Module, batch: dict[str, Tensor], se
     assert abs(slope - length) < 0.01 * length, (
         f"the loss changes by {slope:.4g} along its gradient, whose length is {length:.4g}"
     )
+
+
+def tensors_left_behind(model: nn.Module) -> list[str]:
+    """The tensors that stay where they are when the model is moved: attributes of modules that are no buffers."""
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        for part in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(part, Tensor) and id(part) not in known
+    ]
