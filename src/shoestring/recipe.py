@@ -570,6 +570,14 @@ def _refuse_conflicts(techniques: tuple[Technique, ...]) -> None:
         if technique.needs and not any(t.phase in technique.needs for t in techniques if t is not technique):
             kinds = " or ".join(sorted(phase.name.lower() for phase in technique.needs))
             raise SettingError(f"{technique.name} needs a technique of the phase {kinds} beside it in the recipe.")
+    for technique in techniques:
+        for other in techniques:
+            for what in sorted(technique.holds & other.varies):
+                raise SettingError(
+                    f"{technique.name} and {other.name} cannot be combined: {other.name} changes {what} from step to "
+                    f"step, which {technique.name} cannot follow. Take out one of the two."
+                )
+    for technique in techniques:
         technique.check_recipe([other for other in techniques if other is not technique])
 
 

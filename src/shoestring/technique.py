@@ -168,6 +168,9 @@ class Events:
             raise ValueError(f"{type(self).__name__} keeps no state, but was given {', '.join(sorted(state))}.")
 
 
+WHICH_TRAIN, NUMBERS_HELD = "which parameters train", "which numbers trained parameters hold"
+
+
 class Technique(Events):
     """One way to train in less memory or with fewer weights. Subclasses are dataclasses whose fields are the settings.
 
@@ -177,6 +180,8 @@ class Technique(Events):
     alone_in_phase: no second technique of the same phase may stand beside it.
     needs: phases of which at least one other technique must be in the recipe.
     claims: parts of the model or of autograd that only one technique may act on, as plain words.
+    varies: what it changes from one step to another, `WHICH_TRAIN` or `NUMBERS_HELD` or both.
+    holds: what of these must stay as it is, where this one keeps a copy or a record of all that trains.
     graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
     loss_in_model: it acts where the model computes its loss; trainers that compute it elsewhere leave it to the model.
     brings_loss: it computes the loss itself, of inputs without labels.
@@ -191,6 +196,8 @@ class Technique(Events):
     alone_in_phase: ClassVar[bool] = False
     needs: ClassVar[frozenset[Phase]] = frozenset()
     claims: ClassVar[frozenset[str]] = frozenset()
+    varies: ClassVar[frozenset[str]] = frozenset()
+    holds: ClassVar[frozenset[str]] = frozenset()
     graph_in_blocks: ClassVar[bool] = True
     loss_in_model: ClassVar[bool] = False
     brings_loss: ClassVar[bool] = False

@@ -266,6 +266,41 @@ def test_a_log_of_another_model_is_refused(tmp_path):
         replay(CLASSIFIER.make(), tmp_path / "saved")
 
 
+def test_noise_of_another_kind_of_device_is_refused_in_a_replay_and_a_resumed_run(tmp_path):
+    weight = torch.zeros(2)
+    log = StepLog()
+    log.describe({"w": weight}, [0], [0.0])
+    log.take([weight], [1], [0.5], [1e-3])
+    assert log.device == "cpu"
+    log.device = "cuda"  # as if these steps had been made there
+    log.save(tmp_path)
+    before, restored = weight.clone(), StepLog.load(tmp_path)
+    restored.describe({"w": weight}, [0], [0.0])
+    for go_on in (
+        lambda: restored.replay({"w": weight}),
+        lambda: restored.take([weight], [2], [0.5], [1e-3]),
+    ):
+        with pytest.raises(SettingError, match=r"made on cuda, and noise is another on cpu: move the model to cuda"):
+            go_on()
+    assert torch.equal(weight, before)
+    assert len(restored.seeds) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["id3", {"speft": {"count": 9, "dynamic_steps": 2}}, "light_peft", "ist"],
+    ids=["id3", "speft", "light_peft", "ist"],
+)
+@pytest.mark.parametrize("ours", ["zeroth_order", "bilevel_zofo"])
+def test_what_changes_the_trained_parameters_on_the_way_is_refused(ours, other):
+    recipe = [{"lora": {"r": 2}}, other, ours]
+    if (ours, other) == ("bilevel_zofo", "ist"):  # blocks that rest keep their two copies
+        Recipe.from_list(recipe)
+        return
+    with pytest.raises(SettingError, match=rf"{ours} and \w+ cannot be combined: \w+ changes which .* step to step"):
+        Recipe.from_list(recipe)
+
+
 def test_a_resumed_run_ends_at_the_same_bits(tmp_path):
     whole = Recipe(ZerothOrder()).apply(CLASSIFIER.make())
     trained(whole, tmp_path / "whole", max_steps=4)

@@ -505,7 +505,8 @@ def test_it_goes_with_recompute_and_bfloat16():
         ({"channel_multiple": 0}, "channel_multiple of light_peft must be at least 1"),
         ({"channels_scope": "block"}, "must be 'model' or 'layer', got 'block'"),
         ({"ranks_scope": "block"}, "ranks_scope"),
-        ({"sparsity_weight": -1.0}, "must not be negative"),
+        ({"sparsity_weight": -1.0}, "must be a number of at least 0"),
+        ({"sparsity_weight": float("nan")}, "must be a number of at least 0"),
         ({"mask_lr_factor": 0.0}, "must be above 0"),
     ],
 )

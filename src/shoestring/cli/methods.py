@@ -164,6 +164,7 @@ def _composes(info: "TechniqueInfo") -> str:
     if info.kind == "prompts" or getattr(info.settings_class, "alone_in_phase", False):
         rules.append(f"no other {info.kind}")
     rules += [f"no other on {claim}" for claim in sorted(getattr(info.settings_class, "claims", ()))]
+    rules += [f"nothing that changes {what} on the way" for what in sorted(getattr(info.settings_class, "holds", ()))]
     if needs := getattr(info.settings_class, "needs", None):
         rules.append(f"needs {' or '.join(sorted(phase.name.lower() for phase in needs))}")
     return "; ".join(rules)

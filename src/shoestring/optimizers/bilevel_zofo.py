@@ -29,7 +29,7 @@ from ..errors import SettingError
 from ..modes import quiet
 from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
-from ..technique import MicroBatch, Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..technique import NUMBERS_HELD, MicroBatch, Moment, Phase, Technique, refuse_several_processes, register_technique
 from ..wrappers import innermost
 from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
@@ -58,6 +58,7 @@ class BilevelZOFO(Technique):
     phase: ClassVar[Phase] = Phase.OPTIMIZER
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER, Phase.PROMPT})
     claims: ClassVar[frozenset[str]] = frozenset({"the training step"})
+    holds: ClassVar[frozenset[str]] = frozenset({NUMBERS_HELD})  # of which it has two copies
 
     inner_steps: int = 30
     penalty: float = 10.0

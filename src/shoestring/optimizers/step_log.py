@@ -5,7 +5,7 @@ Costs    8 bytes a step and direction; 8 a step and group of weights while the l
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class StepLog:
     """What zeroth-order steps did to some weights.
 
     names: of the weights, in the order in which noise is drawn. groups: for each, the index of its learning rate.
-    decays: the weight decay of each group. device: the kind that drew the noise.
+    decays: the weight decay of each group. device: the kind that drew the noise; empty before the first step.
     seeds, slopes: of each step, one a direction. rates: of each step, one a group.
     """
 
@@ -32,7 +32,7 @@ class StepLog:
     shapes: Sequence[Sequence[int]] = ()
     groups: Sequence[int] = ()
     decays: Sequence[float] = ()
-    device: str = "cpu"
+    device: str = ""
     seeds: list[list[int]] = field(default_factory=list)
     slopes: list[list[float]] = field(default_factory=list)
     rates: list[list[float]] = field(default_factory=list)
@@ -46,7 +46,6 @@ class StepLog:
         if self.seeds and (list(self.names), list(self.shapes)) != (list(weights), shapes):
             raise SettingError(_of_another_model(self.names, weights))
         self.names, self.shapes, self.groups, self.decays = list(weights), shapes, list(groups), list(decays)
-        self.device = next(iter(weights.values())).device.type
 
     def take_over(self, other: "StepLog") -> None:
         """Become equal to another record, for those who hold this one."""
@@ -54,7 +53,12 @@ class StepLog:
             setattr(self, each.name, getattr(other, each.name))
 
     def take(self, weights: Sequence[Tensor], seeds: list[int], slopes: list[float], rates: list[float]) -> None:
-        """Make one step, and write it down."""
+        """Make one step, and write it down.
+
+        Raises SettingError if the steps before were made on a device of another kind.
+        """
+        self.device = self.device or weights[0].device.type
+        self._check_device(weights)
         self.seeds.append(seeds)
         self.slopes.append(slopes)
         self.rates.append(rates)
@@ -68,14 +72,17 @@ class StepLog:
         shapes = [list(weight.shape) for weight in weights.values()]
         if list(weights) != list(self.names) or shapes != list(self.shapes):
             raise SettingError(_of_another_model(self.names, weights))
-        here = {weight.device.type for weight in weights.values()}
-        if here - {self.device}:
-            raise SettingError(
-                f"The steps were made on {self.device}, and noise is another on {' and '.join(sorted(here))}: move the "
-                f"model to {self.device} to replay them."
-            )
+        self._check_device(weights.values())
         for step in range(len(self.seeds)):
             self._make(list(weights.values()), step)
+
+    def _check_device(self, weights: Iterable[Tensor]) -> None:
+        here = {weight.device.type for weight in weights}
+        if self.device and here - {self.device}:
+            raise SettingError(
+                f"The zeroth-order steps were made on {self.device}, and noise is another on "
+                f"{' and '.join(sorted(here))}: move the model to {self.device}."
+            )
 
     def _make(self, weights: Sequence[Tensor], step: int) -> None:
         rates = [self.rates[step][group] for group in self.groups]

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import RunFailed, SettingError
 from ..modes import dropouts, quiet
-from ..technique import MicroBatch, Moment, Phase, Technique, register_technique
+from ..technique import NUMBERS_HELD, WHICH_TRAIN, MicroBatch, Moment, Phase, Technique, register_technique
 from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
 from .step_log import StepLog
 
@@ -54,6 +54,7 @@ class ZerothOrder(Technique):
     name: ClassVar[str] = "zeroth_order"
     phase: ClassVar[Phase] = Phase.OPTIMIZER
     claims: ClassVar[frozenset[str]] = frozenset({"the optimizer", "the training step"})
+    holds: ClassVar[frozenset[str]] = frozenset({WHICH_TRAIN, NUMBERS_HELD})  # its record says nothing of such changes
     removes: ClassVar[frozenset[str]] = frozenset({"everything kept"})
 
     eps: float = 1e-3

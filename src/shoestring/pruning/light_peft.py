@@ -19,6 +19,7 @@ Differs  masks multiply the context vector, not the attention's probabilities, w
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..precision import wide_dtype
 from ..quantisation.originals import is_same
-from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..technique import NUMBERS_HELD, Moment, Phase, Technique, refuse_several_processes, register_technique
 from ..whole_files import read_tensors, write_tensors
 from .units import Units, find_units
 
@@ -87,6 +88,7 @@ class LightPEFT(Technique):
     name: ClassVar[str] = "light_peft"
     phase: ClassVar[Phase] = Phase.PRUNING
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
+    varies: ClassVar[frozenset[str]] = frozenset({NUMBERS_HELD})
 
     estimation_steps: int = 200
     removed_heads_fraction: float = 1 / 3
@@ -111,8 +113,10 @@ class LightPEFT(Technique):
         for name in ("channels_scope", "ranks_scope"):
             if getattr(self, name) not in ("model", "layer"):
                 raise SettingError(f"{name} of light_peft must be 'model' or 'layer', got {getattr(self, name)!r}.")
-        if self.sparsity_weight < 0:
-            raise SettingError(f"sparsity_weight of light_peft must not be negative, got {self.sparsity_weight}.")
+        if not 0 <= self.sparsity_weight < math.inf:
+            raise SettingError(
+                f"sparsity_weight of light_peft must be a number of at least 0, got {self.sparsity_weight}."
+            )
         if not self.mask_lr_factor > 0:
             raise SettingError(f"mask_lr_factor of light_peft must be above 0, got {self.mask_lr_factor}.")
         self._reset()

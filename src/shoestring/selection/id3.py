@@ -32,7 +32,7 @@ from ..fakes import has_values
 from ..modes import in_backward
 from ..precision import wide_dtype
 from ..resizing import replace_data
-from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..technique import NUMBERS_HELD, Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import named_parameters, settings_error
 from .optimizer_state import carry_state, check_by_number
 from .sparse import Entries, SparseSelection
@@ -214,6 +214,7 @@ class ID3(SparseSelection):
     """
 
     name: ClassVar[str] = "id3"
+    varies: ClassVar[frozenset[str]] = frozenset({NUMBERS_HELD})
 
     count: int | None = None
     density: float | None = None

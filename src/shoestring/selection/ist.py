@@ -37,7 +37,7 @@ from ..fakes import has_values
 from ..modes import in_eval_mode
 from ..quantisation.calibration import training_rows
 from ..quantisation.gradients import loss_of
-from ..technique import Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..technique import WHICH_TRAIN, Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import settings_error
 
 TRIES = 100  # to draw a set that was not drawn yet, before the first such one in order is taken
@@ -68,6 +68,7 @@ class IST(Technique):
     name: ClassVar[str] = "ist"
     phase: ClassVar[Phase] = Phase.SELECTION
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
+    varies: ClassVar[frozenset[str]] = frozenset({WHICH_TRAIN})
 
     active_layers: int | float = 0.25
     importance: bool = True

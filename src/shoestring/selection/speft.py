@@ -36,7 +36,7 @@ from ..errors import SettingError
 from ..fakes import has_values
 from ..quantisation.calibration import Calibrated
 from ..resizing import replace_data
-from ..technique import Moment, refuse_several_processes, register_technique
+from ..technique import NUMBERS_HELD, Moment, refuse_several_processes, register_technique
 from .base import settings_error
 from .optimizer_state import carry_state, check_by_number
 from .scores import curvature_scores, flow_scores, gradient_scores
@@ -104,6 +104,8 @@ class Speft(Calibrated, SparseSelection):
             raise settings_error(self.name, "scope", "global or local", self.scope)
         if self.dynamic_steps is not None and self.dynamic_steps < 1:
             raise settings_error(self.name, "dynamic_steps", "at least 1, or None", self.dynamic_steps)
+        if self.dynamic_steps is not None:
+            self.varies = frozenset({NUMBERS_HELD})  # type: ignore[misc]
         self._steps_scored = 0
 
     @property
