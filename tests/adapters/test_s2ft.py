@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, gpt2
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -71,6 +72,31 @@ def phi3(**_: Any) -> nn.Module:
         return Phi3ForCausalLM(Phi3Config(**sizes, **heads))
 
 
+def odd(family: str, base: str = "ForCausalLM", **settings: Any) -> Any:
+    """Makes a tiny model of a family in double precision, all of whose weights are random."""
+
+    def make() -> nn.Module:
+        sizes = {"vocab_size": WORDS, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 40}
+        others = {"GPT2": ("n_embd", "n_layer", "n_head"), "GPTBigCode": ("n_embd", "n_layer", "n_head")}
+        if family in others:
+            sizes = dict(zip(others[family], (24, 2, 4), strict=True)) | {"vocab_size": WORDS}
+        elif family == "Mpt":
+            sizes = {"vocab_size": WORDS, "d_model": 24, "n_layers": 2, "n_heads": 4}
+        else:
+            sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+        if family == "LayoutLMv3":
+            sizes |= {"coordinate_size": 4, "shape_size": 4, "visual_embed": False}
+        with seeded(0):
+            config = getattr(transformers, f"{family}Config")(**sizes, **settings)
+            model = getattr(transformers, f"{family}{base}")(config).double().eval()
+            for parameter in model.parameters():
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    make.__name__ = " ".join([family, *settings])
+    return make
+
+
 # ---- coupled structures ----
 
 
@@ -100,6 +126,38 @@ def test_plain_and_fused_layers_of_other_families_are_permuted_the_same_way(fami
     torch.testing.assert_close(permuted(**inputs)[0], expected, rtol=1e-10, atol=1e-10)
     plain = permuted.unload()
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            odd("StableLm", qk_layernorm=True),
+            r"layers.0.self_attn cannot be permuted: q_layernorm.norms.0 has .* 6 numbers that may belong to heads",
+        ),
+        (odd("StableLm"), ""),
+        (odd("GPTBigCode"), ""),
+        (odd("GPTBigCode", multi_query=False), r"attn.c_attn does not hold q, k and v one after the other"),
+        (
+            odd("GPT2", "LMHeadModel", add_cross_attention=True),
+            r"crossattention.c_attn does not hold q, k and v one after the other",
+        ),
+        (odd("LayoutLMv3", "Model"), r"attention cannot be permuted: its heads have a bias by position"),
+        (odd("Mpt"), r"attn cannot be permuted: its heads have a bias by position"),
+        (odd("Qwen3"), ""),
+    ],
+    ids=lambda one: getattr(one, "__name__", None),
+)
+def test_what_is_permuted_gives_the_same_outputs_and_the_rest_is_refused(make: Any, message: str):
+    model = make()
+    inputs = {"input_ids": torch.arange(3, 12)[None]}
+    expected = model(**inputs)[0]
+    config = S2FTConfig(o_ratio=0.5, down_ratio=0.2, permute=True, seed=1)
+    if message:
+        with pytest.raises(SettingError, match=message):
+            get_peft_model(model, config)
+    else:
+        torch.testing.assert_close(get_peft_model(model, config).eval()(**inputs)[0], expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("make", [phi3, decoder])
@@ -586,6 +644,14 @@ def tied_gates() -> nn.Module:
     return model
 
 
+def unknown_attention() -> nn.Module:
+    model = decoder()
+    for block in model.model.layers:
+        block.self_attn.last = block.self_attn.o_proj
+        del block.self_attn.o_proj
+    return model
+
+
 def tied_feedforwards() -> nn.Module:
     model = decoder()
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
@@ -628,6 +694,21 @@ def tied_feedforwards() -> nn.Module:
             FAMILIES["olmo2"].build,
             {"permute": True},
             r"self_attn cannot be permuted: q_norm has a weight of its own",
+        ),
+        (
+            odd("BitNet"),
+            {"permute": True, "o_ratio": 0.0},
+            r"layers.0.mlp cannot be permuted: ffn_sub_norm has .* 40 numbers that may belong to channels",
+        ),
+        (
+            odd("GPTBigCode", multi_query=False),
+            {"v_ratio": 0.5},
+            r"attn.c_attn has no heads or channels that can be",
+        ),
+        (
+            unknown_attention,
+            {},
+            r"o_ratio of s2ft is 0.5, but LlamaForCausalLM has no layer known to be o: set it to 0",
         ),
         (
             tied_feedforwards,

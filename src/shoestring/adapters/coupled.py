@@ -12,7 +12,7 @@ other (qkv, gate and up) is split by slices; of one that holds them head by head
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Shaped
@@ -35,6 +35,7 @@ class AttentionNames:
 
     qkv: one layer with all rows of q, then of k, then of v, in place of three.
     mixed: a layer that holds q, k and v head by head, in place of them; v has then no place of its own.
+    unless: attributes of the module with values with which `qkv` holds its rows otherwise, such as head by head.
     heads_differ: heads have a bias by position each, so that they cannot change places.
     counts_in_config: its forward takes the number of heads from the config, which is one for all blocks.
     """
@@ -45,6 +46,7 @@ class AttentionNames:
     v: str = ""
     qkv: str = ""
     mixed: str = ""
+    unless: tuple[tuple[str, Any], ...] = ()
     heads_differ: bool = False
     counts_in_config: bool = False
 
@@ -68,11 +70,15 @@ ATTENTIONS = (
     AttentionNames("dense", "query", "key", "value"),  # ALBERT
     AttentionNames("out_lin", "q_lin", "k_lin", "v_lin"),  # DistilBERT
     AttentionNames("o", "q", "k", "v", heads_differ=True),  # T5, MPNet
-    AttentionNames("c_proj", qkv="c_attn"),  # GPT-2
+    AttentionNames(  # GPT-2, GPTBigCode
+        "c_proj", qkv="c_attn", unless=(("multi_query", False), ("is_cross_attention", True))
+    ),
     AttentionNames("o_proj", qkv="qkv_proj", counts_in_config=True),  # Phi-3
     AttentionNames("Wo", qkv="Wqkv"),  # ModernBERT
+    AttentionNames("out_proj", qkv="Wqkv", heads_differ=True),  # MPT
     AttentionNames("dense", mixed="query_key_value"),  # GPT-NeoX
 )
+BIASES_BY_POSITION = ("has_relative_attention_bias", "has_spatial_attention_bias")  # of each head; LayoutLM
 FEEDFORWARDS = (
     FeedForwardNames("down_proj", "up_proj", "gate_proj"),
     FeedForwardNames("down_proj", gate_up="gate_up_proj"),
@@ -178,9 +184,9 @@ def _attention_of(name: str, module: nn.Module, names: AttentionNames) -> Struct
         return Structure(name, (Part(o, "o", 0),), f"the {inner} channels that it reads do not make up {heads_of}")
     heads = inner // width
     columns = Part(o, "o", heads, width)
-    if names.mixed:
-        mixed = f"{name}.{names.mixed}"
-        return Structure(name, (columns, Part(mixed, "v", 0)), f"{mixed} holds q, k and v head by head")
+    if names.mixed or any(getattr(module, key, None) == value for key, value in names.unless):
+        mixed = f"{name}.{names.mixed or names.qkv}"
+        return Structure(name, (columns, Part(mixed, "v", 0)), f"{mixed} does not hold q, k and v one after the other")
     if names.qkv:
         of_kv, odd = divmod(_sizes(module, names.qkv)[0] - inner, 2)
         starts = {"q": (names.qkv, 0), "k": (names.qkv, inner), "v": (names.qkv, inner + of_kv)}
@@ -199,10 +205,11 @@ def _attention_of(name: str, module: nn.Module, names: AttentionNames) -> Struct
     for role, (layer, start) in starts.items():
         units = heads if role == "q" else kv_heads
         parts.append(Part(f"{name}.{layer}", role, units, width, start))  # type: ignore[arg-type]
+    differ = names.heads_differ or any(getattr(m, key, False) for m in module.modules() for key in BIASES_BY_POSITION)
     return Structure(
         name,
         tuple(parts),
-        fixed="its heads have a bias by position each" if names.heads_differ else "",
+        fixed="its heads have a bias by position each" if differ else "",
         whole="its forward takes the number of heads from the model's config" if names.counts_in_config else "",
     )
 
@@ -294,22 +301,32 @@ def check_separable(model: nn.Module, structure: Structure, done: str, hint: str
             raise SettingError(f"{name} is quantised and cannot be {done}: {type(layer).__name__}{hint}.")
         if len(held := holders(model, layer)) > 1:
             raise SettingError(f"{name} cannot be {done}: {' and '.join(held)} hold the same weight{hint}.")
-    width = structure.parts[0].width
     around = model.get_submodule(structure.name)
     own = {id(p) for layer in layers.values() for p in layer.parameters()}
     adapted = tuple(f"{name}." for name, module in around.named_modules() if isinstance(module, BaseTunerLayer))
-    for name, module in around.named_modules() if width > 1 else ():
-        of_head = "norm" in type(module).__name__.lower()
+    for name, module in around.named_modules():
         if name.endswith("LayerNorm") or isinstance(module, BaseTunerLayer) or name.startswith(adapted):
             continue  # BERT's norm is that of the sum after o
         for parameter in module._parameters.values():
-            if parameter is None or id(parameter) in own:
-                continue
-            if not (of_head and parameter.numel() == width):
+            if parameter is not None and id(parameter) not in own and _may_belong(around, name, parameter, structure):
                 raise SettingError(
                     f"{structure.name} cannot be {done}: {name or 'it'} has a weight of its own of "
-                    f"{parameter.numel()} numbers that may belong to heads{hint}."
+                    f"{parameter.numel()} numbers that may belong to "
+                    f"{'channels' if structure['down'] else 'heads'}{hint}."
                 )
+
+
+def _may_belong(around: nn.Module, name: str, parameter: Tensor, structure: Structure) -> bool:
+    """Whether a parameter of the module `name`, which no part holds, may be of single heads or channels.
+
+    A norm of one head's size that stands there once is shared by all heads. A feed-forward part may have the whole
+    block around it, of which what belongs to channels is known by its size.
+    """
+    module, first = around.get_submodule(name), structure.parts[0]
+    if first.role == "down":
+        return first.num_units in parameter.shape and not has_linear_weight(module)
+    one_of_many = isinstance(around.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+    return one_of_many or "norm" not in type(module).__name__.lower() or parameter.numel() != first.width
 
 
 def channel_order(num_channels: int, rows: Sequence[int], columns: Sequence[int]) -> list[int]:

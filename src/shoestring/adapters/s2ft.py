@@ -216,12 +216,20 @@ class S2FTConfig(Calibrated, AdapterConfig):
     def default_targets(self, model: nn.Module) -> set[str]:
         """Those of `selected`, or the layers of known structures whose ratio is above 0, in the blocks asked for.
 
-        Raises SettingError if the model has none.
+        Raises SettingError if the model has none, or none of one role whose ratio is above 0.
         """
         if self.selected is not None:
             return set(self.selected)
         roles = [role for role in TRAINED if self.ratio(role)]
-        found = {p.layer for s in find_structures(model) for p in s.parts if p.role in roles}
+        parts = [part for structure in find_structures(model) for part in structure.parts]
+        missing = [role for role in roles if all(part.role != role for part in parts)]
+        if parts and missing:
+            raise SettingError(
+                f"{missing[0]}_ratio of s2ft is {self.ratio(missing[0]):g}, but {type(model).__name__} has no layer "
+                f"known to be {missing[0]}: set it to 0, or target_modules to the layers whose input columns are to "
+                "train."
+            )
+        found = {part.layer for part in parts if part.role in roles}
         if (blocks := self.layers_to_transform) is not None:
             wanted = {blocks} if isinstance(blocks, int) else set(blocks)
             found = {name for name in found if (place := place_in_stack(model, name)) and place[1] in wanted}
