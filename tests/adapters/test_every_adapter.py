@@ -1,6 +1,8 @@
 """The contract of weight adapters, run on every registered method."""
 
+import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -54,6 +56,17 @@ METHODS = {
 def test_every_adapter(check: Callable, case: str):
     name, settings = CASES[case]
     run_adapter_check(check, METHODS[name], lambda: dict(settings))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_that_are_no_numbers_and_factors_that_train_nothing_are_refused(name: str):
+    for each in fields(METHODS[name]):
+        if isinstance(each.default, float):
+            with pytest.raises(ValueError, match=f"{each.name} of {name} must be a number, got nan"):
+                METHODS[name](**{each.name: math.nan})
+        for value in (0.0, -1.0, math.inf) if each.name == "alpha" else ():
+            with pytest.raises(ValueError, match=f"alpha of {name} must be above 0, got {value}"):
+                METHODS[name](alpha=value)
 
 
 def test_every_registered_method_has_a_row():

@@ -394,8 +394,9 @@ def test_it_trains_beside_techniques_that_save_memory(other: dict):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 1}, "bits of l4q must be from 2 to 8, got 1"),
-        ({"bits": 9}, "bits of l4q must be from 2 to 8, got 9"),
+        ({"bits": 1}, "bits of l4q must be a whole number from 2 to 8, got 1"),
+        ({"bits": 9}, "bits of l4q must be a whole number from 2 to 8, got 9"),
+        ({"bits": 4.0}, "bits of l4q must be a whole number from 2 to 8, got 4.0"),
         ({"r": 0}, "r of l4q must be at least 1, got 0"),
         ({"group_size": 0}, "group_size of l4q must be at least 1, got 0"),
         ({"warmup_steps": -1}, "warmup_steps of l4q must be at least 0, got -1"),

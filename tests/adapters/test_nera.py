@@ -282,7 +282,7 @@ def test_merging_is_refused_with_the_reason_and_unload_takes_the_adapter_off():
         ({"num_knots": 1}, "num_knots of nera must be at least 2, got 1"),
         ({"alpha": 0.0}, "alpha of nera must be above 0, got 0.0"),
         ({"gain": -1.0}, "gain of nera must be above 0, got -1.0"),
-        ({"gain": math.nan}, "gain of nera must be above 0, got nan"),
+        ({"gain": math.nan}, "gain of nera must be a number, got nan"),
         ({"init": "bad"}, "init of nera must be 'zero' or 'reference', got 'bad'"),
     ],
 )

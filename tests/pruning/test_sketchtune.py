@@ -1,6 +1,7 @@
 """SketchTune: building sketches, the product with them, training, storing, and what is refused."""
 
 import copy
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -375,6 +376,15 @@ def test_stored_as_a_model_it_loads_without_its_original_and_trains_on(tmp_path:
         Recipe(sketch_of(groups=4)).apply(again)
 
 
+def test_a_stored_model_with_tables_that_are_no_numbers_is_refused(tmp_path: Path):
+    model = Recipe(sketch_of()).apply(decoder())
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.tables[1, 0, 2] = math.nan
+    save_packed(model, tmp_path)
+    with pytest.raises(SettingError, match=r"layers.0.mlp.up_proj.tables must hold finite numbers"):
+        load_packed(AutoModelForCausalLM, tmp_path)
+
+
 def test_a_failed_load_leaves_the_model_its_weights(tmp_path: Path):
     attached_to(Recipe(sketch_of()).apply(decoder())).save(tmp_path)
     (tmp_path / TABLES_FILE).unlink()
@@ -437,10 +447,12 @@ def test_the_sketch_of_a_packaged_model_takes_two_fifths_of_its_layers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 1}, "bits of sketchtune must be from 2 to 4, got 1."),
-        ({"bits": 5}, "bits of sketchtune must be from 2 to 4, got 5."),
+        ({"bits": 1}, "bits of sketchtune must be a whole number from 2 to 4, got 1."),
+        ({"bits": 5}, "bits of sketchtune must be a whole number from 2 to 4, got 5."),
         ({"groups": 0}, "groups of sketchtune must be at least 1, got 0."),
-        ({"exponent": -1.0}, "exponent of sketchtune must not be negative"),
+        ({"bits": 4.0}, "bits of sketchtune must be a whole number from 2 to 4, got 4.0."),
+        ({"exponent": -1.0}, "exponent of sketchtune must be a number of at least 0"),
+        ({"exponent": float("nan")}, "exponent of sketchtune must be a number of at least 0, got nan"),
         ({"damping": 0.0}, "damping of sketchtune must be above 0"),
         ({"calibration_rows": 0}, "calibration_rows of sketchtune must be a whole number of at least 1"),
     ],

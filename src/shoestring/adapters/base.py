@@ -12,11 +12,12 @@ Injection, active adapters, merging, dtypes, devices, quantised bases, shared st
 Shapes: weights are [out, in] for a method whatever the layer's own layout (Conv1D keeps [in, out]).
 """
 
+import math
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -84,6 +85,13 @@ class AdapterConfig(PeftConfig, Events):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{each.name} of {self.method.name} must be a number, got nan.")
+        alpha = getattr(self, "alpha", None)
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha of {self.method.name} must be above 0, got {alpha}.")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise ValueError(
                 "layers_to_transform and layers_pattern need target_modules as a list of names, "

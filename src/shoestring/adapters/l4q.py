@@ -331,8 +331,10 @@ class L4QConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in BITS:
-            raise ValueError(f"bits of l4q must be from {BITS.start} to {BITS.stop - 1}, got {self.bits}.")
+        if not isinstance(self.bits, int) or self.bits not in BITS:
+            raise ValueError(
+                f"bits of l4q must be a whole number from {BITS.start} to {BITS.stop - 1}, got {self.bits}."
+            )
         for name, least in (("r", 1), ("group_size", 1), ("warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} of l4q must be at least {least}, got {getattr(self, name)}.")

@@ -153,8 +153,6 @@ class NeRAConfig(AdapterConfig):
             raise ValueError(f"r of nera must be at least 1, got {self.r}.")
         if self.num_knots < 2:
             raise ValueError(f"num_knots of nera must be at least 2, got {self.num_knots}.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha of nera must be above 0, got {self.alpha}.")
         if not self.gain > 0:
             raise ValueError(f"gain of nera must be above 0, got {self.gain}.")
         if self.init not in ("zero", "reference"):

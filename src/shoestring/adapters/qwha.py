@@ -201,8 +201,6 @@ class QWHAConfig(Calibrated, AdapterConfig):
         super().__post_init__()
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r of qwha must be a whole number of at least 1, got {self.r!r}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha of qwha must be above 0, got {self.alpha}.")
         if self.init not in ("calibrated", "weight", "zero"):
             raise ValueError(f"init of qwha must be 'calibrated', 'weight' or 'zero', got {self.init!r}.")
         if self.score not in ("output", "weight"):

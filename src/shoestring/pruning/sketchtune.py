@@ -21,6 +21,7 @@ Differs  codes of 3 bits take 3 bits, not 4; gradients are summed by blocks of r
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -92,12 +93,14 @@ class SketchTune(Calibrated, Technique):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in BITS:
-            raise SettingError(f"bits of sketchtune must be from {BITS.start} to {BITS.stop - 1}, got {self.bits}.")
+        if not isinstance(self.bits, int) or self.bits not in BITS:
+            raise SettingError(
+                f"bits of sketchtune must be a whole number from {BITS.start} to {BITS.stop - 1}, got {self.bits}."
+            )
         if self.groups < 1:
             raise SettingError(f"groups of sketchtune must be at least 1, got {self.groups}.")
-        if self.exponent < 0:
-            raise SettingError(f"exponent of sketchtune must not be negative, got {self.exponent}.")
+        if not 0 <= self.exponent < math.inf:
+            raise SettingError(f"exponent of sketchtune must be a number of at least 0, got {self.exponent}.")
         if not self.damping > 0:
             raise SettingError(f"damping of sketchtune must be above 0, got {self.damping}.")
         self._decides_what_trains = True

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from ..fakes import has_values
 from ..precision import autocast_dtype, autocast_off, wide_dtype
 from .packed_model import packed_layer
 from .packing import pack, packed_size, unpack
@@ -176,6 +177,16 @@ class SketchedLinear(nn.Linear):
         if self.tables.dtype.itemsize < before.dtype.itemsize:
             self.tables.data = before.to(self.tables.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As in torch; refuses tables that are not finite.
+
+        Raises ValueError.
+        """
+        tables = state_dict.get(f"{prefix}tables")
+        if tables is not None and has_values(tables) and not bool(tables.isfinite().all()):
+            raise ValueError(f"{prefix}tables must hold finite numbers, and holds others: what was saved is damaged.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Sizes, bits and groups."""
