@@ -5,7 +5,9 @@ from typing import Any
 from shoestring.compare.results import SCHEMA_VERSION, MetaInfo, Own, Result, RunInfo, TrainInfo
 
 
-def made_result(name: str = "lora", seed: int = 0, recipe: str = "- lora: {}\n", **own: Any) -> Result:
+def made_result(
+    name: str = "lora", seed: int = 0, recipe: str = "- lora: {}\n", model: str = "tiny", **own: Any
+) -> Result:
     """A finished run, of text classification if nothing else is said; `own` goes into the part that is ours."""
     values = own.pop("values", {"accuracy": 0.8, "peak_bytes": 1000.0, "step_seconds": 0.5})
     return Result(
@@ -13,7 +15,7 @@ def made_result(name: str = "lora", seed: int = 0, recipe: str = "- lora: {}\n",
             created_at="2026-01-01T00:00:00+00:00",
             total_time=3.5,
             experiment_name=f"{name}/seed{seed}",
-            train_config={"model_id": "tiny", "seed": seed},
+            train_config={"model_id": model, "seed": seed},
         ),
         train_info=TrainInfo(train_time=2.0, num_trainable_params=10, num_total_params=100),
         meta_info=MetaInfo(package_info={"torch-version": "2.13.0"}, system_info={"machine": "x86_64"}),
@@ -30,6 +32,27 @@ def made_result(name: str = "lora", seed: int = 0, recipe: str = "- lora: {}\n",
             **own,
         ),
     )
+
+
+def of_peft_in_2025(name: str = "lora/rank32") -> dict[str, Any]:
+    """The same with the fields that its files had before they knew other accelerators."""
+    values = of_peft(name)
+    info = values["train_info"]
+    for field in ("reserved_avg", "max", "reserved_99th"):
+        info[f"cuda_memory_{field}"] = info.pop(f"accelerator_memory_{field}")
+    values["meta_info"]["system_info"]["gpu"] = values["meta_info"]["system_info"].pop("accelerator")
+    return values
+
+
+def of_peft_on_images(name: str = "lora/flux2-klein-default", similarity: float = 0.7) -> dict[str, Any]:
+    """A result of its comparison on generated images."""
+    values = of_peft(name)
+    values["train_info"]["metrics"] = [
+        {"step": 100, "valid dino_similarity": 0.72, "train loss": 0.77, "train samples": 200},
+        {"step": 750, "test dino_similarity": similarity, "drift": 0.26, "train loss": 0.73, "train samples": 1500},
+    ]
+    values["meta_info"]["dataset_info"] = {"sha": "def", "created_at": "2026-03-09"}
+    return values
 
 
 def of_peft(name: str = "lora/rank32", accuracy: float = 0.48) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from results_made import made_result, of_peft
+from results_made import made_result, of_peft, of_peft_on_images
 from rich.console import Console
 
 from shoestring.cli import main
@@ -89,6 +89,10 @@ def test_results_of_peft_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {path.suffix for path in folder.iterdir()} == {".json"}
     assert main(["compare", str(folder), "--quality", "forgetting", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quality"] == "forgetting"
+    for path in folder.iterdir():
+        path.write_text(json.dumps(of_peft_on_images(path.stem)))
+    assert main(["compare", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quality"] == "dino_similarity"
 
 
 def test_results_of_others_beside_a_suite(

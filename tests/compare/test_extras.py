@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import cross_entropy
 
 from shoestring.compare.extras import Forgetting, Generation, Latency, LmEval
+from shoestring.compare.extras.generation import _is_same
 from shoestring.errors import SettingError
 from shoestring.recipe import Recipe
 from shoestring.training.run import Ready, prepare
@@ -129,10 +130,35 @@ def test_generation_is_scored_against_the_completions(
 
 def test_a_pattern_takes_the_answer_out_of_a_text() -> None:
     extra = Generation(pattern=r"#### (\S+)")
-    assert extra._part("2 #### 4 then 5 #### 7 \n") == "7"
-    assert extra._part("seven") == ""
+    assert extra._answer("2 #### 4 then 5 #### 7 \n") == "7"
+    assert extra._answer("seven") is None
     with pytest.raises(ValueError, match="not a regular expression"):
         Generation(pattern="(")
+
+
+@pytest.mark.parametrize(
+    ("written", "is_right"),
+    [
+        ("so it is -5", True),
+        ("it is -5.0", True),
+        ("first 7, then -5.", True),
+        ("it is 5", False),
+        ("it is -50", False),
+        ("none", False),
+    ],
+)
+def test_answers_that_a_pattern_finds_are_compared_as_they_stand(
+    ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch, written: str, is_right: bool
+) -> None:
+    run = ready()
+    extra = Generation(rows=1, pattern=r"-?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
+    with pytest.raises(SettingError, match=r"pattern, .*, finds nothing in a completion of test: ' bad'"):
+        extra.before(run)
+    monkeypatch.setattr(Generation, "_pairs", lambda self, ready: [("prompt", "that makes -5")])
+    monkeypatch.setattr(Generation, "_generate", lambda self, ready, prompts: [written])
+    assert extra.after(run)["exact_match"] == is_right
+    assert _is_same("1,500", "1500")
+    assert not _is_same("1.5", "15")
 
 
 def test_generation_needs_prompts_that_were_held_out(ready: Callable[..., Ready], general: Path) -> None:

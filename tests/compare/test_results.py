@@ -72,7 +72,7 @@ def with_peft_fields_edited(values: dict) -> None:
     [
         (edited, "was changed since it was written"),
         (with_peft_fields_edited, "was changed since it was written"),
-        (of_another_version, "has schema_version 99, and this version of Shoestring reads 2"),
+        (of_another_version, "has schema_version 99, and this version of Shoestring reads 3"),
         (without_a_field, "is not the result of a run: run_info.total_time"),
     ],
 )

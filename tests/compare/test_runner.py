@@ -95,10 +95,23 @@ def test_a_suite_runs_and_says_what_each_recipe_cost(suite_file: Callable[..., P
     assert not (Path(suite.output_dir) / runner.AT_WORK).exists()
     (result,) = [r for r in state_of(suite).results.values() if r.run_info.experiment_name == "lora/seed1"]
     assert len(result.shoestring.scores) == 24
+    assert len({r.shoestring.rows for r in state_of(suite).results.values()}) == 1
     assert sum(result.shoestring.scores) / 24 == pytest.approx(result.shoestring.values["accuracy"])
     assert result.run_info.peft_config["peft_type"] == "LORA"
     assert result.run_info.train_config["seed"] == 1
     assert result.train_info.metrics[-1]["test accuracy"] == result.shoestring.values["accuracy"]
+
+
+def test_recipes_on_other_held_out_rows_are_not_paired(
+    suite_file: Callable[..., Path], review_csv: Path, tmp_path: Path
+) -> None:
+    head, *rows = review_csv.read_text().splitlines(keepends=True)
+    (tmp_path / "other.csv").write_text("".join([head, *rows[::-1]]))
+    other = {"recipe": LORA, "data": {"test": str(tmp_path / "other.csv")}}
+    suite = Suite.load(suite_file(recipes={"lora": LORA, "other": other}, budget={"steps": 1}))
+    run_suite(suite, check=False)
+    assert len({result.shoestring.rows for result in state_of(suite).results.values()}) == 2
+    assert all(recipe.difference is None for recipe in comparison_of(suite).recipes)
 
 
 def test_what_is_finished_is_used_again_also_under_another_name(suite_file: Callable[..., Path]) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from results_made import made_result, of_peft
+from results_made import made_result, of_peft, of_peft_in_2025, of_peft_on_images
 
 from shoestring.compare.measures import Measure, pme
 from shoestring.compare.results import Result
@@ -121,6 +121,46 @@ def test_results_of_peft_stand_in_the_same_table() -> None:
     assert (theirs.name, theirs.values["accuracy"].mean) == ("theirs", 0.95)
     assert theirs.values["gpu_peak_bytes"].mean == 22e9
     assert theirs.difference is None
+
+
+def test_memory_of_older_results_of_peft_is_read_and_a_missing_one_is_no_memory_of_zero() -> None:
+    without = of_peft("without", 0.9)
+    without["train_info"]["accelerator_memory_max"] = 0
+    results = [Result.model_validate(values) for values in (of_peft("now"), of_peft_in_2025("then"), without)]
+    found = {recipe.name: recipe for recipe in compare_results(ASKED, results).recipes}
+    assert found["now"].values["gpu_peak_bytes"].mean == found["then"].values["gpu_peak_bytes"].mean == 22e9
+    assert "gpu_peak_bytes" not in found["without"].values
+    assert "gpu_peak_bytes" not in found["without"].front
+
+
+def test_what_peft_measured_on_test_rows_counts_under_its_name() -> None:
+    results = [Result.model_validate(of_peft_on_images(name, value)) for name, value in (("low", 0.6), ("high", 0.7))]
+    found = compare_results(replace(ASKED, task="", quality="dino_similarity", baseline=None), results)
+    assert [recipe.name for recipe in found.recipes] == ["high", "low"]
+    assert found.recipes[0].values["drift"].mean == 0.26
+
+
+def test_scores_of_other_rows_are_not_paired() -> None:
+    scores = {"lora": [0.0] * 20, "same": [1.0] * 20, "other": [1.0] * 20}
+    results = [made_result(name, rows="a" if name != "other" else "b", scores=some) for name, some in scores.items()]
+    found = {recipe.name: recipe.difference for recipe in compare_results(ASKED, results).recipes}
+    assert found["same"].mean == 1.0
+    assert found["other"] is None
+
+
+def test_another_model_is_said_and_its_memory_weighed_against_its_own() -> None:
+    values = {"accuracy": 0.8, "peak_bytes": 500.0}
+    results = [
+        made_result("lora", values=values),
+        made_result("full", recipe="[]\n", values=values | {"peak_bytes": 1000.0}),
+        made_result("large", model="large", values=values),
+        made_result("full large", model="large", recipe="[]\n", values=values | {"peak_bytes": 9000.0}),
+    ]
+    found = {recipe.name: recipe for recipe in compare_results(ASKED, results).recipes}
+    assert found["lora"].values["pme"].mean == pytest.approx(pme(0.8, 500, 1000))
+    assert found["large"].values["pme"].mean == pytest.approx(pme(0.8, 500, 9000))
+    assert found["large"].notes == ("its model is large, not tiny",)
+    assert found["full"].notes == ()
 
 
 def test_other_settings_of_one_name_are_another_recipe_and_the_same_run_counts_once() -> None:

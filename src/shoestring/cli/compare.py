@@ -114,6 +114,8 @@ def compare(
 
 def _of_folder(folder: Path, beside: list[Path], quality: str | None) -> "Comparison":
     """The comparison of results in files alone."""
+    from ..compare.measures import QUALITIES
+    from ..compare.results import values_of_peft
     from ..compare.summary import Asked, compare_results
 
     results = _results_in([folder, *beside])
@@ -124,7 +126,11 @@ def _of_folder(folder: Path, beside: list[Path], quality: str | None) -> "Compar
     from ..training.tasks import TASKS
 
     task = own.task if own else ""
-    metric = TASKS[task].metric if task in TASKS else "accuracy"
+    if task in TASKS:
+        metric = TASKS[task].metric
+    else:
+        measured = {name for result in results for name in values_of_peft(result)}
+        metric = next((name for name in QUALITIES if name in measured), "accuracy")
     asked = Asked(folder.name, task, " and ".join(filter(None, models)), (), quality or metric, None)
     return compare_results(asked, results)
 

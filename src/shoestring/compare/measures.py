@@ -63,6 +63,8 @@ QUALITIES: dict[str, tuple[Better | None, Unit]] = {
     "generation_f1": ("higher", "share"),
     "chrf": ("higher", "share"),
     "general_loss": ("lower", ""),
+    "dino_similarity": ("higher", "share"),
+    "drift": ("lower", ""),
 }
 """Which way qualities are better, and their units; of others, such as those of techniques, neither way is known."""
 

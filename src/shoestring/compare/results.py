@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import SettingError
 from ..whole_files import write_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 Status = Literal["success", "failed", "cancelled"]
 
 
@@ -75,7 +75,8 @@ class Own(BaseModel):
     the seed. run_file, recipe: as YAML.
     values: figures by measure. quality: measures by split. memory: bytes by part at the peak of a step. losses: (step,
     loss). curve: (step, seconds of training, quality) of evaluations on the way. scores: of the held-out rows or
-    batches in their order, higher is better; paired tests need them. notes: what is to be said of the figures.
+    batches in their order, higher is better; paired tests need them. rows: of which rows they are, in short.
+    notes: what is to be said of the figures.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -94,6 +95,7 @@ class Own(BaseModel):
     losses: list[tuple[int, float]] = Field(default_factory=list)
     curve: list[tuple[int, float, float]] = Field(default_factory=list)
     scores: list[float] = Field(default_factory=list)
+    rows: str = ""
     notes: list[str] = Field(default_factory=list)
     checksum: str = ""
 
@@ -178,17 +180,22 @@ def json_schema() -> dict[str, Any]:
 
 
 def values_of_peft(result: Result) -> dict[str, float]:
-    """The measures of a run in a file of peft's method comparison, as far as it has them."""
+    """The measures of a run in a file of peft's method comparison, as far as it has them.
+
+    What it measured on test rows counts under its own name. Files of 2025 speak of cuda where later ones do of an
+    accelerator.
+    """
     info = result.train_info
     last = info.metrics[-1] if info.metrics else {}
+    peak = info.accelerator_memory_max or (info.model_extra or {}).get("cuda_memory_max")
     found = {
         "trained_parameters": info.num_trainable_params,
         "trained_share": info.num_trainable_params / max(info.num_total_params, 1),
         "checkpoint_bytes": info.file_size,
-        "gpu_peak_bytes": info.accelerator_memory_max,
+        "gpu_peak_bytes": peak or None,
         "all_steps_seconds": info.train_time,
-        "accuracy": last.get("test accuracy"),
-        "forgetting": last.get("forgetting"),
+        **{key.removeprefix("test "): value for key, value in last.items() if key.startswith("test ")},
+        **{key: last.get(key) for key in ("forgetting", "drift")},
         "tokens_a_second": _ratio(last.get("train total tokens"), info.train_time),
     }
     return finite((name, value) for name, value in found.items() if isinstance(value, int | float))

@@ -53,9 +53,13 @@ def compare_results(
         by_name.setdefault(name, []).append(result)
     results = [result for _, result in named]
     better = _measure(asked, asked.quality).better
-    full = [_values(result, asked).get("peak_bytes") for result in results if _recipe(result) == FULL]
-    memory_of_full = max((peak for peak in full if peak), default=None)
-    recipes = [_compared(asked, name, runs, memory_of_full) for name, runs in by_name.items() if runs]
+    memory_of_full: dict[str, float] = {}
+    for result in results:
+        peak = _values(result, asked).get("peak_bytes") if _recipe(result) == FULL else None
+        if peak:
+            memory_of_full[_model(result)] = max(peak, memory_of_full.get(_model(result), 0.0))
+    first = next(iter(by_name.get(asked.baseline or "", [])), next(iter(results), None))
+    recipes = [_compared(asked, name, runs, memory_of_full, first) for name, runs in by_name.items() if runs]
     if recipes and not any(asked.quality in recipe.values for recipe in recipes):
         known = sorted({name for recipe in recipes for name in recipe.values})
         raise SettingError(f"No result has the measure {asked.quality!r} to rank by. They have {', '.join(known)}.")
@@ -126,6 +130,10 @@ def _seed(result: Result) -> int:
     return result.shoestring.seed if result.shoestring else int(result.run_info.train_config.get("seed") or 0)
 
 
+def _model(result: Result) -> str:
+    return str(result.run_info.train_config.get("model_id", ""))
+
+
 def _versions(result: Result) -> dict[str, str]:
     info = result.meta_info.package_info
     found = {key.removesuffix("-version"): value for key, value in info.items() if key.endswith("-version")}
@@ -156,13 +164,17 @@ def _values(result: Result, asked: Asked) -> dict[str, float]:
     return values
 
 
-def _compared(asked: Asked, name: str, runs: list[Result], memory_of_full: float | None) -> Compared:
+def _compared(
+    asked: Asked, name: str, runs: list[Result], memory_of_full: Mapping[str, float], first_of_all: Result | None
+) -> Compared:
+    """The runs of one recipe. memory_of_full: by model. first_of_all: a run of the baseline, or of the first recipe."""
     runs = sorted(runs, key=_seed)
     found = [_values(result, asked) for result in runs]
-    if memory_of_full is not None and QUALITIES.get(asked.quality, ("", ""))[1] == "share":
-        for values in found:
-            if asked.quality in values and "peak_bytes" in values:
-                values["pme"] = pme(values[asked.quality], values["peak_bytes"], memory_of_full)
+    if QUALITIES.get(asked.quality, ("", ""))[1] == "share":
+        for values, result in zip(found, runs, strict=True):
+            full = memory_of_full.get(_model(result))
+            if full and asked.quality in values and "peak_bytes" in values:
+                values["pme"] = pme(values[asked.quality], values["peak_bytes"], full)
     everything = dict.fromkeys(key for values in found for key in values)
     own = {_seed(result): result.shoestring for result in runs if result.shoestring is not None}
     first = next(iter(own.values()), None)
@@ -171,6 +183,9 @@ def _compared(asked: Asked, name: str, runs: list[Result], memory_of_full: float
     without = sum(asked.quality not in values for values in found)
     if 0 < without < len(found):
         notes[f"{without} of {len(found)} seeds came to no finite {asked.quality} and are not in its mean"] = None
+    others = {_model(result) for result in runs} - {_model(first_of_all)} if first_of_all else set()
+    if others:
+        notes[f"its model is {' and '.join(sorted(others))}, not {_model(first_of_all)}"] = None  # type: ignore[arg-type]
     if asked.target is not None and late:
         notes[f"the target was not reached by {late} of {len(found)} seeds"] = None
     return Compared(
@@ -196,11 +211,16 @@ def _with_differences(
         return recipes
     sign = -1 if better == "lower" else 1
 
-    def scores(name: str) -> dict[int, list[float]]:
-        return {one.seed: one.scores for one in (result.shoestring for result in by_name[name]) if one is not None}
+    def scores(name: str) -> dict[int, tuple[str, list[float]]]:
+        own = (result.shoestring for result in by_name[name])
+        return {one.seed: (one.rows, one.scores) for one in own if one is not None}
 
     def difference(name: str) -> Difference | None:
-        found = paired_difference(scores(name), scores(baseline)) if name != baseline else None
+        ours, theirs = scores(name), scores(baseline)
+        same = [seed for seed in ours if seed in theirs and ours[seed][0] == theirs[seed][0]]
+        if name == baseline or not same:
+            return None
+        found = paired_difference({seed: ours[seed][1] for seed in same}, {seed: theirs[seed][1] for seed in same})
         if found is None or sign > 0:
             return found
         return replace(found, mean=-found.mean, low=-found.high, high=-found.low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import math
 import os
 import platform
@@ -148,8 +149,7 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
         with ready.trainer.accelerator.autocast():  # a merged model's forward is not the one that training has wrapped
             values |= finite(extra.after(ready).items())
         notes += extra.notes
-    scores = watch.scores.get(split or "", [])
-    result = _result(case, settings, report, ready, watch, values, scores, notes)
+    result = _result(case, settings, report, ready, watch, values, split or "", notes)
     result.run_info.created_at, result.run_info.total_time = created, time.monotonic() - began
     if not order.keep_weights:
         shutil.rmtree(settings.output_dir, ignore_errors=True)
@@ -322,6 +322,19 @@ def _trained_in_backbone(ready: Ready) -> int:
     return sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad and id(p) not in head)
 
 
+def _rows_in_short(ready: Ready, split: str) -> str:
+    """A digest of the rows of a split; of pictures and sounds in it what they are, and not where their files lie."""
+    if split not in ready.data:
+        return ""
+    digest = hashlib.sha256()
+    for batch in ready.data[split].with_format("arrow").iter(1000):
+        for name in sorted(batch.column_names):
+            values = batch[name].to_pylist()
+            held = [value["bytes"] if isinstance(value, dict) and value.get("bytes") else value for value in values]
+            digest.update(repr((name, held)).encode())
+    return digest.hexdigest()[:16]
+
+
 def _result(
     case: Case,
     settings: RunSettings,
@@ -329,7 +342,7 @@ def _result(
     ready: Ready,
     watch: _Watch,
     values: dict[str, float],
-    scores: list[float],
+    split: str,
     notes: list[str],
 ) -> Result:
     """The run in the fields of its file."""
@@ -347,7 +360,8 @@ def _result(
         memory=(report.memory or {}).get("at_peak", {}),
         losses=[(step, loss) for step, loss in report.losses if math.isfinite(loss)],
         curve=watch.curve,
-        scores=scores,
+        scores=watch.scores.get(split, []),
+        rows=_rows_in_short(ready, split),
         notes=notes,
     )
     last = report.losses[-1][1] if report.losses else None

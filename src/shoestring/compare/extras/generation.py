@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 class Generation(Extra):
     """Exact match and token F1, as SQuAD counts them, and chrF, over `rows` held-out rows; each in [0, 1].
 
-    pattern: a regular expression whose last match in a text, its first group if it has one, is compared in place of the
-    whole text; a text without a match counts as wrong.
+    pattern: a regular expression whose last match in a text, its first group if it has one, is its answer. Exact match
+    is then that of answers, as they stand or as numbers; a text without one counts as wrong, and all completions must
+    have one. SQuAD's drops articles, signs and decimal points.
     """
 
     name: ClassVar[str] = "generation"
@@ -69,31 +71,40 @@ class Generation(Extra):
                 f"{', '.join(columns) or 'no held-out rows'}."
             )
         rows = ready.data[split].select(range(min(self.rows, len(ready.data[split]))))
-        last = (row if isinstance(row, str) else row[-1]["content"] for row in rows["completion"])
+        last = [row if isinstance(row, str) else row[-1]["content"] for row in rows["completion"]]
+        for text in last if self.pattern is not None else ():
+            if self._answer(text) is None:
+                raise SettingError(
+                    f"measure.generation.pattern, {self.pattern!r}, finds nothing in a completion of {split}: "
+                    f"{text[-80:]!r}."
+                )
         return list(zip(rows["prompt"], last, strict=True))
 
     def after(self, ready: Ready) -> dict[str, float]:
         from torchmetrics.functional.text import chrf_score, squad
 
         pairs = self._pairs(ready)
-        written = [self._part(text) for text in self._generate(ready, [prompt for prompt, _ in pairs])]
-        wanted = [self._part(text) for _, text in pairs]
+        written = [text.strip() for text in self._generate(ready, [prompt for prompt, _ in pairs])]
+        wanted = [text.strip() for _, text in pairs]
         scores = squad(
             [{"prediction_text": text, "id": str(index)} for index, text in enumerate(written)],
             [{"answers": {"answer_start": [0], "text": [t]}, "id": str(i)} for i, t in enumerate(wanted)],
         )
         chrf: Any = chrf_score(written, [[text] for text in wanted])
+        exact_match = float(scores["exact_match"]) / 100
+        if self.pattern is not None:
+            answers = ((self._answer(one) for one in pair) for pair in zip(written, wanted, strict=True))
+            exact_match = statistics.fmean(_is_same(*pair) for pair in answers)
         return {
-            "exact_match": float(scores["exact_match"]) / 100,
+            "exact_match": exact_match,
             "generation_f1": float(scores["f1"]) / 100,
             "chrf": float(chrf),
         }
 
-    def _part(self, text: str) -> str:
-        if self.pattern is None:
-            return text.strip()
-        found = list(re.finditer(self.pattern, text))
-        return "" if not found else (found[-1][1] if found[-1].re.groups else found[-1][0]).strip()
+    def _answer(self, text: str) -> str | None:
+        """What the pattern finds last."""
+        found = list(re.finditer(self.pattern or "", text))
+        return (found[-1][min(found[-1].re.groups, 1)] or "").strip() if found else None
 
     def _generate(self, ready: Ready, prompts: list[Any]) -> list[str]:
         model: Any = ready.attached.model
@@ -124,3 +135,13 @@ class Generation(Extra):
         finally:
             tokenizer.padding_side = side
         return written
+
+
+def _is_same(written: str | None, wanted: str | None) -> bool:
+    """Whether two answers are the same text or number, whose thousands may stand apart by commas."""
+    if written is None or wanted is None:
+        return False
+    try:
+        return written == wanted or float(written.replace(",", "")) == float(wanted.replace(",", ""))
+    except ValueError:
+        return False
