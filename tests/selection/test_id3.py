@@ -310,8 +310,8 @@ def test_optimizer_state_and_file_follow_the_budget_and_no_dense_gradient_is_kep
     assert max(peaks) < blocks / 4
     assert peaks[-1] < blocks / 6  # most of it the gradient of one weight
     attached.save(tmp_path)
-    header = sum(len(name) + 80 for name in technique_of(model).entries) * 3
-    assert (tmp_path / FILE).stat().st_size < 1.01 * 8 * budget + header
+    header = sum(len(name) + 30 for name in technique_of(model).entries)  # 1 % has room for it from 50,000 numbers on
+    assert (tmp_path / FILE).stat().st_size < 8 * budget + header + 300
     trained = model(**batch).logits
     Recipe.remove(model)
     assert torch.equal(load(base, tmp_path)(**batch).logits, trained)
@@ -557,4 +557,4 @@ def test_chosen_numbers_of_the_packaged_encoder_learn_a_few_reviews(tmp_path):
     assert sum(losses[-4:]) / 4 < 0.75 * sum(losses[:2]) / 2, losses
     assert report.trained_parameters == 20_000 + 2 * 384 + 2
     saved = load_file(tmp_path / "run" / "final" / FILE)
-    assert sum(len(tensor) for name, tensor in saved.items() if name.endswith(".places")) == 20_000
+    assert len(saved["places"]) == 20_000

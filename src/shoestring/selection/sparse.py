@@ -11,6 +11,7 @@ The weight itself stays frozen, so that trainers, optimizers and checks meet `va
 reads its weight it gets a view of it whose backward ends in `values`.
 """
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from ..errors import SettingError
 from ..precision import wide_dtype
 from ..targets import Names, targeted
 from ..technique import Moment
-from ..whole_files import read_tensors, write_tensors
+from ..whole_files import check_names, read_tensors, write_tensors
 from .base import Selection, check_trainable, named_parameters
 
 FILE = "selected.safetensors"
@@ -280,41 +281,40 @@ class SparseSelection(Selection):
         yield from ()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write places and values, and the shapes of the weights that they are of."""
-        tensors: dict[str, Tensor] = {}
-        for name, entries in self.entries.items():
-            places, values = entries.learned()
-            order = places.argsort()
-            tensors[f"{name}.places"] = places[order]
-            tensors[f"{name}.values"] = values[order]
-            tensors[f"{name}.shape"] = torch.tensor(entries.weight[0].shape)
-        write_tensors(folder / FILE, tensors)
+        """Write places and values, one weight after the other, and how many are of which, with its shape."""
+        learned = {name: [part.cpu() for part in entries.learned()] for name, entries in self.entries.items()}
+        orders = {name: places.argsort() for name, (places, _) in learned.items()}
+        places, values = (torch.cat([found[part][orders[name]] for name, found in learned.items()]) for part in (0, 1))
+        about = {name: [len(orders[name]), *entries.weight[0].shape] for name, entries in self.entries.items()}
+        write_tensors(folder / FILE, {"places": places, "values": values}, weights=json.dumps(about))
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Take over places and values.
 
         Raises SettingError if the file is missing or damaged, or was made of another model.
         """
-        tensors, _ = read_tensors(folder / FILE)
-        wanted = {f"{name}.{part}" for name in self.entries for part in ("places", "values", "shape")}
-        if tensors.keys() != wanted:
-            odd = sorted(tensors.keys() ^ wanted)[0]
-            raise SettingError(f"{folder / FILE} was made of another model or other targets: {odd} is in one only.")
+        file = folder / FILE
+        tensors, texts = read_tensors(file)
+        check_names(file, {*tensors, *texts}, ("places", "values", "weights", "format"))
+        about: dict[str, list[int]] = json.loads(texts["weights"])
+        if odd := sorted(about.keys() ^ self.entries.keys()):
+            raise SettingError(f"{file} was made of another model or other targets: {odd[0]} is in one only.")
+        counts = [count for count, *_ in about.values()]
+        parts = zip(tensors["places"].split(counts), tensors["values"].split(counts), strict=True)
+        found = dict(zip(about, parts, strict=True))
         for name, entries in self.entries.items():
-            places, shape = tensors[f"{name}.places"], tuple(entries.weight[0].shape)
-            saved = tuple(tensors[f"{name}.shape"].tolist())
+            places, saved, shape = found[name][0], tuple(about[name][1:]), tuple(entries.weight[0].shape)
             if saved != shape:
                 raise SettingError(
-                    f"{folder / FILE} was made of another model: {name} had the shape {saved} there, and has {shape} "
-                    "here."
+                    f"{file} was made of another model: {name} had the shape {saved} there, and has {shape} here."
                 )
             if len(places) and not 0 <= int(places.min()) <= int(places.max()) < entries.weight[0].numel():
                 raise SettingError(
-                    f"{folder / FILE} has places beyond the {entries.weight[0].numel()} numbers of {name}: it was made "
-                    "of another model."
+                    f"{file} has places beyond the {entries.weight[0].numel()} numbers of {name}: it was made of "
+                    "another model."
                 )
         for name, entries in self.entries.items():
-            entries.replace(tensors[f"{name}.places"], tensors[f"{name}.values"])
+            entries.replace(*found[name])
 
 
 def top_places(scores: Mapping[str, Tensor], count: int) -> dict[str, Int[Tensor, " n"]]:
