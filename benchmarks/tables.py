@@ -155,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "in_place.json",
         {"in float32": "float32", "in bfloat16": "bfloat16", "in bfloat16 with chunked_loss": "with chunked loss"},
     ),
+    "starts": lambda: plain("rounding_start.json"),
     "costs of selections": lambda: plain("selection.json", ["quality", "forwards"]),
     "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
     "quality in place": lambda: quality("in_place.json", ON_TEXTS | {"rounded": "2-bit decoder"}),
