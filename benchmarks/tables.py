@@ -53,18 +53,27 @@ def quality(file: str, parts: Mapping[str, str], longer: bool = False) -> str:
     of_parts = [found(rows, TRAINED, part=part, longer=", longer" if longer else None) for part in parts]
     head, columns = ["method"], 4 if longer else 3
     for part, some in zip(parts.values(), of_parts, strict=True):
-        measure = next((what for one in some.values() for what in one), "")
+        measure = _measure(some)
         head += [f"{part}: {measure}", "beside", *(["last quarter"] if longer else []), "rates"]
     names = list(dict.fromkeys(name for some in of_parts for name in some))
     lines = []
     for name in names:
-        cells = [_trained(some[name]) if name in some else [""] * columns for some in of_parts]
+        cells = [_trained(some[name], _measure(some)) if name in some else [""] * columns for some in of_parts]
         lines.append([f"`{name}`", *(cell for part in cells for cell in part)])
     goals = [row.holds for some in of_parts for one in some.values() for _, row in one.values() if row.goal]
     return f"{markdown(head, lines)}\n\n{sum(map(bool, goals))} of {len(goals)} goals hold."
 
 
-def _trained(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
+def _measure(some: Found) -> str:
+    """What most rows are of: the first row of the first method."""
+    return next((what for one in some.values() for what in one), "")
+
+
+def _trained(one: Mapping[str, tuple[re.Match[str], Row]], measure: str) -> list[str]:
+    """The cells of one method in one part. measure: that of the column; where the method has another one, it is named.
+
+    A share that a technique reports beside its quality, such as the density of activations, stands after it.
+    """
     (match, row), *others = one.values()
     rest = {other.name.rsplit(": ", 1)[1]: other for _, other in others}
     spread = rest.get(f"standard deviation of {match['what']}")
@@ -72,7 +81,12 @@ def _trained(one: Mapping[str, tuple[re.Match[str], Row]]) -> list[str]:
     if spread:
         ours, base = f"{ours} ± {spread.ours:.3f}", f"{base} ± {spread.baseline:.3f}"
     seeds = "" if match["seeds"] == match["all"] else f" ({match['seeds']} of {match['all']} seeds)"
-    cells = [f"{ours}{seeds}{' **missed**' if row.holds is False else ''}", f"{base} ({match['base']})"]
+    if match["what"] != measure:
+        ours, base = f"{ours} ({match['what']})", f"{base} ({match['what']})"
+    missed = " **missed**" if any(each.holds is False for each in (row, *rest.values())) else ""
+    if also := rest.get("density"):
+        ours, base = f"{ours}, density {also.ours:.3f}", f"{base}, density {also.baseline:.3f}"
+    cells = [f"{ours}{seeds}{missed}", f"{base} ({match['base']})"]
     if taken := rest.get("share of the held-out loss that the last quarter took"):
         cells.append(f"{100 * taken.ours:.1f} %, {100 * taken.baseline:.1f} %")
     rates = rest["learning rate"]
@@ -157,6 +171,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "starts": lambda: plain("rounding_start.json"),
     "costs of selections": lambda: plain("selection.json", ["quality", "forwards"]),
+    "quality of selections": lambda: quality("selection.json", {"quality": "reviews"}),
+    "equal forwards": lambda: quality("selection.json", {"forwards": "reviews"}),
     "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
     "quality in place": lambda: quality("in_place.json", ON_TEXTS | {"rounded": "2-bit decoder"}),
     "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
