@@ -405,6 +405,24 @@ class TestEvents:
         left = sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
         assert left <= 2 * 2  # target_r for each of two layers
 
+    def test_adalora_learns_nothing_from_a_step_that_was_skipped(self):
+        config = AdaLoraConfig(
+            target_modules=["q_proj"], init_r=6, target_r=2, tinit=1, tfinal=2, total_step=8, deltaT=1
+        )
+        model = Recipe(config).apply(decoder()).train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.inf)
+        attached_to(model).event("on_step_end", Moment(model, None, 1, skipped=True))
+        allocator = next(m for m in model.modules() if hasattr(m, "rankallocator")).rankallocator
+        assert not allocator.exp_avg_ipt
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(1.0)
+        attached_to(model).event("on_step_end", Moment(model, None, 2))
+        assert allocator.exp_avg_ipt
+
     def test_parameters_with_two_owners_are_refused(self):
         class Fast(Scale):
             name = "fast"

@@ -31,7 +31,7 @@ from .errors import SettingError, did_you_mean
 from .fakes import has_values
 from .item_count import passes_item_count
 from .running_statistics import RunningStatistics
-from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique
+from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique, sum_of
 from .whole_files import read_tensors, write_tensors, write_text
 
 if typing.TYPE_CHECKING:
@@ -365,7 +365,7 @@ class Attached:
     def added_loss(self, batch: dict[str, Any], outputs: Any) -> Tensor | None:
         """The sum of what the techniques add to the loss of one forward in training; None if nothing."""
         terms = [term for t in self.techniques if (term := t.added_loss(self.model, batch, outputs)) is not None]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
+        return sum_of(terms) if terms else None
 
     def measured(self) -> dict[str, float]:
         """What the techniques measured in forwards in evaluation since the last call, by name."""

@@ -59,6 +59,7 @@ class Moment:
     epoch: passes over the data, a fraction within an epoch.
     num_steps: optimizer steps of the whole run, or 0 where unknown.
     accumulation_steps: the most backwards whose gradients are summed in a step.
+    skipped: the step that has ended was left out, as a gradient scaler does where gradients are not finite.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Moment:
     epoch: float = 0.0
     num_steps: int = 0
     accumulation_steps: int = 1
+    skipped: bool = False
 
     @property
     def learning_rate(self) -> float:
@@ -302,6 +304,11 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(getattr(value, "value", value))
+
+
+def sum_of(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars, which may lie on several devices; on that of the first."""
+    return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
 def refuse_several_processes(technique: str, why: str) -> None:

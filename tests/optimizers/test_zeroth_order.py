@@ -26,7 +26,7 @@ from shoestring.objectives import (
     MetricLearning,
 )
 from shoestring.optimizers import ZerothOrder, replay
-from shoestring.optimizers.seeded_noise import PART, _add, add_noise, losses_at, seeds_of, update
+from shoestring.optimizers.seeded_noise import PART, _add, add_noise, losses_at, seed_on, seeds_of, update
 from shoestring.optimizers.step_log import FILE, StepLog
 from shoestring.optimizers.zeroth_order import mean_of_processes
 from shoestring.planning.rehearsal import Work, rehearse
@@ -79,6 +79,13 @@ def test_a_seed_draws_the_same_noise_again_and_another_seed_does_not():
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert seeds_of(1, 2, 3) == seeds_of(1, 2, 3) != seeds_of(1, 3, 3)
+
+
+def test_each_device_draws_noise_of_its_own():
+    seeds = [seed_on(number, 7) for number in range(4)]
+    assert seeds[0] == 7
+    noise = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    assert torch.corrcoef(torch.stack(noise)).triu(1).abs().max() < 0.15
 
 
 def test_noise_of_weights_of_several_parts_is_normal_and_new_in_each():

@@ -22,8 +22,9 @@ from transformers import (
     set_seed,
 )
 
+from shoestring.activations import LowBitActivations
 from shoestring.adapters import S2LoRAConfig
-from shoestring.errors import RunFailed
+from shoestring.errors import RunFailed, SettingError
 from shoestring.recipe import Moment, Phase, Recipe, Technique, attached_to
 from shoestring.training import RecipeCallback, RecipeTrainer, recipe_sft_trainer
 from shoestring.training.checks import GradientCheck
@@ -358,6 +359,21 @@ def test_own_learning_rates_are_refused_in_a_plain_trainer(classifier, tmp_path)
     trainer = Trainer(model, settings, train_dataset=sentences(), callbacks=[RecipeCallback()])
     with pytest.raises(ValueError, match="RecipeTrainer"):
         trainer.train()
+
+
+@pytest.mark.parametrize("trainer", [Trainer, RecipeTrainer])
+def test_copies_on_several_gpus_and_compilation_that_hides_operations_are_refused(classifier, tmp_path, trainer):
+    callbacks = [RecipeCallback()] if trainer is Trainer else []
+    model = Recipe(lora(), LowBitActivations()).apply(classifier)
+    settings = TrainingArguments(**arguments(tmp_path))
+    made = trainer(model, settings, train_dataset=sentences(), callbacks=callbacks)
+    callback = next(c for c in made.callback_handler.callbacks if isinstance(c, RecipeCallback))
+    settings._n_gpu = 2
+    with pytest.raises(SettingError, match="2 GPUs are visible to one process"):
+        callback.on_train_begin(settings, made.state, made.control, model=model)
+    settings._n_gpu, settings.torch_compile = 0, True
+    with pytest.raises(ValueError, match="low_bit_activations cannot tell operations apart"):
+        callback.on_train_begin(settings, made.state, made.control, model=model)
 
 
 def test_ranks_of_adalora_fall(classifier, tmp_path):

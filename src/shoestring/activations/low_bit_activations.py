@@ -34,6 +34,7 @@ from ..technique import Advised, register_technique
 from .base import Codec, Operation, Stage
 
 SLICE = 1 << 22  # elements quantized at a time: bounds what packing needs beside its result
+EXTREMES = ("amax", "amin", "max", "min")  # backward looks for the input that equals the result
 PROBABILITIES = {"softmax", "softmin"}
 LOG_PROBABILITIES = {"log_softmax", "cross_entropy"}
 LEAST_LOG = -24.0  # a probability of 4e-11: words that are ruled out would make the scale of their group useless
@@ -188,7 +189,7 @@ def dequantize(
 def _bits_for(tensor: Tensor, operation: Operation, bits: int) -> int:
     """Bits for a tensor that `operation` saves; 0 where it must stay as it is."""
     inputs = [value for value in (*operation.args, *operation.kwargs.values()) if isinstance(value, Tensor)]
-    if operation.name in PROBABILITIES or any(_is_cast_copy(tensor, value) for value in inputs):
+    if operation.name in (*PROBABILITIES, *EXTREMES) or any(_is_cast_copy(tensor, value) for value in inputs):
         return 0
     if operation.name in LOG_PROBABILITIES:
         return max(bits, 8)

@@ -174,8 +174,9 @@ class SharedNorm(Technique):
 
 def norm_form(module: nn.Module) -> NormForm | None:
     """What `module` computes if it is a LayerNorm over the last axis or an RMS norm of any class; None otherwise."""
-    if isinstance(module, nn.LayerNorm):
-        return NormForm(module.eps, centred=True) if len(module.normalized_shape) == 1 else None
+    if isinstance(module, nn.LayerNorm):  # classes that inherit from it may compute something else
+        is_plain = type(module).forward is nn.LayerNorm.forward and len(module.normalized_shape) == 1
+        return NormForm(module.eps, centred=True) if is_plain else None
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1 or len(list(module.parameters())) != 1 or len(list(module.children())):
         return None

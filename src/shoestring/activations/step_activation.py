@@ -61,7 +61,7 @@ class StepDerivative:
         bits = 8 // self.codes_per_byte
         shifts = torch.arange(0, 8, bits, device=packed.device)
         codes = (torch.arange(256, device=packed.device)[:, None] >> shifts) & (2**bits - 1)
-        levels = torch.tensor(self.levels, dtype=like.dtype, device=packed.device)
+        levels = torch.tensor(self.levels, dtype=like.dtype).to(packed.device, non_blocking=True)
         # every byte stands for one row of derivatives
         return nn.functional.embedding(packed.int(), levels[codes]).view(-1)[: like.numel()].view_as(like)
 

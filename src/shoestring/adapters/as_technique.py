@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
-from ..technique import Events, Moment, Phase, Technique, settings_of
+from ..technique import Events, Moment, Phase, Technique, settings_of, sum_of
 from ..whole_files import check_names
 from ..wrappers import innermost
 from .placement import task_head
@@ -195,7 +195,7 @@ class PeftTechnique(Technique):
         """Pass on to the config, and let peft's methods with a budget reallocate it while gradients are there."""
         self._events.on_step_end(moment)
         tuner: Any = self.wrapped.base_model
-        if hasattr(type(tuner), "update_and_allocate"):
+        if hasattr(type(tuner), "update_and_allocate") and not moment.skipped:  # gradients are not finite then
             tuner.update_and_allocate(moment.step)
 
     def on_epoch_end(self, moment: Moment) -> None:
@@ -211,7 +211,7 @@ class PeftTechnique(Technique):
         found = [(match[1], p) for name, p in tuner.model.named_parameters() if (match := pattern.search(name))]
         factors = [p if side == "A" else p.T for side, p in found]
         apart = [torch.linalg.matrix_norm(f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors]
-        return self._orthogonality * torch.stack(apart).mean()
+        return self._orthogonality * sum_of(apart) / len(apart)
 
     @property
     def _orthogonality(self) -> float:

@@ -34,7 +34,8 @@ def transform(x: Float[Tensor, "*batch n"], transposed: bool = False) -> Float[T
     y = x.reshape(-1, n)
     del x  # where nobody else holds it, only what a product reads and what it gives are there
     for array in reversed(_factors(n)):
-        factor = torch.as_tensor(array.T if transposed else array, dtype=y.dtype, device=y.device)
+        factor = torch.as_tensor(array.T if transposed else array, dtype=y.dtype)
+        factor = factor.to(y.device, non_blocking=True)  # or the host would wait here for the device
         k = len(factor)
         y = (y.reshape(-1, k) @ factor.T) if right == 1 else factor @ y.reshape(-1, k, right)
         right *= k

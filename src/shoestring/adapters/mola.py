@@ -32,7 +32,7 @@ from ..errors import SettingError, did_you_mean
 from ..modes import in_backward, in_training, without_backward
 from ..precision import autocast_dtype, autocast_off, wide_dtype
 from ..real_tokens import real_tokens
-from ..technique import Moment, Technique
+from ..technique import Moment, Technique, sum_of
 from .base import Adapter, AdapterConfig, linear_sizes, register
 from .placement import place_in_stack
 
@@ -359,7 +359,7 @@ class MoLAConfig(AdapterConfig):
                 "block runs without them, and again in backward, as reentrant checkpointing has it. Use the technique "
                 "recompute, or set balance to 0."
             )
-        return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
+        return sum_of(terms) if terms else None
 
     def idle_parameters(self, model: nn.Module) -> set[str]:
         """Routers that nothing depends on. Experts nobody chose are rows of zeros in the gradient of all experts."""

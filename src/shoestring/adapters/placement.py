@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
+SCALES_OF_RESIDUAL = ("residual_scale", "scaling_factor", "depth_scaled_residual_add", "input_residual")
+"""What blocks have whose output is not stream + part: MiniCPM3, ESMC, Beam, Doge."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -43,6 +46,8 @@ class Layout:
     def describes(self, block: nn.Module) -> bool:
         """Whether `block` is laid out like this."""
         name, value = self.attribute
+        if any(hasattr(block, scale) for scale in SCALES_OF_RESIDUAL):
+            return False
         children = {n for n, _ in block.named_children() if re.search("norm|^ln_|scale", n)}
         return (
             all(has_module(block, part) for part in (self.attention, self.feedforward, self.entry, self.last_norm))
@@ -173,8 +178,8 @@ def input_layers(model: nn.Module) -> dict[str, int]:
         f"{stack}.{index}.{name}": index
         for stack, blocks in stacks(model)
         for index, block in enumerate(blocks)
-        for name, _ in block.named_modules()
-        if input_group(name) != name
+        for name, module in block.named_modules()
+        if input_group(name) != name and hasattr(module, "weight")  # and not FFN, a module around its layers
     }
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..technique import Moment
+from ..technique import Moment, sum_of
 from .base import AdaptedLayer, Adapter, AdapterConfig, linear_sizes, register
 
 
@@ -125,7 +125,7 @@ class S2LoRAConfig(AdapterConfig):
         """sparsity * sum |l|, where that is asked for in place of the proximal step."""
         if self.sparsity_by != "penalty" or not self.sparsity:
             return None
-        return self.sparsity * torch.stack([vector.abs().sum() for vector in coefficients(model)]).sum()
+        return self.sparsity * sum_of([vector.abs().sum() for vector in coefficients(model)])
 
 
 def coefficients(model: nn.Module) -> list[nn.Parameter]:

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..precision import at_least_float32, autocast_dtype
+from ..technique import sum_of
 from .base import Adapter, AdapterConfig, linear_sizes, linear_with_rebuilt_weight, register
 
 Core = Float[Tensor, "n n rank rank"]
@@ -258,4 +259,4 @@ class TLoRAConfig(AdapterConfig):
         transforms = [m for m in model.modules() if isinstance(m, TLoRA) and m.cores("a")[0].requires_grad]
         if not self.penalty or not transforms:
             return None
-        return self.penalty * torch.stack([one.penalty(self.penalty_form) for one in transforms]).sum()
+        return self.penalty * sum_of([one.penalty(self.penalty_form) for one in transforms])

@@ -103,6 +103,11 @@ class BlockTechnique(Technique):
         return type(self).run_stack is not BlockTechnique.run_stack
 
     @property
+    def hides_states(self) -> bool:
+        """Whether what blocks return is not what the stock ones do, so that nobody may read it but the next block."""
+        return self.runs_whole_stacks
+
+    @property
     def current(self) -> "Pass | None":
         """The pass that is running, or whose blocks are run again in backward."""
         return _PASSES.get().get(id(self))
@@ -119,6 +124,9 @@ class BlockTechnique(Technique):
                     refuse_own_attention(stack, self.name, self.instead)
                 for index, block in enumerate(stack.blocks):
                     undo.enter_context(forward_swapped(block, partial(self._block, stack, index, block, block.forward)))
+            if self.hides_states:
+                for name, module in _around(model, stacks):
+                    undo.callback(module.register_forward_pre_hook(self._refuse_reader(name), with_kwargs=True).remove)
             beginnings = [model]
             if not self.training_only:  # generation calls parts of the model by themselves, such as its encoder
                 beginnings += [model.get_submodule(stack.name.rpartition(".")[0]) for stack in stacks]
@@ -126,6 +134,20 @@ class BlockTechnique(Technique):
                 undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
             yield model
+
+    def _refuse_reader(self, name: str) -> Callable[..., None]:
+        """A pre-hook on the module `name` around a stack, which is asked for states between blocks, or of attention."""
+
+        def refuse(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            for wanted in ("output_hidden_states", "output_attentions") if self.current is not None else ():
+                given = kwargs.get(wanted)
+                if getattr(getattr(module, "config", None), wanted, False) if given is None else given:
+                    raise SettingError(
+                        f"{self.name} does not have what blocks return in stock models, and this model reads it: "
+                        f"{wanted} is set for {name}. Use recompute without segments in its place."
+                    )
+
+        return refuse
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.current is not None or (self.training_only and not (model.training and torch.is_grad_enabled())):
@@ -191,6 +213,13 @@ class BlockTechnique(Technique):
                 new = self.run_stack(stack, calls)
         beside = noted.beside if biases is None else biases
         return new if beside is None else (new, *beside)
+
+
+def _around(model: nn.Module, stacks: list[Stack]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside the model that have a stack in them."""
+    names = {stack.name.rsplit(".", depth)[0] for stack in stacks for depth in range(1, stack.name.count(".") + 1)}
+    for name in sorted(names):
+        yield name, model.get_submodule(name)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..errors import SettingError
 from ..technique import Advised, Phase, register_technique
 from .attention import attention_implementation
 from .base import BlockTechnique, running_passes, within
-from .stacks import BlockCall, Stack
+from .stacks import BlockCall, Stack, refuse_batch_norm
 
 ATTENTION = frozenset(name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product"))
 
@@ -61,9 +61,9 @@ class Recompute(BlockTechnique):
             raise SettingError("segments of recompute run all blocks again and keep nothing; leave out every and keep.")
 
     def check(self, model: nn.Module, stacks: list[Stack]) -> None:
-        if self.keep == "nothing":
-            return
         for stack in stacks:
+            refuse_batch_norm(stack, self.name)
+        for stack in stacks if self.keep == "attention" else ():
             computed_by = attention_implementation(model, stack)
             if computed_by not in (None, "sdpa"):
                 raise SettingError(
@@ -104,8 +104,14 @@ class Recompute(BlockTechnique):
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation.overloadpacket.__name__ in ATTENTION
+    kept = operation.overloadpacket.__name__ in ATTENTION and not _draws_dropout(operation, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws_dropout(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether attention draws what it drops by itself, as on GPUs: when it is not run again, later draws are others."""
+    names = [argument.name for argument in operation._schema.arguments]
+    return bool((dict(zip(names, args, strict=False)) | kwargs).get("dropout_p", 0.0))
 
 
 @contextmanager

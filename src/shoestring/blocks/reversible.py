@@ -37,7 +37,7 @@ from ..fakes import has_values
 from ..technique import Advised, Phase, Technique, register_technique
 from ..whole_files import check_names, read_tensors, write_tensors
 from .base import BlockTechnique
-from .stacks import BlockCall, Stack
+from .stacks import BlockCall, Stack, refuse_batch_norm
 from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic
 from .two_streams import Probe, TwoStreams
 
@@ -187,13 +187,8 @@ class Reversible(BlockTechnique):
                     raise SettingError(
                         f"{name} of reversible is {getattr(self, name)}, but {stack.name} has {len(stack)} blocks."
                     )
+            refuse_batch_norm(stack, self.name)
             for index, block in enumerate(stack.blocks):
-                for inner, module in block.named_modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        raise SettingError(
-                            f"{stack.name}.{index}.{inner} is a {type(module).__name__}, whose running statistics "
-                            "would count each batch twice; reversible cannot run such blocks."
-                        )
                 if layout_of(block) is None:
                     raise SettingError(
                         f"{stack.name}.{index} is of type {type(block).__name__}, a block of unknown layout: "

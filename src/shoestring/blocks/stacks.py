@@ -66,7 +66,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
     Raises SettingError if it has none, naming what was looked for.
     """
-    lists = [(name, blocks) for name, blocks in lists_of_equal_modules(model) if _attentions(blocks[0])]
+    lists = [
+        (name, blocks)
+        for name, blocks in lists_of_equal_modules(model)
+        if _attentions(blocks[0]) and not is_attention(blocks[0]) and not isinstance(blocks[0], nn.ModuleList)
+    ]
     outermost = [
         (name, blocks) for name, blocks in lists if not any(name.startswith(f"{outer}.") for outer, _ in lists)
     ]
@@ -125,7 +129,12 @@ def refuse_own_attention(stack: Stack, technique: str, instead: str) -> None:
 
 def _attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of a block whose class is named as attention, with their names."""
-    return [(n, m) for n, m in block.named_modules() if "attention" in type(m).__name__.lower()]
+    return [(name, module) for name, module in block.named_modules() if is_attention(module)]
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the class of a module is named as attention."""
+    return "attention" in type(module).__name__.lower()
 
 
 def attention_leaves(block: nn.Module) -> list[nn.Module]:
@@ -277,8 +286,18 @@ def first_relative_bias(block: nn.Module) -> nn.Module | None:
     return next((m for m in block.modules() if getattr(m, "has_relative_attention_bias", False)), None)
 
 
-MIXING = re.compile(r"BatchNorm|Mamba|SSM|RWKV|Hyena|DeltaNet|ShortConv|LSTM|GRU|Recurrent", re.IGNORECASE)
+MIXING = re.compile(r"BatchNorm|Mamba|SSM(?!LP)|RWKV|Hyena|DeltaNet|ShortConv|LSTM|GRU|Recurrent", re.IGNORECASE)
 ROUTING = re.compile(r"MoE|MoeBlock|SparseMoe|Router|Experts", re.IGNORECASE)
+
+
+def refuse_batch_norm(stack: Stack, technique: str) -> None:
+    """Raise SettingError where running statistics of blocks would count a batch that is run again twice."""
+    for name, module in stack.blocks.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            raise SettingError(
+                f"{stack.name}.{name} is a {type(module).__name__}, whose running statistics would count each batch "
+                f"twice; {technique} cannot run such blocks."
+            )
 
 
 def refuse_token_mixing(stack: Stack, technique: str) -> None:

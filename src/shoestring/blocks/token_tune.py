@@ -44,6 +44,7 @@ from .stacks import (
 from .token_selection import Selection, ends, seek_scores, select
 
 SHIFTED = re.compile(r"labels\[[^\]]*1:\]")
+UNSHIFTED = re.compile(r"CrossEntropyLoss\(|cross_entropy\(")
 
 
 @dataclass
@@ -105,6 +106,11 @@ class TokenTune(BlockTechnique):
             raise SettingError("select='seek' of token_tune reads attention, which form='rows' does not; use streams.")
         self.handles_attention = self.form == "streams"
         self._share = 1.0
+
+    @property
+    def hides_states(self) -> bool:
+        """In streams tokens stand in another order between blocks."""
+        return self.form == "streams"
 
     def check(self, model: nn.Module, stacks: list[Stack]) -> None:
         for stack in stacks:
@@ -209,12 +215,14 @@ class TokenTune(BlockTechnique):
         inner = innermost(model)
         if self.encoder is not None or not self.stacks[-1].causal or inner.get_output_embeddings() is None:
             return False
-        if SHIFTED.search(inspect.getsource(type(inner).forward)):
+        source = inspect.getsource(type(inner).forward)
+        if SHIFTED.search(source):
             raise SettingError(
                 f"{type(inner).__name__} shifts labels by itself, so token_tune cannot give it those of the selected "
                 "tokens; use a model whose forward leaves the loss to loss_function."
             )
-        return True
+        # decoders of encoder-decoders by themselves compare each output with the label at its own place
+        return "loss_function" in source or not UNSHIFTED.search(source)
 
     def _allowed(self, inputs: dict[str, Any], stack: Stack, like: Tensor) -> Tensor:
         """True at tokens of a stack that are not padding."""

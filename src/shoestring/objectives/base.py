@@ -314,6 +314,9 @@ class LazyLogits:
             raise self._wanted("an index into the vocabulary")
         return self._with(hidden=self.hidden[index])
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self._wanted("what writes into them")
+
     def to(self, *args: Any, **kwargs: Any) -> LazyLogits:
         """The logits in another dtype; they cannot change their device."""
         wanted = [*args, *kwargs.values()]

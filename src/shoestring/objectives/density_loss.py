@@ -36,7 +36,7 @@ from ..feed_forward import gated_product, is_elementwise
 from ..modes import in_training, without_backward
 from ..precision import at_least_float32
 from ..real_tokens import real_tokens
-from ..technique import Moment, Phase, Technique, register_technique
+from ..technique import Moment, Phase, Technique, register_technique, sum_of
 
 CHUNKS = 8
 ZEROES = "ReLU, squared ReLU, ReLU6, hard swish, and GELU where it rounds to zero"
@@ -184,7 +184,7 @@ class DensityLoss(Technique):
                 "backward, as reentrant checkpointing has it. Use the technique recompute, or set weight to 0."
             )
         means = [torch.stack([term.to(terms[0]) for term in terms]).mean() for terms in of_stack.values()]
-        penalty = self.weight * torch.stack([mean.to(means[0]) for mean in means]).sum()
+        penalty = self.weight * sum_of(means)
         if has_values(penalty) and not torch.isfinite(penalty):
             wrong = next(p.name for p, shares in seen if shares is not None and not torch.isfinite(shares).all())
             raise RunFailed(
@@ -199,7 +199,7 @@ class DensityLoss(Technique):
         for place, shares in seen:
             if shares is not None:
                 real = real_tokens(model, batch, place.name, shares.shape)
-                real = torch.ones_like(shares, dtype=torch.bool) if real is None else real
+                real = torch.ones_like(shares, dtype=torch.bool) if real is None else real.to(shares.device)
                 counted = torch.stack([(shares * real).sum(), real.sum(), shares.sum(), torch.ones_like(shares).sum()])
                 self._measured[place] = self._measured[place].to(counted.device, torch.float64) + counted
 
@@ -289,6 +289,7 @@ def mean_of_samples(shares: Float[Tensor, "*batch"], real: Bool[Tensor, "*batch"
     """The mean over samples of the mean over their real tokens, None for all; samples without any do not count."""
     if real is None:
         return shares.mean()
+    real = real.to(shares.device)
     tokens = real.flatten(1).sum(1)
     of_sample = (shares * real).flatten(1).sum(1) / tokens.clamp(min=1)
     return of_sample.sum() / (tokens > 0).sum().clamp(min=1)

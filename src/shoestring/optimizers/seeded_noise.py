@@ -23,6 +23,7 @@ from ..fakes import has_values
 from ..precision import wide_dtype
 
 PART = 2**20
+SEEDS_APART = 0x9E3779B1
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 BringBack = Literal["add_back", "copy", "host_copy"]
@@ -46,6 +47,11 @@ def check_weights(weights: Mapping[str, nn.Parameter], technique: str) -> None:
             raise SettingError(f"{technique} moves weights that are contiguous, but {name} is not: make it so.")
 
 
+def seed_on(number: int, seed: int) -> int:
+    """The seed on the first device, 0, and others that weights lie on: with one for all, each would draw the same."""
+    return seed + number * SEEDS_APART
+
+
 def drawn(weights: Sequence[Tensor], seed: int) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator | None]]:
     """Each part of the weights in order, with its noise: the weight's index, a flat view, z, and what drew it.
 
@@ -56,7 +62,8 @@ def drawn(weights: Sequence[Tensor], seed: int) -> Iterator[tuple[int, Tensor, T
         generator = None
         if has_values(weight):
             if weight.device not in generators:
-                generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+                own = seed_on(len(generators), seed)
+                generators[weight.device] = torch.Generator(weight.device).manual_seed(own)
             generator = generators[weight.device]
         dtype = wide_dtype(weight.dtype)
         flat = weight.detach().view(-1)

@@ -39,7 +39,7 @@ from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..precision import wide_dtype
 from ..quantisation.originals import is_same
-from ..technique import NUMBERS_HELD, Moment, Phase, Technique, refuse_several_processes, register_technique
+from ..technique import NUMBERS_HELD, Moment, Phase, Technique, refuse_several_processes, register_technique, sum_of
 from ..whole_files import read_tensors, write_tensors
 from .units import Units, find_units
 
@@ -264,7 +264,7 @@ class LightPEFT(Technique):
         masks = self._masks()
         if not masks or not self.sparsity_weight:
             return None
-        return self.sparsity_weight * torch.stack([mask.abs().sum() for mask in masks.values()]).sum()
+        return self.sparsity_weight * sum_of([mask.abs().sum() for mask in masks.values()])
 
     def on_step_begin(self, moment: Moment) -> None:
         """Watch the adapters in the second half of the estimation."""

@@ -39,7 +39,7 @@ class KeptRows:
         """Put the full values back, with what the kept rows have become."""
         whole, now = self.whole(), self.parameter
         in_file = whole.untyped_storage().filename is not None
-        replace_data(now, whole.clone() if in_file else whole.to(now.device, now.dtype))
+        replace_data(now, whole.to(now.device, now.dtype, copy=in_file))
 
     @torch.no_grad()
     def whole(self) -> Tensor:

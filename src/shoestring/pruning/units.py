@@ -107,7 +107,7 @@ class Units:
             now = rows_first(layer)
             if original.kept_rows is None:
                 in_file = original.weight.untyped_storage().filename is not None
-                whole = original.weight.clone() if in_file else original.weight.to(now.device, now.dtype)
+                whole = original.weight.to(now.device, now.dtype, copy=in_file)
                 replace_data(layer.weight, whole)  # type: ignore[arg-type]
                 resize(layer)
                 continue

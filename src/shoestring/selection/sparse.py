@@ -13,7 +13,7 @@ reads its weight it gets a view of it whose backward ends in `values`.
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +77,14 @@ class Entries(nn.Module):
         By default of the weight, and at the places of the entries.
         """
         tensor = self.weight[0].detach() if tensor is None else tensor
-        return tensor[torch.unravel_index((self.places if places is None else places).long(), tensor.shape)]
+        return tensor[_indices((self.places if places is None else places).long(), tensor.shape)]
 
     @torch.no_grad()
     def put(self, values: Tensor, places: Int[Tensor, " m"] | None = None) -> None:
         """Write numbers into the weight, at the places of the entries where no others are given."""
         weight = self.weight[0].data
         where = (self.places if places is None else places).long()
-        weight[torch.unravel_index(where, weight.shape)] = values.to(weight.dtype)
+        weight[_indices(where, weight.shape)] = values.to(weight.dtype)
 
     def write(self, always: bool = False) -> None:
         """Write the values into the weight, where an optimizer has changed them since."""
@@ -121,6 +121,15 @@ class Entries(nn.Module):
 
     def on_gradient(self, dense: Tensor) -> None:
         """Called in backward with dL/dW, before the gradient of the values is taken from it."""
+
+
+def _indices(places: Int[Tensor, " n"], shape: Sequence[int]) -> tuple[Int[Tensor, " n"], ...]:
+    """As torch.unravel_index, which waits for the device."""
+    found = []
+    for size in reversed(shape):
+        found.append(places % size)
+        places = places // size
+    return tuple(reversed(found))
 
 
 class _Seen(torch.autograd.Function):

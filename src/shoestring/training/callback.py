@@ -8,8 +8,21 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import SettingError
 from ..recipe import Attached, attached_to
 from ..technique import Moment
+
+
+def refuse_copies(arguments: TrainingArguments) -> None:
+    """Refuse a process that would train copies of the model on several GPUs, which have no recipe.
+
+    Raises SettingError.
+    """
+    if arguments.n_gpu > 1:
+        raise SettingError(
+            f"{arguments.n_gpu} GPUs are visible to one process, which would copy the model without its recipe; make "
+            "one visible with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 class RecipeCallback(TrainerCallback):
@@ -29,7 +42,13 @@ class RecipeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Find the recipe, check that this trainer can run it, and restore it when the run is resumed."""
+        refuse_copies(args)
         self.attached: Attached = attached_to(model)
+        reading = [t.name for t in self.attached.techniques if getattr(t, "reads_operations", False)]
+        if args.torch_compile and reading:
+            raise ValueError(
+                f"{reading[0]} cannot tell operations apart in a model under torch.compile; leave out one."
+            )
         self.attached.accumulation_steps = args.gradient_accumulation_steps
         if not self.in_recipe_trainer and self.attached.parameter_groups():
             raise ValueError(
@@ -72,6 +91,7 @@ class RecipeCallback(TrainerCallback):
             state.epoch or 0.0,
             state.max_steps,
             self.attached.accumulation_steps,
+            skipped=bool(getattr(optimizer, "step_was_skipped", False)),
         )
 
     def on_step_begin(

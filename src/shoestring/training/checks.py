@@ -56,6 +56,8 @@ class GradientCheck(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the gradients that the optimizer is about to use."""
+        if self.unseen == {} and not self.asleep:
+            return
         if args.fp16 and not all(_finite(p) for p in model.parameters() if p.grad is not None):
             return  # a gradient scaler starts too high; it skips such steps and lowers itself
         first = self.unseen is None

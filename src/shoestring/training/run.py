@@ -34,6 +34,7 @@ from ..recipe import Attached, Recipe, attached_to
 from ..technique import plain
 from ..whole_files import write_text
 from . import checkpoints, output
+from .callback import refuse_copies
 from .checks import GradientCheck
 from .data import load_splits
 from .low_bit_optimizers import check_optimizer, note_on
@@ -319,11 +320,7 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
     arguments = settings.training_arguments(
         **{**defaults, **settings.train, "output_dir": settings.output_dir, "eval_on_start": False}
     )
-    if arguments.n_gpu > 1:
-        raise SettingError(
-            f"{arguments.n_gpu} GPUs are visible to one process, which would copy the model without its recipe; make "
-            "one visible with CUDA_VISIBLE_DEVICES=0."
-        )
+    refuse_copies(arguments)
     return arguments
 
 
