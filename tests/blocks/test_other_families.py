@@ -165,6 +165,16 @@ def test_attention_that_draws_its_dropout_is_run_again(dropped: float, kept: boo
         assert (_keep_attention(None, operation, *args[:3], dropout_p=dropped).name == "MUST_SAVE") is kept
 
 
+@pytest.mark.parametrize(
+    "technique", [TokenWindows(window_tokens=4), TokenTune(keep_fraction=0.5), Reversible()], ids=lambda t: t.name
+)
+def test_a_stack_on_several_devices_is_refused(technique):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+    model.model.layers[1].to("meta")
+    with pytest.raises(SettingError, match=rf"model.layers lies on cpu and meta; {technique.name} runs a stack on one"):
+        Recipe(technique).apply(model)
+
+
 def test_attention_alone_makes_no_stack():
     config = transformers.XLMConfig(vocab_size=61, emb_dim=24, n_layers=2, n_heads=4)
     with pytest.raises(SettingError, match="has no list of equal transformer blocks with attention"):

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import SettingError
 from ..forwards import forward_swapped
@@ -216,10 +217,11 @@ class BlockTechnique(Technique):
 
 
 def _around(model: nn.Module, stacks: list[Stack]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside the model that have a stack in them."""
+    """The models inside of this one that have a stack in them. Parts of models, as in DeBERTa, may list all states."""
     names = {stack.name.rsplit(".", depth)[0] for stack in stacks for depth in range(1, stack.name.count(".") + 1)}
     for name in sorted(names):
-        yield name, model.get_submodule(name)
+        if isinstance(module := model.get_submodule(name), PreTrainedModel):
+            yield name, module
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from ..fakes import has_values
 from ..technique import Advised, Phase, Technique, register_technique
 from ..whole_files import check_names, read_tensors, write_tensors
 from .base import BlockTechnique
-from .stacks import BlockCall, Stack, refuse_batch_norm
+from .stacks import BlockCall, Stack, refuse_batch_norm, refuse_several_devices
 from .stream_arithmetic import Factor, FixedPoint, Floating, StreamArithmetic
 from .two_streams import Probe, TwoStreams
 
@@ -194,10 +194,7 @@ class Reversible(BlockTechnique):
                         f"{stack.name}.{index} is of type {type(block).__name__}, a block of unknown layout: "
                         "reversible does not know where its feed-forward part is."
                     )
-            if len(devices := {str(p.device) for p in stack.blocks.parameters()}) > 1:
-                raise SettingError(
-                    f"{stack.name} lies on {' and '.join(sorted(devices))}; reversible runs a stack on one device."
-                )
+            refuse_several_devices(stack, self.name)
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -290,6 +290,14 @@ MIXING = re.compile(r"BatchNorm|Mamba|SSM(?!LP)|RWKV|Hyena|DeltaNet|ShortConv|LS
 ROUTING = re.compile(r"MoE|MoeBlock|SparseMoe|Router|Experts", re.IGNORECASE)
 
 
+def refuse_several_devices(stack: Stack, technique: str) -> None:
+    """Raise SettingError where the blocks of a stack lie on several devices."""
+    if len(devices := {str(p.device) for p in stack.blocks.parameters()}) > 1:
+        raise SettingError(
+            f"{stack.name} lies on {' and '.join(sorted(devices))}; {technique} runs a stack on one device."
+        )
+
+
 def refuse_batch_norm(stack: Stack, technique: str) -> None:
     """Raise SettingError where running statistics of blocks would count a batch that is run again twice."""
     for name, module in stack.blocks.named_modules():

@@ -37,6 +37,7 @@ from .stacks import (
     Stack,
     attention_leaves,
     gather_tokens,
+    refuse_several_devices,
     refuse_token_mixing,
     scatter_tokens,
     take_tokens,
@@ -115,6 +116,7 @@ class TokenTune(BlockTechnique):
     def check(self, model: nn.Module, stacks: list[Stack]) -> None:
         for stack in stacks:
             refuse_token_mixing(stack, self.name)
+            refuse_several_devices(stack, self.name)
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

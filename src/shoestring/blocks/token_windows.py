@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..technique import Advised, Phase, Technique, register_technique
 from .base import BlockTechnique, Pass
-from .stacks import BlockCall, Stack, refuse_token_mixing
+from .stacks import BlockCall, Stack, refuse_several_devices, refuse_token_mixing
 from .window_budget import bytes_of, tokens_within
 from .windowed_blocks import WindowedBlocks, sees_later
 
@@ -81,6 +81,7 @@ class TokenWindows(BlockTechnique):
     def check(self, model: nn.Module, stacks: list[Stack]) -> None:
         for stack in stacks:
             refuse_token_mixing(stack, self.name)
+            refuse_several_devices(stack, self.name)
             _refuse_dropped_paths(stack)
         if self.schedule == "layer_major":
             return
