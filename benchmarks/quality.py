@@ -70,6 +70,7 @@ class Contestant:
 
     beside: empty for one that is a baseline only. model: as in a run file; None for that of the part. apart: as in the
     part; None for the part's own. train: over the settings of the part. goal: False where rows only tell.
+    also: rates to try beside the first ones, for those that these make diverge.
     """
 
     recipe: list[Any]
@@ -78,6 +79,7 @@ class Contestant:
     apart: float | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
     goal: bool = True
+    also: tuple[float, ...] = ()
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -104,14 +106,17 @@ def measured(settings: dict[str, Any]) -> Outcome:
     return kept | ({"curve": outcome["curve"]} if outcome["curve"] else {})
 
 
-def rate_to_use(done: Mapping[str, Outcome], name: str) -> tuple[float, bool]:
-    """The learning rate to try next at the first seed; or the best one, and True, once its neighbours were tried."""
+def rate_to_use(done: Mapping[str, Outcome], name: str, also: Sequence[float] = ()) -> tuple[float, bool]:
+    """The learning rate to try next at the first seed; or the best one, and True, once its neighbours were tried.
+
+    also: to try beside the first ones.
+    """
     losses: dict[str, float] = {}
     for key, outcome in done.items():
         trained, tried, seed = key.split("|")
         if trained == name and int(seed) == SEEDS[0]:
             losses[tried] = _validation_loss(outcome)
-    for rate in FIRST_RATES:
+    for rate in (*FIRST_RATES, *also):
         if f"{rate:g}" not in losses:
             return rate, False
     best = float(min(losses, key=lambda tried: losses[tried]))
@@ -135,10 +140,10 @@ def _planned(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The runs of one seed; further ones by what the last have come to."""
     for name, contestant in contestants.items():
-        rate, found = rate_to_use(done, name)
+        rate, found = rate_to_use(done, name, contestant.also)
         while seed == SEEDS[0] and not found:
             yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
-            rate, found = rate_to_use(done, name)
+            rate, found = rate_to_use(done, name, contestant.also)
         if found and seed != SEEDS[0]:
             yield f"{name}|{rate:g}|{seed}", settings_of(part, contestant, rate, seed)
     for name, contestant in contestants.items() if part.longer else ():

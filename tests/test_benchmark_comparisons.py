@@ -58,6 +58,18 @@ def test_a_contestant_stands_beside_each_of_its_baselines(quality, seeds, goals)
     assert holds == {f"start beside plain, {seeds} of 3 seeds: loss": None, **expected}
 
 
+def test_rates_are_looked_for_around_the_best_of_the_first_and_of_others_to_try(quality):
+    loss_of = {"0.001": 0.69, "0.004": 0.68, "0.00025": 0.5, "6.25e-05": 0.55, "0.016": 0.7}
+    for also, wanted in (((), ["0.001", "0.004", "0.016"]), ((2.5e-4,), ["0.001", "0.004", "0.00025", "6.25e-05"])):
+        done: dict[str, Any] = {}
+        rate, found = quality.rate_to_use(done, "full", also)
+        while not found:
+            done[f"full|{rate:g}|0"] = {"quality": {"validation": {"loss": loss_of[f"{rate:g}"]}}}
+            rate, found = quality.rate_to_use(done, "full", also)
+        assert [key.split("|")[1] for key in done] == wanted
+        assert f"{rate:g}" == min(wanted, key=lambda tried: loss_of[tried])
+
+
 def test_how_much_worse_a_method_may_be_is_said_by_part(in_place):
     reviews, problems, rounded = (in_place.contestants(part, None) for part in ("classification", "decoder", "rounded"))
     assert (reviews["l4q"].apart, problems["l4q"].apart) == (0.01, None)
