@@ -111,6 +111,11 @@ class Events:
         """Whether `see_data` does anything, so that data must be there before the recipe is attached."""
         return type(self).see_data is not Events.see_data
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether attaching runs the model on rows of the data, so that it had better be where it will train."""
+        return False
+
     def see_saved(self, folder: Path) -> None:
         """Before attaching, where `restore` will follow: look at what was saved into `folder`."""
 

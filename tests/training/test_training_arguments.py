@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from shoestring import Recipe
 from shoestring.errors import SettingError
 from shoestring.training import RunSettings
-from shoestring.training.run import training_arguments
+from shoestring.training.run import move_ahead, training_arguments
 from shoestring.training.tasks import TASKS
 
 
@@ -57,3 +60,39 @@ def test_checkpoints_come_where_evaluations_do(run_file: Callable[..., Path]) ->
 
     assert steps_of(save_steps=None) == (40, 40)
     assert steps_of(save_steps=80) == (80, 40)
+
+
+@pytest.mark.parametrize(
+    ("changed", "attributes", "moved"),
+    [
+        ({}, {}, "meta"),
+        ({"device": torch.device("cpu")}, {}, "cpu"),
+        ({"fsdp": "full_shard"}, {}, "cpu"),
+        ({}, {"hf_device_map": {"": 0}}, "cpu"),
+        ({}, {"is_quantized": True}, "cpu"),
+    ],
+)
+def test_a_model_is_where_it_will_train_before_it_is_calibrated(
+    changed: dict[str, Any], attributes: dict[str, Any], moved: str
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    arguments = SimpleNamespace(**{"device": torch.device("meta"), "fsdp": "", "deepspeed": None, **changed})
+    move_ahead(model, arguments)  # type: ignore[arg-type]
+    assert model.weight.device.type == moved
+
+
+@pytest.mark.parametrize(
+    ("recipe", "runs"),
+    [
+        ([{"lora": {"r": 2}}], False),
+        ([{"paca": {"r": 2}}], False),
+        ([{"paca": {"r": 2, "selection": "gradient"}}], True),
+        ([{"speft": {"count": 5}}], True),
+        ([{"speft": {"count": 5, "score": "magnitude"}}], False),
+        ([{"lora": {"r": 2}}, {"embedding_pruning": {}}], False),
+    ],
+)
+def test_recipes_say_whether_they_run_the_model_to_be_attached(recipe: list[Any], runs: bool) -> None:
+    assert any(technique.runs_model for technique in Recipe.from_list(recipe).techniques) is runs

@@ -157,6 +157,11 @@ class PeftTechnique(Technique):
         """Whether the config does."""
         return self._events.reads_data
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the config does."""
+        return self._events.runs_model
+
     def see_data(self, splits: Mapping[str, Any], processor: Any = None) -> None:
         """Pass on to the config."""
         self._events.see_data(splits, processor)

@@ -153,6 +153,11 @@ class Calibrated(Events):
         self._rows = [rows[index] for index in sorted(drawn)]
 
     @property
+    def runs_model(self) -> bool:
+        """Whether it is calibrated on data."""
+        return self.reads_data
+
+    @property
     def _method(self) -> str:
         """The method's name, also of an adapter's config."""
         method: Any = getattr(self, "method", self)

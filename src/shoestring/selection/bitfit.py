@@ -113,7 +113,7 @@ class BitFit(Selection):
         return found
 
     def idle_parameters(self, model: nn.Module) -> set[str]:
-        """Biases of keys alone: softmax takes no notice of what is added to all scores of a query."""
+        """Biases of keys alone: without rotary embeddings softmax takes no notice of them."""
         return self._keys
 
     def _wants(self, name: str, parts: frozenset[str]) -> bool:

@@ -182,6 +182,8 @@ def prepare(
     arguments = training_arguments(settings, task, data)
     set_seed(seed)
     reads_data = any(technique.reads_data for technique in recipe.techniques)
+    if any(technique.runs_model for technique in recipe.techniques):
+        move_ahead(model, arguments)
     model = _attach(recipe, model, task.model_inputs(data, processor) if reads_data else None, processor)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
@@ -354,6 +356,16 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def move_ahead(model: Any, arguments: TrainingArguments) -> None:
+    """Move the model to the device where the trainer would move it later, so that calibration does not run on the CPU.
+
+    Models that were placed when they were loaded, or will be cut into pieces, stay where they are.
+    """
+    is_placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    if not (is_placed or arguments.fsdp or arguments.deepspeed or arguments.device.type == "cpu"):
+        model.to(arguments.device)
 
 
 def _attach(recipe: Recipe, model: Any, data: DatasetDict | None, processor: Any) -> Any:
