@@ -18,6 +18,7 @@ from shoestring.blocks.attention import (
     redirected,
     visible_rows,
 )
+from shoestring.blocks.stacks import Unread
 from shoestring.errors import SettingError
 
 PADDINGS = {
@@ -233,3 +234,14 @@ def test_implementations_that_take_no_mask_are_refused():
         redirected(nn.Linear(2, 2)),
     ):
         pass
+
+
+def test_a_model_that_reads_what_stands_in_for_a_tensor_is_told_why_it_cannot():
+    mask, unread = TokenMask(1, 3), Unread(nn.Identity(), "recompute")
+    for stand_in, message in ((mask, "made row by row"), (unread, "Identity hands on more than hidden states")):
+        assert not hasattr(stand_in, "shape")
+        for read in (lambda x: x.to("cpu"), lambda x: x[0]):
+            with pytest.raises(SettingError, match=message):
+                read(stand_in)
+    with pytest.raises(SettingError, match="hands on more"):
+        _, _ = unread

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import SettingError
 from ..fakes import has_values
-from .stacks import Stack
+from .stacks import NotThere, Stack
 
 SUPPORTED = ("sdpa", "eager")
 OURS = "shoestring_"  # in front of a redirected implementation's name
 
 Handler = Callable[..., Tensor]
 _HANDLER: ContextVar[Handler | None] = ContextVar("handler of attention", default=None)
+
+
+_NO_TENSOR = "Attention masks are made row by row under this recipe, without the whole matrix; use recompute for this model, which"
 
 
 class TokenMask:
@@ -55,6 +58,14 @@ class TokenMask:
         self.device = device
         self.whole = whole  # for rules that only work on the whole matrix
         self._made: list[tuple[Tensor, Tensor]] = []
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise NotThere(f"{_NO_TENSOR} takes a part of it.")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # of copies and the like
+            raise AttributeError(name)
+        raise NotThere(f"{_NO_TENSOR} asks for its {name}.")
 
     def rows(self, queries: Int[Tensor, "batch kept"]) -> Bool[Tensor, "batch _ kept keys"]:
         """The keys visible from the given positions of each sample; made once for one tensor of positions."""

@@ -163,6 +163,10 @@ def hidden_in(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+class NotThere(SettingError, AttributeError):
+    """A model asks what stands in for a tensor for more than it can give; hasattr() answers no."""
+
+
 class Unread:
     """In place of what a block returned beside the hidden states: stands for it as long as nothing reads it."""
 
@@ -176,6 +180,20 @@ class Unread:
             f"{self.block} hands on more than hidden states, which {self.technique} cannot do; leave "
             f"{self.technique} out for this model."
         )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.refuse()
+
+    def __iter__(self) -> NoReturn:
+        self.refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # of copies and the like
+            raise AttributeError(name)
+        try:
+            self.refuse()
+        except SettingError as error:
+            raise NotThere(str(error)) from None
 
     @classmethod
     def __torch_function__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
