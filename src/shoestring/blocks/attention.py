@@ -32,7 +32,7 @@ Handler = Callable[..., Tensor]
 _HANDLER: ContextVar[Handler | None] = ContextVar("handler of attention", default=None)
 
 
-_NO_TENSOR = "Attention masks are made row by row under this recipe, without the whole matrix; use recompute for this model, which"
+_NO_TENSOR = "This recipe makes attention masks row by row; use recompute in its place for this model, which"
 
 
 class TokenMask:
