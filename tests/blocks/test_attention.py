@@ -238,7 +238,10 @@ def test_implementations_that_take_no_mask_are_refused():
 
 def test_a_model_that_reads_what_stands_in_for_a_tensor_is_told_why_it_cannot():
     mask, unread = TokenMask(1, 3), Unread(nn.Identity(), "recompute")
-    for stand_in, message in ((mask, "made row by row"), (unread, "Identity hands on more than hidden states")):
+    for stand_in, message in (
+        (mask, "masks row by row; use recompute .* which (asks for its to|takes a part of it)"),
+        (unread, "Identity hands on more than hidden states"),
+    ):
         assert not hasattr(stand_in, "shape")
         for read in (lambda x: x.to("cpu"), lambda x: x[0]):
             with pytest.raises(SettingError, match=message):

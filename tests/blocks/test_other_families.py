@@ -201,6 +201,16 @@ def test_a_module_around_layers_is_none_that_reads_their_input():
     assert names == {"attention.q_lin", "attention.k_lin", "attention.v_lin", "ffn.lin1"}
 
 
+def test_layers_of_low_rank_attention_and_of_sound_read_what_enters_their_part():
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 6, "v_head_dim": 6}
+    config = transformers.DeepseekV3Config(**TEXT, num_key_value_heads=4, first_k_dense_replace=2, **ranks)
+    names = {
+        name.rpartition(".0.")[2] for name in input_layers(made(lambda: transformers.DeepseekV3ForCausalLM(config)))
+    }
+    assert {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "mlp.up_proj"} <= names
+    assert any(name.endswith("feed_forward.intermediate_dense") for name in input_layers(made(weighted_hubert)))
+
+
 def test_blocks_that_scale_their_residual_have_no_known_layout():
     sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 6, "v_head_dim": 6}
     config = transformers.MiniCPM3Config(**TEXT, num_key_value_heads=4, **sizes)

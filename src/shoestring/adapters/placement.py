@@ -149,10 +149,10 @@ LAYOUTS = (
 
 # the layers that read what enters attention, and what enters the feed-forward part, by the end of their names
 ATTENTION_INPUT = re.compile(
-    r"(.*\.)?(q|k|v|query|key|value|[qkv]_(proj|lin)|(query|key|value)_proj|qkv|qkv_proj|Wqkv|c_attn|query_key_value)"
+    r"(.*\.)?(q|k|v|query|key|value|[qkv]_(proj|lin)|(query|key|value)_proj|qkv|qkv_proj|Wqkv|c_attn|query_key_value|(q|kv)_a_proj(_with_mqa)?)"
 )
 FEEDFORWARD_INPUT = re.compile(
-    r"(.*\.)?(fc1|c_fc|fc_in|lin1|Wi|wi|wi_[01]|w[13]|(gate|up|gate_up)_proj|intermediate\.dense|dense_h_to_4h|ffn"
+    r"(.*\.)?(fc1|c_fc|fc_in|lin1|Wi|wi|wi_[01]|w[13]|(gate|up|gate_up)_proj|intermediate[._]dense|dense_h_to_4h|ffn"
     r"|weights_in)"
 )
 CROSS_ATTENTION = re.compile(r".*(cross_?att|encoder_attn|EncDecAttention).*")
