@@ -322,7 +322,7 @@ def test_the_output_is_that_of_the_dense_delta():
     [
         ({"r": 0}, "r of s2_lora must be at least 1, got 0"),
         ({"sparsity": -1e-3}, "sparsity of s2_lora must be at least 0, got -0.001"),
-        ({"sparsity": float("nan")}, "sparsity of s2_lora must be at least 0, got nan"),
+        ({"sparsity": float("nan")}, "sparsity of s2_lora must be a number, got nan"),
         ({"factor_decay": -1.0}, r"factor_decay of s2_lora must be at least 0, got -1\.0"),
         ({"sparsity_by": "magic"}, "sparsity_by of s2_lora must be 'proximal' or 'penalty', got 'magic'"),
         ({"init": "zeros"}, "init of s2_lora must be 'kaiming' or 'adalora', got 'zeros'"),

@@ -1,7 +1,7 @@
 """Optimizers whose state no rehearsal can make: its bytes, by the rule of how bitsandbytes and torchao lay it out.
 
 Source   Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv:2110.02861
-Rule     Blocks of 256 numbers share one float32 scale, of 128 in 4 bit; tensors below 4,096 numbers have float32
+Rule     Blocks of 256 numbers share one float32 scale; tensors below 4,096 numbers have float32
          states. bitsandbytes has one table of levels for all tensors, which is left out; torchao one for each state.
          Paged states of tensors with 100,000 numbers and more may leave the GPU; smaller ones stay on it.
          transformers' Trainer has bitsandbytes keep those of every nn.Embedding, and of heads tied to it, in float32.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..training.low_bit_optimizers import SMALLEST_QUANTISED, package_of
 
 SMALLEST_PAGED = 100_000
-BLOCKS_OF_TORCHAO = {4: 128, 8: 256}
+BLOCK_OF_TORCHAO = 256  # as transformers asks for it, in 4 bits too
 STATES = {"adam": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}  # tensors of a parameter's size
 
 
@@ -74,7 +74,7 @@ def by_rule(optim: object, *, on_cpu: bool = False) -> StateRule | None:
         return None
     if package == "torchao":
         bits = 4 if "4bit" in name else 8
-        return StateRule(name, STATES["adam"], bits, False, block=BLOCKS_OF_TORCHAO[bits], own_tables=True)
+        return StateRule(name, STATES["adam"], bits, False, block=BLOCK_OF_TORCHAO, own_tables=True)
     family = next((family for family in ("ademamix", "adam", "lion", "rmsprop") if family in name), None)
     if family is None:
         return None
