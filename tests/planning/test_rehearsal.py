@@ -219,7 +219,7 @@ def test_priming_changes_no_weight():
         ("paged_lion_8bit", StateRule("paged_lion_8bit", 1, 8, True)),
         ("ademamix_8bit", StateRule("ademamix_8bit", 3, 8, False)),
         ("adamw_torch_8bit", StateRule("adamw_torch_8bit", 2, 8, False, block=256, own_tables=True)),
-        ("adamw_torch_4bit", StateRule("adamw_torch_4bit", 2, 4, False, block=128, own_tables=True)),
+        ("adamw_torch_4bit", StateRule("adamw_torch_4bit", 2, 4, False, block=256, own_tables=True)),
         ("adamw_torch", None),
         ("adafactor", None),
     ],
