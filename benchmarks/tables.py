@@ -61,7 +61,8 @@ def quality(file: str, parts: Mapping[str, str], longer: bool = False) -> str:
         cells = [_trained(some[name], _measure(some)) if name in some else [""] * columns for some in of_parts]
         lines.append([f"`{name}`", *(cell for part in cells for cell in part)])
     goals = [row.holds for some in of_parts for one in some.values() for _, row in one.values() if row.goal]
-    return f"{markdown(head, lines)}\n\n{sum(map(bool, goals))} of {len(goals)} goals hold."
+    held = f"\n\n{sum(map(bool, goals))} of {len(goals)} goals hold." if goals else ""
+    return f"{markdown(head, lines)}{held}"
 
 
 def _measure(some: Found) -> str:
