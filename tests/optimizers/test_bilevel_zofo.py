@@ -1,6 +1,7 @@
 """Bilevel ZOFO: two copies of the adapters, a backbone moved by forwards, and what it becomes at its limits."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shoestring.optimizers.seeded_noise import add_noise, seeds_of
 from shoestring.optimizers.step_log import StepLog
 from shoestring.planning.rehearsal import Work, rehearse
 from shoestring.recipe import attached_to, load
+from shoestring.selection import IST
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, TinyModel, seeded
 from shoestring.training import RecipeTrainer
 from shoestring.training.checks import GradientCheck
@@ -305,6 +307,19 @@ def test_what_does_not_fit_is_refused(tmp_path):
         )
         with pytest.raises(SettingError, match="trains on held-out rows too, but this run has none"):
             trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_that_rest_in_a_step_rest_in_both_copies(tmp_path):
+    model = applied(IST(active_layers=1, importance=False), BilevelZOFO(inner_steps=3, backbone_lr=0.0))
+    start = values(model)
+    trainer_of(model, tmp_path, max_steps=1).train()  # an inner step
+    moved = {name for name, s in technique_of(model).inner.items() if not torch.equal(s, start[name])}
+    assert len({re.search(r"layers\.(\d+)\.", name)[1] for name in moved}) == 1
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    trainer_of(
+        applied(IST(active_layers=1, importance=False), BilevelZOFO(inner_steps=1)), tmp_path, max_steps=4
+    ).train()
 
 
 def test_it_learns_with_prompts_too(tmp_path):

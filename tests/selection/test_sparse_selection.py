@@ -17,6 +17,7 @@ from shoestring.selection import ID3, SPT, Speft
 from shoestring.selection.sparse import FILE, HOLDER, SparseSelection, top_places
 from shoestring.technique import TECHNIQUES, Moment
 from shoestring.testing.tiny_models import CLASSIFIER, classifier, decoder
+from shoestring.whole_files import read_tensors, write_tensors
 
 BATCH = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.tensor([0, 2])}
 TEXT = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.arange(26).view(2, 13)}
@@ -124,6 +125,10 @@ def test_it_is_saved_as_places_and_values_and_loaded_switched_off_and_on(tmp_pat
     assert (tmp_path / FILE).stat().st_size < 50 * 8 + 1200  # and names and shapes
     with pytest.raises(SettingError, match="made of another model"):
         load(decoder(), tmp_path)
+    tensors, texts = read_tensors(tmp_path / FILE)
+    write_tensors(tmp_path / FILE, tensors | {"values": tensors["values"][1:]}, weights=texts["weights"])
+    with pytest.raises(SettingError, match=r"is damaged: it has 50 places and 49 values, and counts of 50"):
+        load(classifier(), tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(64, 24), (24, 40)], ids=["wider", "as many numbers"])

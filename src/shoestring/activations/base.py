@@ -34,6 +34,8 @@ from ..errors import SettingError
 from ..memory.storages import storages_of, weight_tensors
 from ..technique import Phase, Technique
 
+COMPILED = "{name} cannot tell operations apart in a model under torch.compile; leave out one."
+
 
 class Stage(IntEnum):
     """The order in which the codecs of one model see a tensor."""
@@ -95,9 +97,7 @@ class Codec(Technique):
         Raises SettingError if the codec must know operations and the model is compiled.
         """
         if self.reads_operations and any(_is_compiled(module) for module in model.modules()):
-            raise SettingError(
-                f"{self.name} cannot tell operations apart in a model under torch.compile; leave out one."
-            )
+            raise SettingError(COMPILED.format(name=self.name))
         with _joined(self, model):
             yield model
 

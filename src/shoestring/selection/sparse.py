@@ -309,6 +309,11 @@ class SparseSelection(Selection):
         if odd := sorted(about.keys() ^ self.entries.keys()):
             raise SettingError(f"{file} was made of another model or other targets: {odd[0]} is in one only.")
         counts = [count for count, *_ in about.values()]
+        if not len(tensors["places"]) == len(tensors["values"]) == sum(counts):
+            raise SettingError(
+                f"{file} is damaged: it has {len(tensors['places'])} places and {len(tensors['values'])} values, and "
+                f"counts of {sum(counts)}."
+            )
         parts = zip(tensors["places"].split(counts), tensors["values"].split(counts), strict=True)
         found = dict(zip(about, parts, strict=True))
         for name, entries in self.entries.items():

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..activations.base import COMPILED
 from ..errors import SettingError
 from ..recipe import Attached, attached_to
 from ..technique import Moment
@@ -46,9 +47,7 @@ class RecipeCallback(TrainerCallback):
         self.attached: Attached = attached_to(model)
         reading = [t.name for t in self.attached.techniques if getattr(t, "reads_operations", False)]
         if args.torch_compile and reading:
-            raise ValueError(
-                f"{reading[0]} cannot tell operations apart in a model under torch.compile; leave out one."
-            )
+            raise SettingError(COMPILED.format(name=reading[0]))
         self.attached.accumulation_steps = args.gradient_accumulation_steps
         if not self.in_recipe_trainer and self.attached.parameter_groups():
             raise ValueError(
