@@ -93,7 +93,15 @@ CONTESTANTS = {
         model=lambda: with_relu(),
         apart=0.01,
     ),
+    "density_loss, twice the weight": Contestant(
+        [lora(8), {"density_loss": {"weight": 0.1, "epsilon": 0.01}}],
+        "LoRA r=8 with ReLU",
+        model=lambda: with_relu(),
+        apart=0.01,
+    ),
     "light_peft": Contestant([lora(8), light_peft(30)], "LoRA r=8"),
+    "LoRA r=8, 300 steps": Contestant([lora(8)], train={"max_steps": 300}),
+    "light_peft, 300 steps": Contestant([lora(8), light_peft(60)], "LoRA r=8, 300 steps", train={"max_steps": 300}),
 }
 ALSO_BESIDE = {
     "bitfit": "linear probe",
@@ -384,14 +392,15 @@ class Selections(Trainings):
 
 def densities(done: dict[str, Any]) -> list[Row]:
     """The share of activations that are not zero; with a goal where all seeds are finished."""
-    base = CONTESTANTS["density_loss"].beside
-    of_seed = [outcomes_of(done, one)[1] for one in ("density_loss", base)]
-    if not (common := of_seed[0].keys() & of_seed[1].keys()):
-        return []
-    density = replace(REVIEWS, measure="density")
-    means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
-    name = f"quality, density_loss beside {base}, {len(common)} of {len(SEEDS)} seeds: density"
-    return [at_most(name, *means, 0.6) if len(common) == len(SEEDS) else Row(name, *means)]
+    density, rows = replace(REVIEWS, measure="density"), []
+    for loss in ("density_loss", "density_loss, twice the weight"):
+        base = CONTESTANTS[loss].beside
+        of_seed = [outcomes_of(done, one)[1] for one in (loss, base)]
+        if common := of_seed[0].keys() & of_seed[1].keys():
+            means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
+            name = f"quality, {loss} beside {base}, {len(common)} of {len(SEEDS)} seeds: density"
+            rows.append(at_most(name, *means, 0.6) if len(common) == len(SEEDS) else Row(name, *means))
+    return rows
 
 
 def with_forwards(done: dict[str, Any]) -> list[Row]:
