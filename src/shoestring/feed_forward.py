@@ -43,6 +43,16 @@ def gated_product(block: nn.Module) -> GatedProduct | None:
     return GatedProduct(inside[0], seen.reader) if seen.reader is not None else None
 
 
+def experts_activation(block: nn.Module) -> nn.Module | None:
+    """The activation function of a mixture whose experts' weights stand in `block` itself, [experts, ...]; else None.
+
+    What is done with its result can not be tried on stand-ins.
+    """
+    inside = [child for child in block.children() if is_elementwise(child)]
+    stacked = any(weight.dim() == 3 for weight in block.parameters(recurse=False))
+    return inside[0] if stacked and len(inside) == 1 else None
+
+
 class _Seen:
     """What one trial has shown so far."""
 

@@ -84,7 +84,7 @@ def tiny(config_class, model_class, **settings) -> nn.Module:
         (Phi3Config, Phi3Model, {"num_key_value_heads": 2}, 1),  # g and u are halves of one tensor
         (ModernBertConfig, ModernBertModel, {}, 1),
         (BertConfig, BertModel, {}, 0),
-        (MixtralConfig, MixtralModel, {"num_key_value_heads": 2, "num_local_experts": 2}, 0),  # experts stay
+        (MixtralConfig, MixtralModel, {"num_key_value_heads": 2, "num_local_experts": 2}, 0),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -93,6 +93,18 @@ def test_gated_blocks_are_found_by_what_they_do(config, model, settings, gated):
     assert sum(gated_product(block) is not None for block in made_model.modules()) == gated
     ids = {"input_ids": torch.arange(1, 12).view(1, 11)}
     assert_same_bits(step(made_model, inputs=ids), step(made_model, LeanMLP(), inputs=ids))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_in_one_module_give_up_the_activation_functions_result(implementation):
+    model = tiny(MixtralConfig, MixtralModel, num_key_value_heads=2, num_local_experts=4)
+    model.set_experts_implementation(implementation)
+    ids = torch.arange(1, 12).view(1, 11)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    stock, lean = (step(model, lora, *some, inputs={"input_ids": ids}, count=True) for some in ([], [LeanMLP()]))
+    assert_same_bits(stock, lean)
+    experts_a_token, inner = 2, 24
+    assert stock.saved_bytes - lean.saved_bytes == ids.numel() * experts_a_token * inner * 4
 
 
 def test_dropout_between_the_product_and_the_layer_is_kept_as_ever():

@@ -220,3 +220,41 @@ def test_blocks_that_scale_their_residual_have_no_known_layout():
     assert layout_of(model.model.layers[0]) is None
     plain = made(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)))
     assert layout_of(plain.model.layers[0]) is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("IBert", TEXT),
+        ("MobileBert", {**TEXT, "embedding_size": 24, "intra_bottleneck_size": 16, "true_hidden_size": 16}),
+        ("OpenAIGPT", {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 4}),
+    ],
+)
+def test_blocks_with_the_names_of_others_have_no_known_layout(family: str, settings: dict[str, Any]):
+    model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**settings))
+    with pytest.raises(SettingError, match="a block of unknown layout"):
+        Recipe(Reversible()).apply(model)
+
+
+def test_attention_with_one_layer_for_all_that_it_reads_is_adapted_too():
+    model = transformers.DebertaModel(transformers.DebertaConfig(**TEXT | {"num_hidden_layers": 1}))
+    names = {name.rpartition(".0.")[2] for name in input_layers(model)}
+    assert names == {"attention.self.in_proj", "intermediate.dense"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("DiffLlamaForCausalLM", {**TEXT, "num_key_value_heads": 2}, "attends more than once"),
+        (
+            "UMT5ForConditionalGeneration",
+            {"vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4},
+            r"fails where it is given some of its tokens \(The size of tensor",
+        ),
+    ],
+)
+def test_blocks_that_cannot_run_over_some_of_their_tokens_say_so(family: str, settings: dict[str, Any], why: str):
+    model_class = getattr(transformers, family)
+    model = made(lambda: model_class(model_class.config_class(**settings)))
+    with pytest.raises(SettingError, match=f"{why}.*cannot be run in windows; use recompute"):
+        gradients(model, {"input_ids": IDS, "labels": IDS}, TokenWindows(window_tokens=4))

@@ -25,7 +25,7 @@ from transformers import activations as hf
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SettingError
-from ..feed_forward import gated_product, is_elementwise
+from ..feed_forward import experts_activation, gated_product, is_elementwise
 from ..precision import autocast_now
 from ..technique import Advised, Phase, Technique, register_technique
 from .own_backward import training_forwards
@@ -156,7 +156,8 @@ class LeanMLP(Technique):
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Replace the forwards of gated blocks, activation functions and the layers that may read their results."""
-        gated = {block: found for block in model.modules() if (found := gated_product(block)) is not None}
+        gated = {block: found.activation for block in model.modules() if (found := gated_product(block)) is not None}
+        gated |= {block: one for block in model.modules() if (one := experts_activation(block)) is not None}
         plain = {m for m in model.modules() if is_elementwise(m) and type(m) not in _KEEP_RESULT}
         if not gated and not plain:
             raise SettingError(
@@ -165,7 +166,7 @@ class LeanMLP(Technique):
             )
         gates: list[_Gate] = []  # of the blocks that run now, outermost first
         forwards = {m: _reading for m in model.modules() if isinstance(m, nn.Linear | Conv1D | BaseTunerLayer)}
-        forwards |= dict.fromkeys(plain | {found.activation for found in gated.values()}, _activation_forward(gates))
+        forwards |= dict.fromkeys(plain | set(gated.values()), _activation_forward(gates))
         forwards |= dict.fromkeys(gated, _block_forward(gates))
         with training_forwards(forwards):
             yield model

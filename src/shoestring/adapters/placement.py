@@ -80,6 +80,7 @@ LAYOUTS = (
         "intermediate.dense",
         last_norm="output.LayerNorm",
         cross_attention="crossattention.output.dense",
+        classes="(?!IBert|MobileBert).*",  # whose layers give two tensors, or stand in a narrower stream
     ),
     # MPNet
     Layout("attention.attn.o", "output.dense", "intermediate.dense", last_norm="output.LayerNorm"),
@@ -105,7 +106,14 @@ LAYOUTS = (
     # CLIP, SigLIP
     Layout("self_attn.out_proj", "mlp.fc2", "layer_norm2", "layer_norm1 layer_norm2"),
     # GPT-2
-    Layout("attn.c_proj", "mlp.c_proj", "ln_2", "ln_1 ln_2", cross_attention="crossattention.c_proj"),
+    Layout(
+        "attn.c_proj",
+        "mlp.c_proj",
+        "ln_2",
+        "ln_1 ln_2",
+        cross_attention="crossattention.c_proj",
+        classes=".+Block",  # and not Block, of the first GPT, whose norms come after
+    ),
     # Llama, Mistral, Qwen, SmolLM, Gemma, Phi-3
     Layout(
         "self_attn.o_proj",
@@ -149,7 +157,7 @@ LAYOUTS = (
 
 # the layers that read what enters attention, and what enters the feed-forward part, by the end of their names
 ATTENTION_INPUT = re.compile(
-    r"(.*\.)?(q|k|v|query|key|value|[qkv]_(proj|lin)|(query|key|value)_proj|qkv|qkv_proj|Wqkv|c_attn|query_key_value|(q|kv)_a_proj(_with_mqa)?)"
+    r"(.*\.)?(q|k|v|query|key|value|[qkv]_(proj|lin)|in_proj|(query|key|value)_proj|qkv|qkv_proj|Wqkv|c_attn|query_key_value|(q|kv)_a_proj(_with_mqa)?)"
 )
 FEEDFORWARD_INPUT = re.compile(
     r"(.*\.)?(fc1|c_fc|fc_in|lin1|Wi|wi|wi_[01]|w[13]|(gate|up|gate_up)_proj|intermediate[._]dense|dense_h_to_4h|ffn"

@@ -206,8 +206,16 @@ class _Block:
         anchor: in a stack that is not causal, an empty tensor by which backward finds the cache.
         """
         handler = partial(self._attend, window, only_keys, anchor)
-        with handled_by(handler):
-            return hidden_in(self.forward(hidden, **self.named(window, others)))
+        self.own = []
+        try:
+            with handled_by(handler):
+                return hidden_in(self.forward(hidden, **self.named(window, others)))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if len(range(self.num_tokens)[window]) == self.num_tokens:
+                raise
+            raise self._refused(f"fails where it is given some of its tokens ({error})") from error
 
     def write_keys(self, hidden: Tensor, window: slice, others: Sequence[Tensor]) -> list[Tensor]:
         """Bring the keys and values of one window into the cache and return them, running no more than that needs."""
@@ -216,12 +224,16 @@ class _Block:
         except _KeysKnown:
             pass
         else:
-            raise SettingError(
-                f"{self.stack.name}.{self.index} ran without calling attention through transformers' attention "
-                "interface, so it cannot be run in windows; use recompute instead."
-            )
+            raise self._refused("ran without calling attention through transformers' attention interface")
         own, self.own = self.own, []
         return own
+
+    def _refused(self, why: str) -> SettingError:
+        block = type(self.stack.blocks[self.index]).__name__
+        return SettingError(
+            f"{self.stack.name}.{self.index} of type {block} {why}, so it cannot be run in windows; use recompute "
+            "instead."
+        )
 
     def _attend(
         self,
@@ -239,6 +251,8 @@ class _Block:
         if module in self.stack.cross_attentions:
             visible = _rows(mask, window, slice(0, key.shape[2]))
             return attend(original, module, query, key, value, additive(visible, query), **options)
+        if self.own:
+            raise self._refused("attends more than once")
         self.own = [key, value]
         if only_keys or self.causal:
             self.cache.write(window.start, self.own)
