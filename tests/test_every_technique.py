@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from shoestring.selection.id3 import Growing
+from shoestring.selection.sparse import Entries
 from shoestring.technique import TECHNIQUES
 from shoestring.testing.techniques import (
     TECHNIQUE_CHECKS,
@@ -34,6 +36,7 @@ SKETCHED: dict[str, Any] = {
     "settings": {"groups": 2, "calibration_rows": 8},
     "bound": 0.3,
     "trained_alone": True,
+    "own_weights": (r".*\.tables",),
     "changes_evaluation": True,
     "cannot": dict.fromkeys(
         ("check_leaves_the_model_as_it_was", "check_a_recipe_undoes_it"),
@@ -58,7 +61,9 @@ BLOCKS_REST: dict[str, Any] = {
     "trained_alone": True,
 }
 
-CHOSEN: dict[str, Any] = {"bound": 2e-6, "trained_alone": True}  # the gradients of LoRA beside it are LoRA's
+CHOSEN: dict[str, Any] = {"bound": 2e-6, "trained_alone": True}
+MASKED: dict[str, Any] = {**CHOSEN, "own_weights": (r".*\.light_peft_mask",)}
+TURNED: dict[str, Any] = {**CHOSEN, "own_weights": (r"(.*\.)?rotated\..*\.values",)}
 
 # one row a technique, form and model: its name, then what it is held to
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,7 +79,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "bitfit": ("bitfit", {"model": CLASSIFIER, "bound": 2e-6, "trained_alone": True}),
-    "bitfit-added": ("bitfit", {"settings": {"added": list(DECODER.targets)}, "bound": 2e-6, "trained_alone": True}),
+    "bitfit-added": (
+        "bitfit",
+        {"settings": {"added": list(DECODER.targets)}, **CHOSEN, "own_weights": (r".*_proj\.base_layer\.bias",)},
+    ),
     "chunked_loss": ("chunked_loss", {"settings": {"chunk_rows": 5}, **ROUNDS_IN_FLOAT32}),
     "density_loss": ("density_loss", {"settings": {"epsilon": 0.1}, "model": WITH_RELU, "own_loss": True}),
     "density_loss-encoder": ("density_loss", {"settings": {"epsilon": 0.1}, "model": CLASSIFIER, "own_loss": True}),
@@ -96,10 +104,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lean_mlp": ("lean_mlp", {}),
     "lean_mlp-encoder": ("lean_mlp", {"model": CLASSIFIER}),
     "lora_fa": ("lora_fa", {"bound": 2e-6, "trained_alone": True}),  # the gradients of B are LoRA's
-    "light_peft": ("light_peft", {"settings": {"estimation_steps": 2, "channel_multiple": 4}, **CHOSEN}),
+    "light_peft": ("light_peft", {"settings": {"estimation_steps": 2, "channel_multiple": 4}, **MASKED}),
     "light_peft-encoder": (
         "light_peft",
-        {"settings": {"estimation_steps": 3, "channel_multiple": 4}, "model": CLASSIFIER, **CHOSEN},
+        {"settings": {"estimation_steps": 3, "channel_multiple": 4}, "model": CLASSIFIER, **MASKED},
     ),
     "low_bit_activations": ("low_bit_activations", {**ROUNDED_AT_RANDOM, "bound": 0.04}),
     "low_bit_activations-encoder": ("low_bit_activations", {**ROUNDED_AT_RANDOM, "model": CLASSIFIER, "bound": 0.03}),
@@ -123,10 +131,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_norm-encoder": ("shared_norm", {"model": CLASSIFIER}),
     "sketchtune": ("sketchtune", SKETCHED),
     "sketchtune-encoder": ("sketchtune", {**SKETCHED, "model": CLASSIFIER}),
-    "sparse_grad": ("sparse_grad", {"settings": {"calibration_rows": 8}, **CHOSEN}),
+    "sparse_grad": ("sparse_grad", {"settings": {"calibration_rows": 8}, **TURNED}),
     "sparse_grad-encoder": (
         "sparse_grad",
-        {"settings": {"calibration_rows": 8, "rotate": "narrow"}, "model": CLASSIFIER, **CHOSEN},
+        {"settings": {"calibration_rows": 8, "rotate": "narrow"}, "model": CLASSIFIER, **TURNED},
     ),
     "speft": ("speft", {"settings": {"count": 99, "calibration_rows": 8}, **CHOSEN}),
     "speft-encoder": (
@@ -216,6 +224,25 @@ def test_a_bound_that_a_gradient_of_zero_keeps_is_refused():
 def test_a_gradient_that_is_no_derivative_of_its_loss_is_found():
     with pytest.raises(AssertionError, match=r"the loss changes by .* along its gradient"):
         check_gradients_in_float64(TechniqueCase(name="step_activation", own_loss=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "entries"), [("speft", {"score": "magnitude"}, Entries), ("id3", {"steps": 1}, Growing)]
+)
+def test_wrong_gradients_of_chosen_numbers_are_found(name, settings, entries, monkeypatch):
+    case = TechniqueCase(name=name, settings={"count": 90, **settings}, **CHOSEN)
+    check_gradients_in_float64(case)
+    right = entries.on_gradient
+    monkeypatch.setattr(entries, "on_gradient", lambda self, dense: right(self, dense.mul_(1.01)))
+    with pytest.raises(AssertionError, match="gradients are off by"):
+        check_gradients_in_float64(case)
+
+
+def test_weights_without_a_gradient_to_compare_with_must_be_declared():
+    case = TechniqueCase(name="bitfit", settings={"added": ["o_proj"]}, **CHOSEN)
+    with pytest.raises(AssertionError, match=r"o_proj\.base_layer\.bias trains, and there is no gradient to compare"):
+        check_gradients_in_float64(case)
+    check_gradients_in_float64(replace(case, own_weights=(r".*\.o_proj\.base_layer\.bias",)))
 
 
 @pytest.mark.parametrize(("by", "outcome"), [((KeyError,), pytest.xfail.Exception), ((AssertionError,), KeyError)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from shoestring import Recipe
+from shoestring.blocks import Recompute, TokenTune
 from shoestring.errors import SettingError
 from shoestring.optimizers import BilevelZOFO, ParameterGroups, ZerothOrder, replay
 from shoestring.optimizers.seeded_noise import add_noise, seeds_of
@@ -203,6 +204,28 @@ def test_the_slope_and_the_gradient_of_p_are_those_of_the_equation(tmp_path, two
         torch.testing.assert_close(
             model.get_parameter(name).detach(), start[name] - 0.01 * slope * z, rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("beside", [Recompute(), TokenTune(keep_fraction=1.0)], ids=lambda technique: technique.name)
+def test_inner_and_outer_steps_are_the_same_beside_what_runs_blocks_otherwise(tmp_path, beside):
+    models = []
+    for techniques in ((), (beside,)):
+        ours = BilevelZOFO(inner_steps=1, backbone_lr=1e-3, outer_lr=0.1, bring_back="copy")
+        models.append(applied(*techniques, ours).double())
+        trainer_of(models[-1], tmp_path, optim="sgd", learning_rate=0.1).train()
+    start = applied().double()
+    alone, together = ({**values(model), **inner_of(model)} for model in models)
+    moves = {name: value - start.get_parameter(name.removeprefix("inner ")) for name, value in alone.items()}
+    moved = {name for name, move in moves.items() if move.abs().max() > 1e-4}
+    ours = technique_of(models[0])
+    assert moved >= {*ours.outer, *inner_of(models[0])}
+    assert moved & set(ours.log.names)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-7)
+
+
+def inner_of(model: nn.Module) -> dict[str, Tensor]:
+    return {f"inner {name}": s.detach() for name, s in technique_of(model).inner.items()}
 
 
 def test_a_resumed_run_ends_at_the_same_bits_and_the_log_replays_the_backbone(tmp_path):

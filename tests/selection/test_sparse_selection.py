@@ -13,7 +13,7 @@ from shoestring import Ledger, Recipe, load
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
 from shoestring.recipe import attached_to
-from shoestring.selection import ID3, SPT, Speft
+from shoestring.selection import ID3, SPT, Speft, Unfreeze
 from shoestring.selection.sparse import FILE, HOLDER, SparseSelection, top_places
 from shoestring.technique import TECHNIQUES, Moment
 from shoestring.testing.tiny_models import CLASSIFIER, classifier, decoder
@@ -171,6 +171,37 @@ def test_a_quantised_weight_is_refused_by_name(technique):
     with pytest.raises(SettingError, match=told):
         Recipe(technique).apply(model, data=CLASSIFIER.data())
     assert query.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        ID3(count=5, target_modules=["intermediate_act_fn"]),
+        Speft(count=5, target_modules=["intermediate_act_fn"], calibration_rows=4),
+        SPT(target_modules=["intermediate_act_fn"], calibration_rows=4),
+    ],
+    ids=lambda technique: technique.name,
+)
+def test_modules_without_weights_are_refused(technique):
+    told = f"{technique.name} finds no weights to choose from in BertForSequenceClassification: name modules that have"
+    with pytest.raises(SettingError, match=told):
+        Recipe(technique).apply(classifier(), data=CLASSIFIER.data())
+
+
+@pytest.mark.parametrize(
+    ("technique", "told"),
+    [
+        (ID3(count=5), "All weights that id3 chooses from train whole by another technique of the recipe"),
+        (Speft(count=5, score="magnitude"), r"speft would train single numbers of .*, which trains whole by another"),
+        (SPT(budget=200, calibration_rows=4), r"spt would train single numbers of .*, which trains whole by another"),
+    ],
+    ids=lambda part: getattr(part, "name", ""),
+)
+def test_weights_that_another_technique_trains_whole_are_refused(technique, told):
+    with pytest.raises(SettingError, match=told):
+        Recipe(technique, Unfreeze(blocks=[0, 1])).apply(classifier(), data=CLASSIFIER.data())
+    if isinstance(technique, ID3):  # which chooses from the others, where there are some
+        Recipe(technique, Unfreeze(blocks=[0])).apply(classifier())
 
 
 def test_a_copy_of_the_model_trains_its_own_values():

@@ -166,6 +166,7 @@ class Calibrated(Events):
     def on_attached(self, model: nn.Module) -> None:
         """Let go of the rows."""
         self._rows = None
+        super().on_attached(model)
 
     def moments(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Moments]]:
         """The moments of the inputs of `layers` over the rows that were drawn, layer by layer.

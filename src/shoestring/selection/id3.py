@@ -327,6 +327,17 @@ class ID3(SparseSelection):
                 weight = entries.weight[0].requires_grad_(True)
                 undo.callback(weight.register_post_accumulate_grad_hook(entries.take_gradient).remove)
 
+    def on_attached(self, model: nn.Module) -> None:
+        """Leave weights that others train whole to them.
+
+        Raises SettingError if these are all.
+        """
+        if self.of == "weights" and all(entries.weight[0].requires_grad for entries in self.entries.values()):
+            raise SettingError(
+                "All weights that id3 chooses from train whole by another technique of the recipe: take one of the two "
+                "out, or name other modules in target_modules."
+            )
+
     @property
     def _growing(self) -> list[Growing]:
         return [entries for entries in self.entries.values() if isinstance(entries, Growing)]

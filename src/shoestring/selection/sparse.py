@@ -266,6 +266,18 @@ class SparseSelection(Selection):
                     undo.callback(module.register_forward_hook(_hide, always_call=True).remove)
                 module.__dict__[SEEN][key] = entries
 
+    def on_attached(self, model: nn.Module) -> None:
+        """Refuse numbers of weights that another technique trains whole, whose gradients would go to these alone.
+
+        Raises SettingError.
+        """
+        for name, entries in self.entries.items():
+            if entries.trains and entries.weight[0].requires_grad:
+                raise SettingError(
+                    f"{self.name} would train single numbers of {name}, which trains whole by another technique of the "
+                    "recipe: leave its layer out of one of them."
+                )
+
     def on_step_end(self, moment: Moment) -> None:
         """Write what the optimizer has made of the values, also where it hides that it changed them."""
         for entries in self.entries.values():

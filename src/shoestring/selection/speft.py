@@ -114,18 +114,11 @@ class Speft(Calibrated, SparseSelection):
         return self.score in OF_DATA
 
     def on_attached(self, model: nn.Module) -> None:
-        """Let go of the rows, unless they are scored again.
-
-        Raises SettingError if another technique trains a chosen weight whole.
-        """
-        if self.dynamic_steps is None:
-            super().on_attached(model)
-        for name, entries in self.entries.items():
-            if entries.trains and entries.weight[0].requires_grad:
-                raise SettingError(
-                    f"speft would train single numbers of {name}, which trains whole by another technique of the "
-                    "recipe: leave its layer out of one of them."
-                )
+        """Keep the rows if they are scored again."""
+        rows = self._rows
+        super().on_attached(model)
+        if self.dynamic_steps is not None:
+            self._rows = rows
 
     def places(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Int[Tensor, " n"]]:
         """The places with the best scores.

@@ -2,10 +2,14 @@
 
     python -m shoestring.testing.composition > docs/composition.md
 
-Method   Each pair is attached with peft's LoRA on all linear layers, in float64, and makes one training step. Two exact
-         techniques are compared with LoRA alone; otherwise the pair is compared with LoRA and one of the two, and the
-         nearer one counts, so that the error is what the other one adds. The error is the length of the difference of
-         all gradients over the length of those compared with.
+Method   Each pair is attached with peft's LoRA on all linear layers, in float64, and makes the first training step,
+         with the events of a run. Two exact techniques are compared with LoRA alone; otherwise the pair is compared
+         with LoRA and one of the two, and the nearer one counts, so that the error is what the other one adds. The
+         error is the length of the difference of all gradients over the length of those compared with. What trains in
+         the pair and not in the reference is compared with what it gets where all weights of the reference train; what
+         is no weight there, with what it gets where only its own technique stands beside LoRA.
+Later    A technique that changes the model after some steps is tried after them, too: an exact partner must then give
+         the gradients that it has alone; any other must run.
 Dropout  Then a step with dropout. The gradients of two exact techniques must be the derivative of the loss they
          computed; a pair that is exact beside a lossy technique must be so here, if the exact one draws as LoRA does.
 Refused  Only by a SettingError while the recipe is built or attached. All other errors are raised here, and so is a
@@ -25,17 +29,28 @@ import torch
 from ..errors import SettingError
 from ..recipe import Recipe
 from ..technique import TECHNIQUES, Technique
-from .tiny_models import CLASSIFIER, DECODER, Step, TinyModel, assert_derivative_of_the_loss, seeded, step
+from .tiny_models import (
+    CLASSIFIER,
+    DECODER,
+    Step,
+    TinyModel,
+    all_training,
+    assert_derivative_of_the_loss,
+    seeded,
+    step,
+)
 
 EXACT = 2e-6  # parts of stock models and losses compute in float32
 CLASSES = ((EXACT, "exact"), (0.05, "< 5 %"), (0.2, "< 20 %"))  # far from all results, so stable across machines
 MORE = "more"
 DROPOUT = 0.2
 MODELS = (CLASSIFIER, DECODER)
+ONLY_THE_BASE = {"removed_modules_fraction": 0.0, "removed_ranks_fraction": 0.0}  # not what gradients decide
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "embedding_pruning": {"keep_ids": [50]},
     "id3": {"count": 90, "steps": 3},
+    "light_peft": {"estimation_steps": 2, "channel_multiple": 4, **ONLY_THE_BASE},
     "ist": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2},
     "low_bit_activations": {"min_bytes": 0},
     "offload": {"to": "disk", "min_bytes": 0},
@@ -48,6 +63,17 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "token_windows": {"window_tokens": 4},
 }
 """Where defaults do nothing on tiny models, or something has to be said. All others are tried as they come."""
+
+OWN: Mapping[str, str] = {
+    "light_peft": r".*\.light_peft_mask",
+    "reversible": r"reversible\..*",  # small adapters between its streams
+    "sketchtune": r".*\.tables",
+    "sparse_grad": r"(.*\.)?rotated\..*\.values",
+}
+"""What a technique trains that is no weight of the model without it: its gradients have nothing to be compared with."""
+
+LATER: Mapping[str, int] = {"light_peft": 2}
+"""Steps after which a technique changes the model."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +107,14 @@ def alone(model: TinyModel, name: str) -> Outcome:
         return Outcome(refused=str(refusal))
     if TECHNIQUES[name].exact:
         found.assert_same_names(_step(model), f"{name} on the {model.name}")
-    return Outcome(found.error(_step(model)))
+    return Outcome(found.error(_reference(model), [OWN[name]] if name in OWN else []))
 
 
 def together(model: TinyModel, first: str, second: str) -> Outcome:
     """Two techniques beside LoRA.
 
     Raises whatever a pair raises that was not refused in time, AssertionError where gradients of two exact ones
-    are lost, or are wrong under dropout.
+    are lost, or are wrong under dropout, or where one of the pair has none to be compared with.
     """
     try:
         pair = _step(model, first, second)
@@ -99,14 +125,16 @@ def together(model: TinyModel, first: str, second: str) -> Outcome:
         pair.assert_same_names(_step(model), f"{first} and {second} on the {model.name}")
         _check_derivative(model, first, second)
         return Outcome(pair.error(_step(model)))
+    errors = {name: pair.error(_reference(model, name, beside=_other(name, first, second))) for name in (first, second)}
     for name in lossy:
-        other = second if name == first else first
-        if alone(model, name).error > EXACT and pair.error(_step(model, other)) <= EXACT:
+        other = _other(name, first, second)
+        if alone(model, name).error > EXACT and errors[other] <= EXACT:
             raise AssertionError(f"{name} has no effect beside {other} on the {model.name}.")
-    error = min(pair.error(_step(model, name)) for name in (first, second))
-    if len(lossy) == 1 and error <= EXACT:
-        _check_with_dropout(model, lossy[0], second if lossy[0] == first else first)
-    return Outcome(error)
+    if len(lossy) == 1 and min(errors.values()) <= EXACT:
+        _check_with_dropout(model, lossy[0], _other(lossy[0], first, second))
+    for name in {first, second} & LATER.keys():
+        _check_later(model, name, _other(name, first, second))
+    return Outcome(min(errors.values()))
 
 
 def page() -> str:
@@ -137,13 +165,17 @@ what the code gives. How adapters combine is another matter: a recipe may hold s
 [techniques.md](techniques.md#adapters).
 
 Every two techniques that train by gradients on plain batches of text are attached together with peft's LoRA on all
-linear layers of a tiny BERT classifier and of a tiny Llama (two queries to a key, tied head), and make one training
-step in float64. The number is the difference of all gradients, as a share of their length:
+linear layers of a tiny BERT classifier and of a tiny Llama (two queries to a key, tied head), and make the first
+training step in float64. The number is the difference of all gradients, as a share of their length:
 
 - two exact techniques are compared with LoRA alone;
 - otherwise the pair is compared with LoRA and one of the two, the nearer one, so that it is what the other one adds;
-- *alone* is one technique with LoRA, compared with LoRA alone. `reversible` makes the model another function, so its
-  number is no error.
+- weights that train in the pair and not in what it is compared with, such as the biases of `bitfit` and the numbers
+  that `id3` chooses, are compared with what they get there when all weights train;
+- weights that a technique brings, such as those of `sparse_grad`, are compared with what they get with it and LoRA
+  alone;
+- *alone* is one technique with LoRA, compared with LoRA alone; weights that it brings are left to its own tests.
+  `reversible` makes the model another function, so its number is no error.
 
 Left out: `zeroth_order` and `bilevel_zofo` make the step themselves, `answer_choices` reads answers to choose from, and
 `masked_autoencoder` brings a loss of images.
@@ -164,10 +196,23 @@ class _Refused(Exception):
     """A recipe that was refused while it was built or attached."""
 
 
+def _other(name: str, first: str, second: str) -> str:
+    return second if name == first else first
+
+
+def _reference(model: TinyModel, *names: str, beside: str = "") -> Step:
+    """The step of these techniques, with what all weights of the model would get, and what `beside` alone trains."""
+    found = _step(model, *names).beside(_step(model, *names, all_train=True))
+    return found.beside(_step(model, beside)) if beside else found
+
+
 @cache
-def _step(model: TinyModel, *names: str, dropout: float = 0.0) -> Step:
+def _step(model: TinyModel, *names: str, dropout: float = 0.0, all_train: bool = False, at: int = 0) -> Step:
+    """The step after `at` others, in which no weight changes; with all_train of all weights, told of no event."""
     applied = _applied(model, *names, dropout=dropout)
-    return step(applied, model.batch())
+    if all_train:
+        return step(all_training(applied), model.batch())
+    return [step(applied, model.batch(), at=index) for index in range(at + 1)][-1]
 
 
 def _applied(model: TinyModel, *names: str, dropout: float) -> Any:
@@ -189,10 +234,20 @@ def _check_derivative(model: TinyModel, first: str, second: str) -> None:
 
 
 def _check_with_dropout(model: TinyModel, lossy: str, exact: str) -> None:
-    draws_alike = _step(model, exact, dropout=DROPOUT).error(_step(model, dropout=DROPOUT)) <= EXACT
+    if _step(model, exact, dropout=DROPOUT).error(_step(model, dropout=DROPOUT)) > EXACT:
+        return  # it draws otherwise
     error = _step(model, *sorted((lossy, exact)), dropout=DROPOUT).error(_step(model, lossy, dropout=DROPOUT))
-    if draws_alike and error > EXACT:
+    if error > EXACT:
         raise AssertionError(f"With dropout, {exact} beside {lossy} is off by {error:.1e} on the {model.name}.")
+
+
+def _check_later(model: TinyModel, name: str, other: str) -> None:
+    pair, wanted = _step(model, *sorted((name, other)), at=LATER[name]), _step(model, name, at=LATER[name])
+    where = f"{name} and {other} on the {model.name} after {LATER[name]} steps"
+    if TECHNIQUES[other].exact:
+        pair.assert_same_names(wanted, where)
+        if (error := pair.error(wanted)) > EXACT:
+            raise AssertionError(f"Gradients of {where} are off by {error:.1e}.")
 
 
 def _number(reason: str, reasons: dict[str, int]) -> int:

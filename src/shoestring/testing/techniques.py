@@ -44,6 +44,7 @@ from .tiny_models import (
     IMAGES,
     Step,
     TinyModel,
+    all_training,
     assert_derivative_of_the_loss,
     result_of,
     seeded,
@@ -71,6 +72,9 @@ class TechniqueCase:
     draws_alike: with dropout and the same seed it draws as the reference does.
     draws_at_each_step: it goes on in random numbers of its own, so the same step a second time is another one.
     trained_alone: it trains weights of its own choice or needs adapters, so it has no full fine-tuning to compare with.
+        Each gradient is that of a model in which all weights train, unless it is exact.
+    own_weights: regular expressions for whole names of weights that train and are no part of that model; the gradients
+        of all together must then be the derivative of the loss, too.
     changes_evaluation: outputs in evaluation are not those of the model without it.
     cannot: checks that it cannot pass, with the reason.
     cannot_by: the exceptions that these checks must fail by.
@@ -86,6 +90,7 @@ class TechniqueCase:
     draws_alike: bool = True
     draws_at_each_step: bool = False
     trained_alone: bool = False
+    own_weights: tuple[str, ...] = ()
     changes_evaluation: bool = False
     cannot: Mapping[str, str] = field(default_factory=dict)
     cannot_by: tuple[type[Exception], ...] = (AssertionError, SettingError)
@@ -226,6 +231,8 @@ def check_gradients_in_float64(case: TechniqueCase) -> None:
         _check_derivative(case)
     else:
         _compare_gradients(case, torch.float64)
+        if case.own_weights:
+            _check_derivative(case)
 
 
 def check_gradients_with_dropout(case: TechniqueCase) -> None:
@@ -273,23 +280,17 @@ def check_bfloat16(case: TechniqueCase) -> None:
     Gradients are near the reference's; those of a loss of its own near what they are in float32, all roundings of the
     model between them.
     """
-    in_float32 = step(case.applied(case.technique()), case.model.batch())
+    in_float32 = _first_step(case, case.technique())
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
-
-        def run(*techniques: Any, dtype: torch.dtype = dtype, autocast: bool = autocast) -> Step:
-            model = case.applied(*techniques, dtype=dtype)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                return step(model, case.model.batch())
-
-        ours = run(case.technique())
-        wanted = in_float32 if case.own_loss else run(*case.referred())
+        ours = _first_step(case, case.technique(), dtype=dtype, autocast=autocast)
+        wanted = in_float32 if case.own_loss else _reference(case, dtype=dtype, autocast=autocast)
         where = "under autocast" if autocast else "in bfloat16"
         for name, gradient in ours.gradients.items():
             assert torch.isfinite(gradient).all(), f"the gradient of {name} is not finite {where}"
         if case.names_alike:
             ours.assert_same_names(wanted, where)
         bound = 2 * HALF if case.own_loss else HALF + (0 if case.exact else case.bound or 0)
-        assert (error := ours.error(wanted)) < bound, f"gradients are off by {error:.1e} {where}"
+        assert (error := ours.error(wanted, case.own_weights)) < bound, f"gradients are off by {error:.1e} {where}"
 
 
 def check_evaluation_is_untouched(case: TechniqueCase) -> None:
@@ -448,15 +449,30 @@ def _compare_gradients(case: TechniqueCase, dtype: torch.dtype, dropout: float =
     bound = (FLOAT32 if dtype is torch.float32 else case.float64) if case.exact else case.bound
     assert bound is not None
     for lora in case.lora_choices:
-        ours = step(case.applied(case.technique(), lora=lora, dtype=dtype, dropout=dropout), case.model.batch())
-        wanted = step(case.applied(*case.referred(), lora=lora, dtype=dtype, dropout=dropout), case.model.batch())
+        ours = _first_step(case, case.technique(), lora=lora, dtype=dtype, dropout=dropout)
+        wanted = _reference(case, lora=lora, dtype=dtype, dropout=dropout)
         where = f"{'beside LoRA' if lora else 'in full fine-tuning'}, {dtype}, dropout {dropout}"
         if case.names_alike:
             ours.assert_same_names(wanted, where)
-        error = ours.error(wanted)
+        error = ours.error(wanted, case.own_weights)
         assert error <= bound, f"gradients are off by {error:.2e} of their length ({where}); the bound is {bound:g}"
         if case.exact:
             assert abs(float(ours.loss - wanted.loss)) <= bound * abs(float(wanted.loss)), f"the loss differs ({where})"
+
+
+def _reference(case: TechniqueCase, **model: Any) -> Step:
+    """What the first step is compared with."""
+    found = _first_step(case, *case.referred(), **model)
+    return found if case.names_alike else found.beside(_first_step(case, *case.referred(), all_train=True, **model))
+
+
+def _first_step(
+    case: TechniqueCase, *techniques: Any, autocast: bool = False, all_train: bool = False, **model: Any
+) -> Step:
+    """The first step of a new model with a recipe. all_train: of all weights, whatever the recipe says."""
+    applied = case.applied(*techniques, **model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        return step(all_training(applied) if all_train else applied, case.model.batch(), at=None if all_train else 0)
 
 
 def _check_derivative(case: TechniqueCase, dropout: float = 0.0) -> None:

@@ -1,14 +1,19 @@
 """Two tiny stock models, their batches, LoRA for them, and what one training step of them gives."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+
+from ..recipe import attached_to
+from ..selection.sparse import Entries
+from ..technique import Moment
 
 WORDS = 61
 TOKENS = 13  # odd, and no multiple of any window or chunk
@@ -146,10 +151,14 @@ def result_of(outputs: Any) -> Tensor:
 
 @dataclass
 class Step:
-    """The loss of one forward and the gradients of all that trains, by name."""
+    """The loss of one forward and the gradients of all that trains, by name.
+
+    numbers: of gradients that are those of single numbers of a weight, its name and their places in it, flat.
+    """
 
     loss: Tensor
     gradients: dict[str, Tensor]
+    numbers: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
     def assert_same_names(self, reference: "Step", where: str) -> None:
         """Raise AssertionError unless the same weights have gradients."""
@@ -158,17 +167,41 @@ class Step:
         if more := self.gradients.keys() - reference.gradients.keys():
             raise AssertionError(f"{min(more)} has a gradient, and should have none ({where})")
 
-    def error(self, reference: "Step") -> float:
-        """Length of the difference over that of the reference, of the gradients that both have.
+    def beside(self, *others: "Step") -> "Step":
+        """This step, with the gradients that it lacks from others, the first that has one."""
+        gradients: dict[str, Tensor] = {}
+        for one in (self, *others):
+            gradients = {**one.gradients, **gradients}
+        return Step(self.loss, gradients)
 
-        Raises AssertionError if they have none in common.
+    def error(self, reference: "Step", own: Iterable[str] = ()) -> float:
+        """Length of the difference over that of the reference, of all gradients of this step.
+
+        Those of single numbers are compared with the same numbers of the weight's whole gradient, if there is one.
+        own: regular expressions for whole names of what has no counterpart in the reference.
+
+        Raises AssertionError for any other gradient without one, and if nothing is compared.
         """
-        names = self.gradients.keys() & reference.gradients.keys()
-        if not names:
+        pairs = []
+        for name, ours in self.gradients.items():
+            if any(re.fullmatch(pattern, name) for pattern in own):
+                continue
+            theirs = self._counterpart(name, reference)
+            if theirs is None:
+                raise AssertionError(f"{name} trains, and there is no gradient to compare its own with.")
+            pairs.append(_rows_in_use(ours, theirs))
+        if not pairs:
             raise AssertionError("The two steps have no gradient in common.")
-        pairs = [_rows_in_use(self.gradients[name], reference.gradients[name]) for name in names]
         difference = sum(float((ours - theirs).double().square().sum()) for ours, theirs in pairs)
         return float((difference / sum(float(theirs.double().square().sum()) for _, theirs in pairs)) ** 0.5)
+
+    def _counterpart(self, name: str, reference: "Step") -> Tensor | None:
+        weight, places = self.numbers.get(name, ("", None))
+        if places is not None and weight in reference.gradients:
+            return reference.gradients[weight].flatten()[places]
+        theirs = reference.gradients.get(name)
+        same = theirs is not None and (theirs.dim() == 2 or theirs.shape == self.gradients[name].shape)
+        return theirs if same else None
 
 
 def _rows_in_use(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,14 +211,39 @@ def _rows_in_use(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     return ours[ours.any(1)], theirs[theirs.any(1)]
 
 
-def step(model: nn.Module, batch: dict[str, Any], seed: int = 5) -> Step:
-    """Loss and gradients of the attached model in training mode; random numbers from `seed`."""
+def step(model: nn.Module, batch: dict[str, Any], seed: int = 5, at: int | None = None) -> Step:
+    """Loss and gradients of the attached model in training mode; random numbers from `seed`.
+
+    at: the optimizer step it is, of whose events the recipe is told; None: of none.
+    """
     model.train()
     model.zero_grad()
+    told = attached_to(model).event if at is not None else lambda event, moment: None
+    moment = Moment(model, step=at or 0)
     with seeded(seed):
+        told("on_step_begin", moment)
         loss = model(**batch).loss
         loss.backward()
-    return Step(loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    told("on_gradients", moment)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    found = Step(loss.detach(), gradients, _numbers(model))
+    told("on_step_end", replace(moment, step=moment.step + 1))
+    return found
+
+
+def _numbers(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """`numbers` of a step."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    entries = [module for module in model.modules() if isinstance(module, Entries)]
+    return {names[id(e.values)]: (names[id(e.weight[0])], e.places.long()) for e in entries}
+
+
+def all_training(model: nn.Module) -> nn.Module:
+    """The attached model, with all its weights made to train: what gradients are those of the plain model."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return model
 
 
 def assert_derivative_of_the_loss(model: nn.Module, batch: dict[str, Tensor], seed: int = 5) -> None:
