@@ -537,9 +537,17 @@ def _phi3() -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**TEXT, **SIZES, num_key_value_heads=2))
 
 
+def _int8() -> nn.Module:
+    model: Any = build("bert")
+    layer = model.bert.encoder.layer[1].intermediate.dense
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("base", "adapter", "settings", "message"),
     [
+        (_int8, LoraConfig(target_modules=["query"]), {}, r"layer\.1\.intermediate\.dense is quantised .* be pruned"),
         (_tied, lora("bert"), {}, "cannot be pruned: .* hold the same weight"),
         (_t5, LoraConfig(target_modules=["q"]), {}, "bias by position each; set removed_heads_fraction to 0"),
         (_phi3, LoraConfig(target_modules=["o_proj"]), {}, "takes the number of heads from the model's config"),

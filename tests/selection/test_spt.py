@@ -449,6 +449,8 @@ def test_budgets_into_which_nothing_fits_are_refused():
     with pytest.raises(SettingError, match=f"budget of spt is 5, less than the {WIDTH} numbers of the class token"):
         applied(budget=5)
     assert not [n for n in trained(applied(budget=50, train_class_token=False)) if "cls_token" in n]
+    with pytest.raises(SettingError, match="budget of spt is 5, into which nothing fits: raise it"):
+        applied(budget=5, structured_fraction=0.005, train_class_token=False)  # one number asks for all of a module
 
 
 def test_missing_data_labels_and_rows_are_refused():

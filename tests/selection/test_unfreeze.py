@@ -6,7 +6,17 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model, T5Config, T5Model, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from shoestring import Recipe, recipes
 from shoestring.errors import SettingError
@@ -212,6 +222,17 @@ def test_blocks_that_are_not_there_are_refused(index):
 def test_nothing_to_train_is_refused():
     with pytest.raises(SettingError, match="unfreeze has nothing to train"):
         Recipe(Unfreeze(blocks=[])).apply(vit())
+
+
+def test_a_model_without_blocks_is_refused_unless_none_are_asked_for():
+    def model() -> nn.Module:
+        return ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
+
+    with pytest.raises(
+        SettingError, match=r"ResNetModel has no list .* Set blocks of unfreeze to \[\], and name modules"
+    ):
+        Recipe(Unfreeze()).apply(model())
+    Recipe(Unfreeze(blocks=[], modules=["embedder"])).apply(model())
 
 
 def test_a_rank_of_zero_is_refused():

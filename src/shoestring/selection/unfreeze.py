@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..blocks.stacks import find_stacks
+from ..blocks.stacks import Stack, find_stacks
 from ..errors import SettingError
 from ..norms import is_norm
 from ..targets import targeted
@@ -78,10 +78,10 @@ class Unfreeze(Selection):
     def _blocks(self, model: nn.Module) -> list[nn.Module]:
         """The blocks named, of every stack.
 
-        Raises SettingError if a stack has no such block, or one block is named from both ends.
+        Raises SettingError if there are no blocks, a stack has no such block, or one block is named from both ends.
         """
         found: list[nn.Module] = []
-        for stack in find_stacks(model) if self.blocks else ():
+        for stack in self._stacks(model) if self.blocks else ():
             count = len(stack)
             places: dict[int, int] = {}
             for index in self.blocks:
@@ -97,3 +97,9 @@ class Unfreeze(Selection):
                     )
             found += [stack.blocks[place] for place in sorted(places)]
         return found
+
+    def _stacks(self, model: nn.Module) -> list[Stack]:
+        try:
+            return find_stacks(model)
+        except SettingError as error:
+            raise SettingError(f"{error} Set blocks of {self.name} to [], and name modules, or set norms.") from error
