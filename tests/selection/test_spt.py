@@ -362,6 +362,17 @@ def test_it_is_saved_and_loaded_without_data(name, structured, tmp_path):
     assert [n for n, _ in Recipe.remove(model).named_parameters()] == [n for n, _ in make().named_parameters()]
 
 
+def test_without_a_matrix_of_single_numbers_it_is_saved_too(tmp_path):
+    _, _, batch = MODELS["encoder"]
+    model = applied("encoder", structured_fraction=0.001)
+    assert "structured" in kinds(spt_of(model))
+    assert "sparse" not in kinds(spt_of(model))
+    train(model, batch)
+    attached_to(model).save(tmp_path)
+    again = load(classifier().eval(), tmp_path)
+    assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
 def test_a_resumed_run_goes_on_bit_by_bit(tmp_path):
     batch = MODELS["encoder"][2]
     whole, stopped = applied("encoder", budget=1500).eval(), applied("encoder", budget=1500).eval()

@@ -162,5 +162,7 @@ def test_planning_needs_the_size_of_images_and_counts_what_is_trained(image_run)
         predict(RunSettings.load(image_run("unsaid")))
     ready = prepare(settings)
     assert predicted.trained_parameters == sum(p.numel() for p in ready.trainer.model.parameters() if p.requires_grad)
+    report = train(settings, predict=lambda s, shape: predict(s, batch=shape.rows).to_dict())
+    assert report.predicted["peak_bytes"] == pytest.approx(report.memory["peak_bytes"], rel=0.05)
     smaller = predict(RunSettings.load(image_run("smaller", data={"image_size": 10})))
     assert smaller.parts["saved_for_backward"] < predicted.parts["saved_for_backward"]

@@ -30,19 +30,71 @@ def test_the_prediction_is_the_measurement_within_five_percent(run_file, capsys,
     assert "part by" not in text
 
 
-def test_a_batch_without_padding_is_predicted_to_the_byte(run_file, tmp_path):
+@pytest.fixture
+def even_rows(tmp_path) -> Path:
+    """Texts of one length."""
     rows = [
         {"text": "the film is a lovely story", "label": "good"},
         {"text": "the film is a dull story", "label": "bad"},
     ]
     data = tmp_path / "even.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
-    settings = RunSettings.load(run_file(data={"train": str(data)}))
-    report = training.train(
-        settings, predict=lambda s, shape: planning.predict(s, batch=shape.rows, length=shape.tokens).to_dict()
+    return data
+
+
+def with_a_prediction(file: Path) -> training.Report:
+    """What a run says of itself, with the prediction of its step."""
+    return training.train(
+        RunSettings.load(file),
+        predict=lambda s, shape: planning.predict(s, batch=shape.rows, length=shape.tokens).to_dict(),
     )
+
+
+def test_a_batch_without_padding_is_predicted_to_the_byte(run_file, even_rows):
+    report = with_a_prediction(run_file(data={"train": str(even_rows)}))
     assert report.measured_batch == {"rows": 4, "tokens": 8, "padding_fraction": 0.0}
     assert report.predicted["peak_bytes"] == report.memory["peak_bytes"]
+
+
+LORA = {"lora": {"r": 2, "target_modules": ["query", "key", "value", "dense"]}}
+OF_DATA = {"calibration_rows": 8}
+EVERYWHERE = {"density": 0.3, "target_modules": ["value", "dense"]}  # no weight is left without chosen numbers
+RECIPES = {
+    "bitfit": ["bitfit"],
+    "norm_tuning": ["norm_tuning"],
+    "unfreeze": ["unfreeze"],
+    "speft": [{"speft": {**EVERYWHERE, **OF_DATA}}],
+    "sparse_grad": [{"sparse_grad": {"density": 0.5, **OF_DATA}}],
+    "spt": [{"spt": {"budget": 0.3, "r": 2, **OF_DATA}}],
+    "id3": [{"id3": {**EVERYWHERE, "steps": 1}}],  # the prediction is for a step after the last choice
+    "ist": [LORA, {"ist": {"active_layers": 1, "importance": False, "seed": 2}}],  # for a step of the lowest blocks
+    "light_peft": [LORA, {"light_peft": {"channel_multiple": 4}}],  # for the steps before pruning
+    "density_loss": [{"density_loss": {"epsilon": 0.1}}],
+    "metric_learning": [LORA, "metric_learning"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:light_peft prunes nothing in this run")
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_chooses_weights_or_adds_to_the_loss_is_predicted_within_five_percent(run_file, even_rows, name):
+    report = with_a_prediction(run_file(recipe=RECIPES[name], data={"train": str(even_rows)}))
+    assert report.predicted["peak_bytes"] == pytest.approx(report.memory["peak_bytes"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [{"speft": {"density": 0.05, **OF_DATA}}],
+        [{"sparse_grad": {"density": 0.05, **OF_DATA}}],
+        [{"id3": {"density": 0.05, "steps": 1}}],
+        [LORA, {"ist": {"active_layers": 1, "importance": False, "seed": 1}}],
+    ],
+    ids=["speft", "sparse_grad", "id3", "ist"],
+)
+def test_choices_that_hang_on_values_or_draws_are_predicted_at_their_most(run_file, even_rows, recipe):
+    """Weights without a chosen number, and blocks that rest, keep less."""
+    report = with_a_prediction(run_file(recipe=recipe, data={"train": str(even_rows)}))
+    assert 1 < report.predicted["peak_bytes"] / report.memory["peak_bytes"] < 1.5
 
 
 def test_a_prediction_far_off_is_warned_of(run_file, capsys, monkeypatch):

@@ -305,7 +305,10 @@ class SparseSelection(Selection):
         """Write places and values, one weight after the other, and how many are of which, with its shape."""
         learned = {name: [part.cpu() for part in entries.learned()] for name, entries in self.entries.items()}
         orders = {name: places.argsort() for name, (places, _) in learned.items()}
-        places, values = (torch.cat([found[part][orders[name]] for name, found in learned.items()]) for part in (0, 1))
+        none = (torch.empty(0, dtype=torch.int32), torch.empty(0))  # a method may have chosen whole parts alone
+        places, values = (
+            torch.cat([none[part], *(found[part][orders[name]] for name, found in learned.items())]) for part in (0, 1)
+        )
         about = {name: [len(orders[name]), *entries.weight[0].shape] for name, entries in self.entries.items()}
         write_tensors(folder / FILE, {"places": places, "values": values}, weights=json.dumps(about))
 
