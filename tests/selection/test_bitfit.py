@@ -7,6 +7,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2Model,
@@ -124,6 +125,19 @@ def test_a_file_holds_the_biases_and_gives_the_trained_model(tmp_path):
     header = 130 * sum(p.requires_grad for p in model.parameters())
     assert (tmp_path / "trained.safetensors").stat().st_size <= 4 * count + header
     assert torch.equal(load(classifier().eval(), tmp_path)(**CLASSIFIER.batch()).logits, want)
+
+
+def test_at_the_size_of_bert_base_a_file_is_three_percent_larger_than_its_numbers_at_most(tmp_path):
+    with torch.device("meta"):
+        base = BertForSequenceClassification(BertConfig())
+    for name in BitFit().chosen(base):
+        module = base.get_submodule(name.removesuffix(".bias"))
+        module.bias = nn.Parameter(torch.randn(module.bias.shape))
+    model = Recipe(BitFit(train_head=False)).apply(base)
+    attached_to(model).save(tmp_path)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == 102_912
+    assert 1.02 < (tmp_path / "trained.safetensors").stat().st_size / (4 * count) < 1.03  # 98 names, as `Differs` says
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

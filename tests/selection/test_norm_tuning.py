@@ -120,6 +120,23 @@ def test_less_is_kept_for_backward_than_by_full_tuning_and_by_lora_on_all_layers
     assert ours <= 0.75 * saved_bytes(Recipe(LoraConfig(r=8, target_modules=linear)), tower)
 
 
+def test_the_optimizer_state_is_three_ten_thousandths_of_that_of_full_tuning():
+    def state_bytes(model: nn.Module) -> int:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+
+    with Valueless():
+        model = clip_tower()
+        full = state_bytes(model)
+        ours = state_bytes(Recipe(NormTuning()).apply(model))
+    assert 0.0003 < ours / full < 0.00035
+
+
 def test_parts_of_a_model_can_be_named_and_left_out():
     first = NormTuning(target_modules=["layer.0"]).chosen(classifier())
     assert len(first) == 4

@@ -131,6 +131,29 @@ def test_it_is_saved_as_places_and_values_and_loaded_switched_off_and_on(tmp_pat
         load(classifier(), tmp_path)
 
 
+@pytest.mark.parametrize("density", [0.001, 0.01])
+def test_at_the_size_of_bert_base_a_file_is_one_percent_larger_than_its_numbers_and_places_at_most(density, tmp_path):
+    @dataclass
+    class Share:
+        """Entries without a weight that has values."""
+
+        weight: list[torch.Tensor]
+
+        def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+            count = round(density * self.weight[0].numel())
+            return torch.arange(count, dtype=torch.int32), torch.randn(count)
+
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig())
+    technique = Largest()
+    weights = {name: p for name, (_, p) in technique.candidates(model.requires_grad_(False)).items()}
+    technique.entries = {name: Share([weight]) for name, weight in weights.items()}
+    technique.save(model, tmp_path)
+    count = sum(round(density * weight.numel()) for weight in weights.values())
+    assert len(weights) == 12 * 6
+    assert 1 < (tmp_path / FILE).stat().st_size / (8 * count) < 1.01
+
+
 @pytest.mark.parametrize("shape", [(64, 24), (24, 40)], ids=["wider", "as many numbers"])
 def test_a_file_of_a_model_of_other_shapes_is_refused_and_changes_nothing(shape, tmp_path, monkeypatch):
     monkeypatch.setitem(TECHNIQUES, "largest", Largest)

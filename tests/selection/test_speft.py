@@ -307,6 +307,19 @@ def test_memory_is_that_of_lora_with_as_many_numbers_and_the_file_holds_little_e
     assert file.stat().st_size <= 8 * count + names + 300
 
 
+@pytest.mark.parametrize("count", [500, 2_000])
+def test_optimizer_state_and_file_follow_the_count(count, tmp_path):
+    model = applied(count=count, train_head=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    assert sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim()) == 2 * 4 * count
+    attached_to(model).save(tmp_path)
+    (file,) = tmp_path.rglob(FILE)
+    names = sum(len(name) + 30 for name in technique_of(model).entries)
+    assert 8 * count < file.stat().st_size <= 8 * count + names + 300
+
+
 def walks(step, rows, seed):
     """Texts that go through the words in steps of one size."""
     start = torch.randint(0, 40, (rows, 1), generator=torch.Generator().manual_seed(seed))

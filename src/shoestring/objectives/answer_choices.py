@@ -9,7 +9,8 @@ Shapes   logits [rows, tokens, vocabulary], one row for each choice of each exam
 Costs    1 + N rows an example in place of one, all in memory until backward. An encoder reads each example once
 Differs  `loss` is the model's own: the mean over the tokens of right answers in the batch, as in the public code. There
          L_UL is log(1 - p + 0.01), its denominator the batch's, and places of padding and of right answers add
-         -log(1.01) each; variant "reference" does so too
+         -log(1.01) each; variant "reference" does so too. (IA)3 is peft's: rows of one batch all have the same vectors,
+         so that one batch cannot hold several tasks with vectors of their own
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ Trains   the decoder, beside what the recipe trains of the encoder
 Costs    the encoder on K tokens in place of N; the decoder's decoder_blocks on all N, of decoder_width
 Differs  The decoder is two blocks of 256 by default, not eight of 512. Class and register tokens go through it as the
          class token does in the paper. Pixels are predicted of hidden patches only, which are all that the loss counts.
-         Images are as the processor makes them: no random crops.
+         Images are as the processor makes them: no random crops. ExPLoRA's other objective, that of DINOv2 (the losses
+         of DINO and iBOT, and KoLeo), is not here.
 """
 
 from __future__ import annotations
