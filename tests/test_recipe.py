@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 import yaml
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    CPTConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -205,6 +215,16 @@ RECIPES = {
     "nothing": lambda: Recipe(),
 }
 
+PROMPT = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+PROMPT_ENCODERS = {
+    "p_tuning": lambda: PromptEncoderConfig(**PROMPT, encoder_hidden_size=8),
+    "p_tuning by an LSTM": lambda: PromptEncoderConfig(
+        **PROMPT, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"
+    ),
+    "projected prefix": lambda: PrefixTuningConfig(**PROMPT, prefix_projection=True, encoder_hidden_size=8),
+    "cpt": lambda: CPTConfig(cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3], **PROMPT),
+}
+
 
 @pytest.fixture(params=RECIPES, ids=str)
 def recipe(request):
@@ -323,11 +343,37 @@ class TestAttaching:
 
 class TestSaving:
     def test_peft_alone_can_load_the_only_adapter(self, tmp_path):
-        from peft import PeftModel
-
         model = Recipe(lora()).apply(decoder())
         attached_to(model).save(tmp_path)
         assert torch.equal(logits(PeftModel.from_pretrained(decoder(), tmp_path)), logits(model))
+
+    @pytest.mark.parametrize("kind", PROMPT_ENCODERS)
+    def test_an_encoder_of_prompts_comes_back(self, tmp_path, kind):
+        def learned(model: nn.Module) -> dict[str, torch.Tensor]:
+            return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+        model = Recipe(PROMPT_ENCODERS[kind]()).apply(decoder())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+        expected, values = logits(model), learned(model)
+        attached_to(model).save(tmp_path)
+        again = load(decoder(), tmp_path)
+        assert torch.equal(logits(again), expected)
+        torch.testing.assert_close(learned(again), values, rtol=0, atol=0)
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(decoder(), tmp_path)), expected)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * parameter.requires_grad)
+        attached_to(model).restore(tmp_path)  # as a run that goes back to its best model
+        assert torch.equal(logits(model), expected)
+
+    def test_an_encoder_of_prompts_that_was_not_saved_is_refused(self, tmp_path):
+        attached_to(Recipe(PROMPT_ENCODERS["p_tuning"]()).apply(decoder())).save(tmp_path)
+        (tmp_path / "prompt_encoder.safetensors").unlink()
+        with pytest.raises(SettingError, match=r"holds no prompt_encoder.safetensors"):
+            load(decoder(), tmp_path)
 
     def test_state_of_techniques_comes_back(self, tmp_path):
         model = Recipe(lora(), Scale()).apply(decoder())

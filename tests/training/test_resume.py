@@ -48,6 +48,8 @@ RECIPES = {
     "warm_up": [{"l4q": {"target_modules": ["query", "value"], "group_size": 4, "r": 2, "warmup_steps": 3}}],
     # which units train is drawn once, and the base stands in another order
     "permuted": [{"s2ft": {"o_ratio": 0.25, "down_ratio": 0.2, "permute": True}}],
+    # the prompt is what an encoder gives, whose weights train
+    "prompt_encoder": [{"p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8}}],
 }
 # 24 rows in batches of 4 are 3 steps of 2 batches an epoch: the checkpoints at 2 and 4 lie inside epochs, 6 between two
 STEPS = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 2, "lr_scheduler_type": "cosine"}
@@ -207,6 +209,7 @@ def uninterrupted(path: Path) -> None:
         ("warm_up", ("step", 5)),
         pytest.param("warm_up", ("step", 3), marks=pytest.mark.slow),
         ("permuted", ("step", 5)),
+        ("prompt_encoder", ("step", 5)),
         pytest.param("full", ("rename", 6), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value[0].replace(' ', '_')}-{value[1]}",
@@ -240,8 +243,15 @@ def test_resume_with_losses_logged_over_several_steps(run_file, child, tmp_path)
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_resume_of_causal_lm_through_trl(run_file, child, tmp_path):
-    recipe = [{"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}}]
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [{"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}}],
+        [{"prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}}],
+    ],
+    ids=["lora", "projected_prefix"],
+)
+def test_resume_of_causal_lm_through_trl(run_file, child, tmp_path, recipe):
     uninterrupted(run_file("whole", task="causal-lm", recipe=recipe, train=STEPS))
     path = run_file("killed", task="causal-lm", recipe=recipe, train=STEPS)
     assert child(path, ("step", 5)) == -signal.SIGKILL

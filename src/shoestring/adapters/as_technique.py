@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
 from ..technique import Events, Moment, Phase, Technique, settings_of, sum_of
-from ..whole_files import check_names
+from ..whole_files import check_names, read_tensors, write_tensors
 from ..wrappers import innermost
 from .placement import task_head
 
@@ -32,6 +32,8 @@ from .placement import task_head
 FILLED_BY_PEFT = frozenset(
     {"peft_type", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version"}
 )
+
+PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"
 
 
 class PeftTechnique(Technique):
@@ -89,13 +91,18 @@ class PeftTechnique(Technique):
             del self.wrapped
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, as peft does."""
+        """Write adapter_config.json and adapter_model.safetensors, as peft does; and the encoder of a prompt.
+
+        Of that peft saves what it gives, from which its weights cannot be had back.
+        """
         with TemporaryDirectory(dir=folder.parent, prefix=f".{self.name}-") as beside, self._ranks_uncut():
             self.wrapped.save_pretrained(beside, selected_adapters=[self.adapter_name])
             written = Path(beside) if self.adapter_name == "default" else Path(beside) / self.adapter_name
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(written.iterdir()):
                 file.replace(folder / file.name)
+        if (encoder := self._prompt_encoder) is not None:
+            write_tensors(folder / PROMPT_ENCODER_FILE, encoder.state_dict())
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Take over the values of a saved adapter.
@@ -109,8 +116,22 @@ class PeftTechnique(Technique):
         with self._ranks_uncut():
             mine = get_peft_model_state_dict(self.wrapped, adapter_name=self.adapter_name)
         check_names(folder, weights, mine, self.name)
+        if (encoder := self._prompt_encoder) is not None:
+            own, _ = read_tensors(folder / PROMPT_ENCODER_FILE)
+            check_names(folder / PROMPT_ENCODER_FILE, own, encoder.state_dict(), self.name)
+            weights["prompt_embeddings"] = encoder.embedding.weight.detach()
         with self._ranks_uncut():
             set_peft_model_state_dict(self.wrapped, weights, adapter_name=self.adapter_name)
+        if encoder is not None:
+            encoder.load_state_dict(own)
+
+    @property
+    def _prompt_encoder(self) -> Any:
+        """What learns a prompt by way of more than the vectors that it is; None for all else."""
+        if not self.config.is_prompt_learning:
+            return None
+        encoder: Any = self.wrapped.prompt_encoder[self.adapter_name]
+        return encoder if list(encoder.state_dict()) != ["embedding.weight"] else None
 
     def set_task(self, peft_task_type: str) -> bool:
         """Fill in the config's task_type where it is open, so that peft trains and saves the head.
