@@ -390,6 +390,15 @@ class TestSaving:
         with pytest.raises(SettingError, match=f"{file} cannot be read: "):
             load(decoder(), tmp_path)
 
+    def test_what_another_recipe_left_in_the_folder_is_not_loaded(self, tmp_path):
+        model = Recipe(lora(), Scale()).apply(decoder())
+        with torch.no_grad():
+            attached_to(model).trained_base()["model.norm.weight"].add_(1.0)
+        attached_to(model).save(tmp_path)
+        attached_to(Recipe(lora()).apply(decoder())).save(tmp_path)
+        assert torch.equal(load(decoder(), tmp_path).get_base_model().model.norm.weight, torch.ones(24))
+        assert not (tmp_path / "techniques.safetensors").exists()
+
     def test_another_recipe_is_refused(self, tmp_path):
         attached_to(Recipe(lora()).apply(decoder())).save(tmp_path)
         other = attached_to(Recipe(lora(r=8)).apply(decoder()))

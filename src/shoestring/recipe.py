@@ -289,7 +289,8 @@ class Attached:
     def save(self, folder: str | Path, *, base_weights: bool = True) -> None:
         """Write the recipe, the adapters as peft does, what of the base changes, and the techniques' own state.
 
-        folder: made if needed; files of the same name are replaced. Every file is written beside its place first.
+        folder: made if needed; files of the same name are replaced, and removed where there is nothing to write into
+            them any more. Every file is written beside its place first.
         base_weights: False where the whole model is saved there too, so that what changes of the base is left out.
         """
         folder = Path(folder)
@@ -297,12 +298,10 @@ class Attached:
         for index, technique in enumerate(self.techniques):
             technique.save(self.model, self._folder(folder, index))
         trained = {name: self._to_saved(p) for name, p in self.trained_base().items()} | self._statistics.now()
-        if trained and base_weights:
-            write_tensors(folder / TRAINED_FILE, trained)
+        _write_or_remove(folder / TRAINED_FILE, trained if base_weights else {})
         plain_state, tensors = _split({str(i): t.state_dict() for i, t in enumerate(self.techniques)})
         write_text(folder / STATE_FILE, json.dumps(plain_state, indent=1))
-        if tensors:
-            write_tensors(folder / STATE_TENSORS_FILE, tensors)
+        _write_or_remove(folder / STATE_TENSORS_FILE, tensors)
         text = yaml.safe_dump(
             {
                 "version": 1,
@@ -620,6 +619,14 @@ class _Snapshot:
         for parameter, requires_grad in self.parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
+
+
+def _write_or_remove(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, or remove what another recipe has left there."""
+    if tensors:
+        write_tensors(file, tensors)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _split(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -545,10 +545,8 @@ def test_a_trainer_that_cannot_make_its_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"brings an optimizer of its own|makes training steps by itself"):
         trainer.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    given = RecipeTrainer(
-        model=model, args=arguments(tmp_path), train_dataset=CLASSIFIER.rows(), optimizers=(optimizer, schedule)
-    )
+    given = RecipeTrainer(model=model, args=arguments(tmp_path), train_dataset=CLASSIFIER.rows())
+    given.optimizer = optimizer
     with pytest.raises(SettingError, match="has made no optimizer"):
         given.train()
 

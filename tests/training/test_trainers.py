@@ -25,7 +25,9 @@ from transformers import (
 from shoestring.activations import LowBitActivations
 from shoestring.adapters import S2LoRAConfig
 from shoestring.errors import RunFailed, SettingError
+from shoestring.optimizers import LoraFA
 from shoestring.recipe import Moment, Phase, Recipe, Technique, attached_to
+from shoestring.selection import NormTuning
 from shoestring.training import RecipeCallback, RecipeTrainer, recipe_sft_trainer
 from shoestring.training.checks import GradientCheck
 from shoestring.training.run import prepare, train
@@ -210,6 +212,32 @@ def test_a_plain_trainer_passes_on_events_saves_and_restores(trl, request, tmp_p
     assert losses(again) == losses(trainer)
 
 
+def test_a_plain_trainer_goes_back_to_all_of_the_best_model(classifier, tmp_path):
+    model = Recipe(lora(), S2LoRAConfig(r=2, target_modules=["key"]), NormTuning(), Recorder()).apply(classifier)
+    recorder, seen = attached_to(model).techniques[-1], iter([0.5, 0.9, 0.1])
+    times = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    after: list[dict[str, Tensor]] = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            after.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments(tmp_path, **times, **best)),
+        train_dataset=sentences(),
+        eval_dataset=sentences(4),
+        compute_metrics=lambda prediction: {"score": next(seen)},
+        callbacks=[RecipeCallback(), Note()],
+    )
+    trainer.train()
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(found, after[1], rtol=0, atol=0)
+    assert not any(torch.equal(value, after[1][name]) for name, value in after[2].items() if "LayerNorm" in name)
+    assert recorder.steps_seen == 2
+
+
 def test_a_plain_trainer_resumed_from_elsewhere_never_drops_the_state_silently(classifier, tmp_path):
     def made(folder: Path) -> Trainer:
         model = Recipe(lora(), Recorder()).apply(classifier)
@@ -359,6 +387,23 @@ def test_own_learning_rates_are_refused_in_a_plain_trainer(classifier, tmp_path)
     trainer = Trainer(model, settings, train_dataset=sentences(), callbacks=[RecipeCallback()])
     with pytest.raises(ValueError, match="RecipeTrainer"):
         trainer.train()
+
+
+@pytest.mark.parametrize("technique", [FastFactors, LoraFA])
+def test_an_optimizer_given_in_place_of_the_recipes_own_is_refused(classifier, tmp_path, technique):
+    model = Recipe(lora(), technique()).apply(classifier)
+    given = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(SettingError, match="which one given in optimizers does not have"):
+        RecipeTrainer(model, TrainingArguments(**arguments(tmp_path)), optimizers=(given, None))
+
+
+def test_an_optimizer_given_is_used_where_the_recipe_has_none(classifier, tmp_path):
+    model = Recipe(lora()).apply(classifier)
+    given = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    settings = TrainingArguments(**arguments(tmp_path))
+    trainer = RecipeTrainer(model, settings, train_dataset=sentences(), optimizers=(given, None))
+    trainer.train()
+    assert trainer.optimizer.optimizer is given
 
 
 @pytest.mark.parametrize("trainer", [Trainer, RecipeTrainer])

@@ -121,3 +121,11 @@ class RecipeCallback(TrainerCallback):
         """Put the recipe and its state into the checkpoint that was just written."""
         if not self.in_recipe_trainer and state.is_world_process_zero:
             self.attached.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore all of the recipe where the trainer goes back to its best model, of which it loads one adapter."""
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and not self.in_recipe_trainer:
+            self.attached.restore(best)

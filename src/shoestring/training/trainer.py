@@ -46,6 +46,11 @@ class RecipeTrainerMixin(Trainer):
             super().__init__(*args, **kwargs)
         self.run_identity = run_identity or {}
         self.attached = attached_to(self.model)
+        if self.optimizer is not None and (self.attached.brings_optimizer or self.attached.parameter_groups()):
+            raise SettingError(
+                f"{self.attached.recipe} brings an optimizer of its own, or options for parameters, which one given in "
+                "optimizers does not have; leave it out there, and set optim and learning_rate of the arguments."
+            )
         self.attached.add_losses_in_forward = False
         if self.label_smoother is not None and _is_causal(self.attached.base_model):  # below however many adapters
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
