@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from datasets.fingerprint import Hasher
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from shoestring.cli import main
@@ -93,6 +94,29 @@ def test_held_out_rows_are_packed_once(run_file, prompt_jsonl):
     report = train(RunSettings.load(run_file(task="causal-lm", data=data, train=arguments)), on_ready=prepared.append)
     losses = [row["eval_loss"] for row in prepared[0].trainer.state.log_history if "eval_loss" in row]
     assert report.quality["validation"]["loss"] == losses[-1]
+
+
+def test_the_share_of_right_tokens_is_reported_of_every_split(run_file, prompt_jsonl):
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "eval_on_start": True}
+    data = {"validation": str(prompt_jsonl), "test": str(prompt_jsonl)}
+    prepared = []
+    report = train(RunSettings.load(run_file(task="causal-lm", data=data, train=arguments)), on_ready=prepared.append)
+    assert report.quality.keys() == {f"{split}{when}" for split in ("validation", "test") for when in (", before", "")}
+    assert all(found.keys() == set(prepared[0].task.measures) for found in report.quality.values())
+    on_the_way = [row for row in prepared[0].trainer.state.log_history if "eval_loss" in row]
+    for name in ("loss", "mean_token_accuracy"):
+        assert report.quality["validation"][name] == report.quality["test"][name] == on_the_way[-1][f"eval_{name}"]
+
+
+@pytest.mark.parametrize("precision", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_before_training_leaves_the_weights_in_their_precision(run_file, review_csv, tmp_path, precision):
+    arguments = {"eval_on_start": True, precision: True, "max_steps": 2}
+    data = {"validation": str(review_csv), "test": str(review_csv)}
+    prepared = []
+    train(RunSettings.load(run_file(data=data, train=arguments)), on_ready=prepared.append)
+    saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert getattr(prepared[0].trainer.args, precision)
 
 
 def test_packing_fills_rows(run_file):

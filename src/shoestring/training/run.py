@@ -9,7 +9,8 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,7 +104,8 @@ def train(
             write_text(folder / output.SETTINGS, settings.to_yaml())
             before = {}
             if settings.train.get("eval_on_start"):
-                before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
+                with _no_weights_cast(ready.trainer.args):
+                    before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
                 set_seed(ready.trainer.args.seed)
             with stop.listening():
                 result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -336,6 +338,19 @@ def evaluate(ready: Ready, say: Callable[[str], None]) -> dict[str, dict[str, fl
             metrics = ready.trainer.evaluate(dataset, metric_key_prefix=split)
             quality[split] = ready.task.quality(metrics, split)
     return quality
+
+
+@contextmanager
+def _no_weights_cast(arguments: TrainingArguments) -> Iterator[None]:
+    """Evaluate as during training: with these fields the trainer would cast the weights, and train what is left."""
+    asked = {name: getattr(arguments, name) for name in ("bf16_full_eval", "fp16_full_eval")}
+    try:
+        for name in asked:
+            setattr(arguments, name, False)
+        yield
+    finally:
+        for name, value in asked.items():
+            setattr(arguments, name, value)
 
 
 def process_peak_bytes() -> int:

@@ -181,6 +181,8 @@ class CausalLM(Task):
     def quality(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         found = super().quality(metrics, prefix)
         found.pop("entropy", None)
+        if (accuracy := metrics.get("eval_mean_token_accuracy")) is not None:  # so TRL names it, whatever the prefix
+            found["mean_token_accuracy"] = accuracy
         if "loss" not in found:
             raise RunFailed(self._nothing_counts(prefix))
         return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
