@@ -1,6 +1,8 @@
 """Recipes: order, conflicts, attaching and undoing, writing and reading."""
 
 import copy
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -279,6 +281,14 @@ class TestAttaching:
         assert trained == {name for name, p in again.named_parameters() if p.requires_grad}
         assert read_recipe(tmp_path / "saved") == recipe
         assert not list((tmp_path / "saved").rglob("*.partial"))
+
+    def test_a_model_that_nobody_holds_is_freed(self, recipe):
+        model = recipe.apply(decoder()).train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        parts = [weakref.ref(part) for part in (model, attached_to(model), attached_to(model).base_model)]
+        del model
+        gc.collect()
+        assert [part() for part in parts] == [None, None, None]
 
     def test_all_that_should_learn_gets_a_gradient(self, recipe):
         model = recipe.apply(decoder()).train()

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import pydantic
 import torch
@@ -201,7 +201,7 @@ class Attached:
         except BaseException:
             self._undo.close()
             raise
-        _ATTACHED[model] = self
+        _ATTACHED[model] = ref(self)
 
     def _addresses(self) -> dict[str, int]:
         return {name: p.data_ptr() if has_values(p) else id(p) for name, p in self._base_parameters.items()}
@@ -410,12 +410,13 @@ class Attached:
         return outputs
 
 
-_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+# An `Attached` lives as long as its model, whose hook holds it: a table that held it would keep the model, too.
+_ATTACHED: WeakKeyDictionary[nn.Module, ref[Attached]] = WeakKeyDictionary()
 
 
 def find_attached(model: nn.Module) -> Attached | None:
     """The recipe at work on `model` or on the model inside it; None if there is none."""
-    return next((_ATTACHED[m] for m in model.modules() if m in _ATTACHED), None)
+    return next((_ATTACHED[m]() for m in model.modules() if m in _ATTACHED), None)
 
 
 def attached_to(model: nn.Module) -> Attached:

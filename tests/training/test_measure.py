@@ -1,12 +1,15 @@
 """measure: the step it counts is the step that train takes."""
 
+import gc
 import json
+import weakref
 
 import pytest
 from transformers import Trainer
 
 from shoestring.cli import main
-from shoestring.training import RunSettings, measure
+from shoestring.training import RunSettings, measure, run, train
+from shoestring.training.run import prepare
 
 
 @pytest.mark.parametrize("task", [pytest.param("text-classification", marks=pytest.mark.slow), "causal-lm"])
@@ -29,6 +32,21 @@ def test_it_says_the_same_as_the_report_of_the_run(run_file, capsys):
     trained = json.loads(capsys.readouterr().out)["memory"]
     assert measured["at_peak"] == trained["at_peak"]
     assert measured["saved_bytes"] == trained["saved_bytes"]
+
+
+@pytest.mark.parametrize("use", [measure, train])
+def test_the_model_is_freed_afterwards(run_file, monkeypatch, use):
+    made = []
+
+    def prepared(*args, **options):
+        ready = prepare(*args, **options)
+        made.append(weakref.ref(ready.attached.model))
+        return ready
+
+    monkeypatch.setattr(run, "prepare", prepared)
+    use(RunSettings.load(run_file("run")), say=lambda text: None)
+    gc.collect()
+    assert [model() for model in made] == [None]
 
 
 def test_no_hub_repository_is_made(run_file, monkeypatch):

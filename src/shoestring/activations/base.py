@@ -313,4 +313,4 @@ def _joined(codec: Codec, model: nn.Module) -> Iterator[None]:
         manager.codecs = [each for each in manager.codecs if each is not codec]
         if not manager.codecs:
             manager.close()
-            del _MANAGERS[home]
+            _MANAGERS.pop(home, None)  # which is gone from it already where the model is garbage

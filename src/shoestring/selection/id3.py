@@ -19,7 +19,9 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
@@ -325,7 +327,7 @@ class ID3(SparseSelection):
                 undo.callback(entries.leave)
                 entries.waits = True
                 weight = entries.weight[0].requires_grad_(True)
-                undo.callback(weight.register_post_accumulate_grad_hook(entries.take_gradient).remove)
+                undo.callback(weight.register_post_accumulate_grad_hook(partial(_hand_over, ref(entries))).remove)
 
     def on_attached(self, model: nn.Module) -> None:
         """Leave weights that others train whole to them.
@@ -416,3 +418,9 @@ class ID3(SparseSelection):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.updates = state["updates"]
+
+
+def _hand_over(entries: ref[Growing], weight: nn.Parameter) -> None:
+    """Let the entries take the gradient of their weight, whose hooks Python's garbage collector does not look into."""
+    if (found := entries()) is not None:
+        found.take_gradient(weight)

@@ -14,9 +14,11 @@ built from fixed seeds.
 """
 
 import copy
+import gc
 import re
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
@@ -407,6 +409,23 @@ def check_moves_with_its_model(case: TechniqueCase) -> None:
     """A model that is moved to another device after a recipe was attached takes all tensors of its modules along."""
     left = tensors_left_behind(case.applied(case.technique()))
     assert not left, f"{left[0]} stays behind when the model is moved: make it a buffer"
+
+
+def check_goes_with_its_model(case: TechniqueCase) -> None:
+    """A model that nobody holds any more is freed with the recipe on it, and no error is told on the way."""
+    model = case.applied(case.technique())
+    _use(model, case.model.batch())
+    parts = [weakref.ref(part) for part in (model, attached_to(model), attached_to(model).base_model)]
+    errors: list[str] = []
+    hook, sys.unraisablehook = sys.unraisablehook, lambda told: errors.append(repr(told.exc_value))
+    try:
+        del model
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    assert not errors, f"freeing the model ends with {errors[0]}"
+    left = [type(found).__name__ for part in parts if (found := part()) is not None]
+    assert not left, f"{', '.join(left)} stay in memory when nobody holds the model"
 
 
 def check_runs_without_values(case: TechniqueCase) -> None:
