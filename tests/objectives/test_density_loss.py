@@ -272,6 +272,17 @@ def test_a_forward_without_gradients_has_the_same_penalty():
     assert attached.measured() == {}
 
 
+def test_a_forward_for_metrics_alone_does_not_count():
+    model = Recipe(RELU.lora(), DensityLoss(epsilon=EPSILON)).apply(RELU.make()).train()
+    batch, attached = RELU.batch(), attached_to(model)
+    attached.add_losses_in_forward = False
+    expected = attached.added_loss(batch, model(**batch))
+    outputs = model(**batch)
+    with torch.no_grad():  # as TRL runs the model once more where labels are smoothed
+        model(**{name: value[:1] for name, value in batch.items()})
+    assert torch.equal(attached.added_loss(batch, outputs), expected)
+
+
 def test_accumulated_penalties_are_their_mean(tmp_path):
     changes = []
     for accumulate in (1, 2):

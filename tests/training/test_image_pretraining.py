@@ -70,6 +70,17 @@ def test_a_run_learns_from_a_folder_of_pictures(image_run):
     assert report.measured_batch == {"rows": 4, "tokens": None, "padding_fraction": None}
 
 
+@pytest.mark.parametrize("recipe", [EXPLORA, EXPLORA[2:]], ids=["explora", "full"])
+def test_checkpointing_of_transformers_trains_the_same(image_run, recipe):
+    losses = []
+    for again in (False, True):
+        path = image_run(f"run-{again}", recipe=recipe, train={"gradient_checkpointing": again})
+        prepared = []
+        losses.append([loss for _, loss in train(RunSettings.load(path), on_ready=prepared.append).losses])
+        assert prepared[0].attached.base_model.is_gradient_checkpointing is again
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_a_resumed_run_is_the_one_that_was_not_stopped(image_run, tmp_path):
     whole = train(RunSettings.load(image_run("whole")))
     path = image_run("stopped")

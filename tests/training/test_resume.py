@@ -298,6 +298,21 @@ def test_early_stopping_counts_on_across_a_kill(run_file, child, tmp_path, revie
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_early_stopping_added_at_a_resume_counts_from_there(run_file, tmp_path, review_csv):
+    arguments = {**STEPS, **HELD_OUT, "max_steps": 20, "learning_rate": 1e-9}
+    settings = {"data": {"validation": str(review_csv)}, "train": arguments}
+
+    class Interrupt(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(RunSettings.load(run_file("run", **settings)), callbacks=[Interrupt()])
+    path = run_file("run", early_stopping_patience=2, **settings)
+    report = train(RunSettings.load(path), resume=True)
+    assert report.steps == 6  # no better than at step 2, at 4 and 6
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "import sys; from shoestring.cli import main; sys.exit(main())", *arguments]
 

@@ -1,13 +1,14 @@
 """Tasks and data: every form that data and models come in, and what of them is learned."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from datasets import load_dataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForSequenceClassification
 
 from shoestring.cli import main
 from shoestring.errors import RunFailed, SettingError
@@ -117,6 +118,32 @@ def test_evaluation_before_training_leaves_the_weights_in_their_precision(run_fi
     saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert getattr(prepared[0].trainer.args, precision)
+
+
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, LlamaForSequenceClassification])
+def test_a_classifier_of_other_classes_gets_a_new_head(run_file, tiny_classifier_folder, tmp_path, kind):
+    source = tmp_path / "classifier"
+    shutil.copytree(tiny_classifier_folder, source)
+    sizes = {"vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kind(kind.config_class(**sizes, intermediate_size=20, pad_token_id=0, num_labels=5)).save_pretrained(source)
+    path = run_file(model=str(source), recipe=[], train={"max_steps": 1})
+    with pytest.warns(UserWarning, match="tells 5 classes apart, and the training data has 2: the model gets a new"):
+        prepared = ready(path)
+    model, before = prepared.attached.base_model, load_file(source / "model.safetensors")
+    kept = {name for name, value in model.state_dict().items() if name in before and torch.equal(value, before[name])}
+    new = set(before) - kept
+    assert new == {name for name in before if name.startswith(("classifier.", "score."))}
+    assert prepared.trainer.model.config.id2label == {0: "bad", 1: "good"}
+    prepared.trainer.train()
+
+
+def test_files_that_do_not_fit_their_configuration_are_refused(run_file, tiny_decoder_folder, tmp_path):
+    source = tmp_path / "damaged"
+    shutil.copytree(tiny_decoder_folder, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+    with pytest.raises(SettingError, match=r"mlp\.down_proj\.weight has the shape \[12, 20\] there, and \[12, 24\]"):
+        ready(run_file(task="causal-lm", model=str(source)))
 
 
 def test_packing_fills_rows(run_file):

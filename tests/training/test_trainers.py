@@ -25,6 +25,7 @@ from transformers import (
 from shoestring.activations import LowBitActivations
 from shoestring.adapters import S2LoRAConfig
 from shoestring.errors import RunFailed, SettingError
+from shoestring.objectives import DensityLoss
 from shoestring.optimizers import LoraFA
 from shoestring.recipe import Moment, Phase, Recipe, Technique, attached_to
 from shoestring.selection import NormTuning
@@ -356,6 +357,28 @@ def test_added_loss_is_refused_in_plain_sft_trainer_and_right_in_recipe_sft_trai
             trainer.train()
             values[len(techniques)] = losses(trainer)[0] + extra
     assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+def test_density_loss_is_added_to_smoothed_labels_under_trl(decoder, tmp_path, tiny_decoder_folder):
+    for layer in decoder.model.layers:
+        layer.mlp.act_fn = nn.ReLU()
+    data, tokenizer = sentences(4, labels=False), AutoTokenizer.from_pretrained(tiny_decoder_folder)
+    settings = sft_arguments(tmp_path, max_steps=1, label_smoothing_factor=0.1)
+    found = []
+    for weight in (0.0, 1.0):
+        set_seed(1)
+        with Recipe(lora(False), DensityLoss(weight=weight))(decoder) as model:
+            trainer = recipe_sft_trainer()(model, settings, train_dataset=data, processing_class=tokenizer)
+            trainer.train()
+            found.append(losses(trainer)[0])
+    with Recipe(DensityLoss())(decoder) as model:
+        ids = torch.tensor(data["input_ids"])
+        attached = attached_to(model.train())
+        attached.add_losses_in_forward = False
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        penalty = float(attached.added_loss(batch, model(**batch)).detach())
+    assert penalty > 0.1
+    assert found[1] - found[0] == pytest.approx(penalty, rel=1e-3)
 
 
 def test_own_learning_rates_are_used_and_survive_a_resume(classifier, tmp_path):

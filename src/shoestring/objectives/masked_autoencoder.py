@@ -175,6 +175,16 @@ class Autoencoder(nn.Module):
         self.config, self.main_input_name = encoder.config, encoder.main_input_name
         self.resizes = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
 
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Let the model inside run its blocks again in backward, as trainers ask for it."""
+        inner: Any = self.model
+        inner.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same by the name of older trainers."""
+        inner: Any = self.model
+        inner.gradient_checkpointing_enable(**options)
+
     def forward(
         self,
         pixel_values: Float[Tensor, "batch channels height width"],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.placement import task_head
 from ..errors import SettingError
 from .data import PACKAGED
 from .quantised import keep_training_layout, quantization_config
@@ -22,6 +25,8 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """The model as `auto_class` makes it, and its tokenizer or processor.
 
+    A head for another number of classes than the configuration's gets out of the way of a new one, with a warning.
+
     processor_class: what loads the latter; AutoTokenizer by default.
     config: settings of the model's configuration, such as num_labels.
 
@@ -32,22 +37,46 @@ def load_pretrained(
 
     source = source_of(model.name)
     files = {"revision": model.revision} if model.revision else {}
-    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    options: dict[str, Any] = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     if model.dtype is not None:
         options["dtype"] = getattr(torch, model.dtype)
     try:
         processor = (processor_class or AutoTokenizer).from_pretrained(source, **files)
         if model.quantization is not None:
             options |= _quantised(model, auto_class, source, {**files, **config})
-        loaded = auto_class.from_pretrained(source, **files, **options, **config)
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded, info = auto_class.from_pretrained(source, **files, **options, **config)
     except SettingError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(f"The model {model.name!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
+    _check_sizes(model.name, loaded, info["mismatched_keys"])
     keep_training_layout(loaded)
     freeze_mask_token(loaded)
     return loaded, processor
+
+
+def _check_sizes(name: str, model: Any, others: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Refuse files whose weights have other sizes than the configuration says, but for those of a head.
+
+    others: the names of such weights, their shapes in the files and in the model.
+
+    Raises SettingError.
+    """
+    head = {id(p) for p in task_head(model)}
+    for key, in_files, in_model in sorted(others):
+        if id(model.get_parameter_or_buffer(key)) not in head:
+            raise SettingError(
+                f"The files of {name} do not fit their configuration: {key} has the shape {list(in_files)} there, and "
+                f"{list(in_model)} in {type(model).__name__}. Use a whole copy of the model."
+            )
+    if others:
+        classes, wanted = (shape[0] for shape in next(iter(others))[1:])
+        warnings.warn(
+            f"The head of {name} tells {classes} classes apart, and the training data has {wanted}: the model gets a "
+            "new one."
+        )
 
 
 def _quantised(model: ModelSettings, auto_class: Any, source: str, config: dict[str, Any]) -> dict[str, Any]:

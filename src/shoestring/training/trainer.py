@@ -259,12 +259,15 @@ class RecipeTrainerMixin(Trainer):
         return (num_train_epochs, 0) if self.resumed_from is not None and ended else begin
 
     def _load_callback_state(self) -> None:
-        """What callbacks such as early stopping have counted; their settings stay those of this run."""
+        """What callbacks such as early stopping have counted; their settings stay those of this run.
+
+        One that the checkpoint does not know starts counting here.
+        """
         super()._load_callback_state()
         for callback in self.callback_handler.callbacks:
-            saved = self.state.stateful_callbacks.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(saved, dict):
-                for name, value in saved["attributes"].items():
+            if isinstance(callback, ExportableState):
+                saved = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                for name, value in saved["attributes"].items() if isinstance(saved, dict) else ():
                     setattr(callback, name, value)
 
     def resume_running_loss(self, checkpoint: Path) -> None:
