@@ -416,6 +416,21 @@ def test_of_adapters_only_chosen_numbers_of_lora_change():
     assert not any(p in optimizer.state for n, p in model.named_parameters() if "lora_" in n)
 
 
+@pytest.mark.parametrize("of", ["weights", "adapters"])
+def test_switched_off_it_is_the_pretrained_model(of):
+    beside = [CLASSIFIER.lora(init_lora_weights=True, task_type="FEATURE_EXTRACTION")] if of == "adapters" else []
+    base = classifier().eval()
+    plain = base(**CLASSIFIER.batch(9)).logits
+    model = Recipe(*beside, ID3(count=200, of=of, vectors=of == "weights", train_head=False)).apply(base).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    list(steps_of(model, CLASSIFIER, optimizer, range(4)))
+    learned = model(**CLASSIFIER.batch(9)).logits
+    assert not torch.allclose(learned, plain, atol=1e-3)
+    with technique_of(model).switched_off():
+        assert torch.equal(model(**CLASSIFIER.batch(9)).logits, plain)
+    assert torch.equal(model(**CLASSIFIER.batch(9)).logits, learned)
+
+
 def test_of_lora_the_choice_is_that_of_dense_gradients():
     base = classifier().double().eval()
     reference = Recipe(CLASSIFIER.lora()).apply(classifier().double().eval())

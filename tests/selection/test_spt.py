@@ -26,6 +26,7 @@ from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
 from shoestring.recipe import attached_to
 from shoestring.selection.spt import SPT, Candidate, Route
+from shoestring.technique import Moment
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, classifier, decoder, seeded
 
@@ -336,6 +337,72 @@ def test_scoring_takes_no_more_than_a_step_of_one_row_and_four_bytes_a_number():
         Recipe.remove(Recipe(SPT(calibration_rows=2)).apply(model, data={"train": rows}))
     largest = max(p.numel() for p in model.parameters())
     assert ledger.report().peak_bytes <= whole + 4 * numbers + 16 * largest
+
+
+@pytest.mark.parametrize("structured", ["lora", "bottleneck"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_does_not_train_stays_bit_by_bit_under_weight_decay_and_taken_off_all_but_what_trains_whole(
+    name, structured
+):
+    make, rows, batch = MODELS[name]
+    with seeded(3):
+        base = make()
+        start, named = dict(make().named_parameters()), dict(base.named_parameters())
+        model = Recipe(spt(budget=1500, structured=structured)).apply(base, data={"train": rows})
+    technique, whole = spt_of(model), {n for n, p in named.items() if p.requires_grad}
+    assert any(route.kind == "structured" for route in technique.routes.values())
+    places = {n: entries.places.long() for n, entries in technique.entries.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        attached_to(model).event("on_step_end", Moment(model, optimizer))
+        optimizer.zero_grad()
+    for n, p in named.items():
+        changed = (p != start[n]).flatten()
+        if n in whole:
+            assert changed.all(), n
+        else:
+            assert set(changed.nonzero()[:, 0].tolist()) == set(places.get(n, torch.empty(0)).tolist()), n
+    trained = {n: named[n].detach().clone() for n in whole}
+    after = dict(Recipe.remove(model).named_parameters())
+    assert after.keys() == start.keys()
+    for n, p in after.items():
+        assert torch.equal(p, trained.get(n, start[n])), n
+
+
+@pytest.mark.parametrize("structured", ["lora", "bottleneck"])
+@pytest.mark.parametrize("name", MODELS)
+def test_switched_off_it_is_the_pretrained_model_with_the_trained_head(name, structured):
+    make, _, batch = MODELS[name]
+    model = applied(name, structured=structured, budget=1500)
+    assert {"structured", "vector"} <= kinds(spt_of(model))
+    train_all(model, batch, lr=0.05)
+    plain, learned = make().eval(), model.eval()(**batch).logits
+    if name != "decoder":  # whose head is no new one
+        plain.classifier.load_state_dict(attached_to(model).base_model.classifier.state_dict())
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    with spt_of(model).switched_off():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    assert torch.equal(model(**batch).logits, learned)
+    assert not torch.allclose(learned, plain(**batch).logits, atol=1e-3)
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n][0]), n
+        assert p.requires_grad == before[n][1], n
+
+
+def test_switched_off_it_leaves_another_adapter_on_the_same_layers_on():
+    batch = MODELS["decoder"][2]
+    model = applied("decoder", DECODER.lora(target_modules=["q_proj", "v_proj"]), budget=2000).eval()
+    train_all(model, batch, lr=0.05)
+    plain = decoder().eval()(**batch).logits
+    with spt_of(model).switched_off():
+        with_lora = model(**batch).logits
+        for n, p in model.named_parameters():
+            if "lora_B.default" in n:
+                p.data.zero_()
+        assert torch.equal(model(**batch).logits, plain)
+    assert not torch.allclose(with_lora, plain, atol=1e-3)
 
 
 # saving

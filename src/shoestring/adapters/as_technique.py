@@ -90,6 +90,18 @@ class PeftTechnique(Technique):
                 self.wrapped.base_model.unload()  # with the layers of every adapter stacked on this one
             del self.wrapped
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Run the model without this adapter; others, on the same layers too, stay on."""
+        active = [(m, m._active_adapter) for m in self.wrapped.modules() if isinstance(m, BaseTunerLayer)]
+        try:
+            for layer, _ in active:
+                layer._active_adapter = [name for name in layer.active_adapters if name != self.adapter_name]
+            yield
+        finally:
+            for layer, names in active:
+                layer._active_adapter = names
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as peft does; and the encoder of a prompt.
 

@@ -285,7 +285,7 @@ class SparseSelection(Selection):
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Run the model as it was before training."""
+        """Run the model with the weights it had before training; a new head, and other techniques, stay as they are."""
         for entries in self.entries.values():
             entries.switch(on=False)
         try:

@@ -198,7 +198,7 @@ class SparseGrad(Calibrated, Selection):
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Run the model as it was before training."""
+        """Run the model with the weights it had before training; a new head, and other techniques, stay as they are."""
         for numbers in self.numbers.values():
             numbers.off = True
         try:

@@ -26,7 +26,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -127,6 +127,7 @@ class SPT(Calibrated, SparseSelection):
         self._saved: dict[str, Route] = {}
         self._chosen: dict[str, Tensor] = {}
         self._modules: PeftTechnique | None = None
+        self._whole: list[tuple[nn.Parameter, Tensor]] = []  # what trains whole, with what it was before
 
     def see_saved(self, folder: Path) -> None:
         """Take the routing from the files, whatever data there is."""
@@ -142,7 +143,7 @@ class SPT(Calibrated, SparseSelection):
             with super().attach(model), self._with_modules(model) as wrapped:
                 yield wrapped
         finally:
-            self.routes, self._saved = {}, {}
+            self.routes, self._saved, self._whole = {}, {}, []
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Find the routes; returns the class token and the vectors that train."""
@@ -158,7 +159,9 @@ class SPT(Calibrated, SparseSelection):
             raise SettingError(f"What spt has saved was made of another model or other targets: {odd} is not here.")
         else:
             self.routes = self._saved
-        return tokens | {name: found[name] for name, route in self.routes.items() if route.kind == "vector"}
+        chosen = tokens | {name: found[name] for name, route in self.routes.items() if route.kind == "vector"}
+        self._whole = [(parameter, parameter.detach().clone()) for parameter in chosen.values()]
+        return chosen
 
     def candidates(self, model: nn.Module) -> dict[str, tuple[list[tuple[nn.Module, str]], nn.Parameter]]:
         """The matrices of which single numbers train."""
@@ -285,6 +288,19 @@ class SPT(Calibrated, SparseSelection):
         return BottleneckConfig(
             form="houlsby", r=self.r, init="lora", activation="gelu", dropout=self.dropout, target_modules=layers
         )
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """As for single numbers, with vectors and the class token as they were, and without the modules."""
+        learned = [parameter.detach().clone() for parameter, _ in self._whole]
+        with super().switched_off(), nullcontext() if self._modules is None else self._modules.switched_off():
+            try:
+                for parameter, before in self._whole:
+                    parameter.data.copy_(before)
+                yield
+            finally:
+                for (parameter, _), now in zip(self._whole, learned, strict=True):
+                    parameter.data.copy_(now)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the routes, places and values, and the modules as peft does."""
