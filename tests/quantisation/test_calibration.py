@@ -128,19 +128,12 @@ def test_moments_of_an_image_model_count_its_patches():
 
 
 def test_moments_of_an_encoder_and_decoder_follow_its_labels():
-    def make():
-        with seeded(0):
-            config = t.T5Config(
-                d_model=24, d_kv=12, d_ff=40, num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0
-            )
-            return t.T5ForConditionalGeneration(config)
-
     rows = [{"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0], "labels": [8, 9, -100, -100]}]
-    model = make()
+    model = tiny_t5()
     layers = chosen(model, "decoder.block.0.layer.0.SelfAttention.q", "EncDecAttention.k")
     moments = input_moments(model, layers, rows, 1)
     batches = [{"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[8, 9]])}]
-    for name, (total, count) in reference(make(), layers, batches).items():
+    for name, (total, count) in reference(tiny_t5(), layers, batches).items():
         assert moments[name].count == count == (3 if "EncDec" in name else 2)
         torch.testing.assert_close(moments[name].total, total, rtol=1e-6, atol=1e-6)
 
@@ -351,6 +344,42 @@ def test_gradients_are_those_of_the_tokens_with_labels():
     found = column_gradients(model, layers, [row], 1)["up"]
     model(input_ids=torch.tensor([ids]), labels=torch.tensor([row["labels"]])).loss.backward()
     torch.testing.assert_close(found, layers["up"].weight.grad.square().sum(0))
+
+
+def tiny_t5():
+    with seeded(0):
+        sizes = {"d_model": 24, "d_kv": 12, "d_ff": 40, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+        return t.T5ForConditionalGeneration(t.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def tiny_whisper():
+    sides = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in (("layers", 1), ("ffn_dim", 24))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    places = {"max_source_positions": 6, "max_target_positions": 8, "num_mel_bins": 4}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    config = t.WhisperConfig(d_model=12, vocab_size=50, **sides, **heads, **places, **ids)
+    return t.WhisperForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "row", "layer"),
+    [
+        (tiny_t5, {"input_ids": [5, 6, 7]}, "decoder.block.0.layer.0.SelfAttention.q"),
+        (tiny_whisper, {"input_features": torch.randn(4, 12)}, "model.decoder.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_an_encoder_and_decoder_is_scored_on_its_labels_and_refused_without(make, row, layer):
+    model = make()
+    layers = {"q": model.get_submodule(layer)}
+    told = r"gives no loss for calibration row 0 \(input_.*: give rows with labels"
+    with pytest.raises(SettingError, match=told):
+        column_gradients(model, layers, [row], 1)
+    with pytest.raises(SettingError, match=told):
+        column_gradients(model, layers, [{**row, "decoder_input_ids": [0, 8]}], 1)
+    found = column_gradients(model, layers, [{**row, "labels": [8, 9, 11]}], 1)["q"]
+    batch = {name: torch.as_tensor(value)[None] for name, value in row.items()}
+    model.eval()(**batch, labels=torch.tensor([[8, 9, 11]])).loss.backward()
+    torch.testing.assert_close(found, layers["q"].weight.grad.square().sum(0))
 
 
 def test_a_row_whose_labels_are_cut_off_is_refused():

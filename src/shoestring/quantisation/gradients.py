@@ -19,6 +19,7 @@ from ..fakes import has_values
 from ..modes import in_eval_mode
 from ..precision import wide_dtype
 from ..real_tokens import NO_LABEL
+from ..wrappers import innermost
 from .calibration import SECONDS_BEFORE_A_BAR, inputs_of
 
 
@@ -114,23 +115,39 @@ def all_frozen(model: nn.Module) -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> Tensor:
-    """The model's loss of one row of inputs with labels, or of a causal language model's inputs alone.
+    """The model's loss of one row of inputs with labels, or of a decoder's inputs alone.
 
     Raises SettingError with the row's `index` if there is none, or no label is left that it counts.
     """
+    return _loss(model, _labelled(model, row, index, max_tokens), index)
+
+
+def _labelled(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> dict[str, Any]:
+    """What to call the model with for a loss; a decoder's inputs are its labels where there are no others."""
     if "labels" not in row and "label" in row:
         row = {**row, "labels": row["label"]}
     inputs = inputs_of(model, row, index, max_tokens, with_labels=True)
-    if "labels" not in inputs and getattr(model, "can_generate", lambda: False)():
+    inner = innermost(model)
+    if "labels" not in inputs and getattr(inner, "can_generate", lambda: False)():
+        if "input_ids" not in inputs or inner.config.is_encoder_decoder:
+            raise _no_loss(model, inputs, index)
         inputs["labels"] = inputs["input_ids"]
     _check_labels(inputs.get("labels"), index, max_tokens)
-    loss = getattr(model(**inputs), "loss", None)
+    return inputs
+
+
+def _loss(model: nn.Module, inputs: dict[str, Any], index: int) -> Tensor:
+    loss: Tensor | None = getattr(model(**inputs), "loss", None)
     if loss is None:
-        raise SettingError(
-            f"{type(model).__name__} gives no loss for calibration row {index} ({', '.join(inputs)}): give rows "
-            "with labels, or choose by something else than gradients."
-        )
+        raise _no_loss(model, inputs, index)
     return loss
+
+
+def _no_loss(model: nn.Module, inputs: dict[str, Any], index: int) -> SettingError:
+    return SettingError(
+        f"{type(model).__name__} gives no loss for calibration row {index} ({', '.join(inputs)}): give rows "
+        "with labels, or choose by something else than gradients."
+    )
 
 
 def _check_labels(labels: Tensor | None, index: int, max_tokens: int | None) -> None:
