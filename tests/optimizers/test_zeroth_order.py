@@ -25,7 +25,7 @@ from shoestring.objectives import (
     MaskedAutoencoder,
     MetricLearning,
 )
-from shoestring.optimizers import ZerothOrder, replay
+from shoestring.optimizers import BilevelZOFO, ZerothOrder, replay
 from shoestring.optimizers.seeded_noise import PART, _add, add_noise, losses_at, seed_on, seeds_of, update
 from shoestring.optimizers.step_log import FILE, StepLog
 from shoestring.optimizers.zeroth_order import mean_of_processes
@@ -212,19 +212,26 @@ def test_beside_lora_only_the_adapters_move_and_dropout_is_off(tmp_path):
 
 
 @pytest.mark.parametrize("tiny", [CLASSIFIER, DECODER], ids=["layers", "attributes"])
-def test_dropout_that_is_off_is_told_of_once(tiny, recwarn):
+@pytest.mark.parametrize(
+    ("technique", "where"),
+    [(ZerothOrder(), "its forwards and has no effect"), (BilevelZOFO(), "the forwards that move the backbone")],
+)
+def test_dropout_that_is_off_is_told_of_once(technique, where, tiny, recwarn):
     def told() -> list[str]:
         texts = [str(each.message) for each in recwarn.list if "dropout" in str(each.message)]
         recwarn.clear()
         return texts
 
-    Recipe(tiny.lora(), ZerothOrder()).apply(tiny.make())
+    Recipe(tiny.lora(), technique).apply(tiny.make())
     assert not told()
-    Recipe(tiny.lora(), ZerothOrder()).apply(tiny.make(dropout=0.25))
+    Recipe(tiny.lora(), technique).apply(tiny.make(dropout=0.25))
     (text,) = told()
-    assert re.search(r"the dropout of \d+ modules, .* \(0\.25\) first, is off in its forwards", text)
-    Recipe(tiny.lora(lora_dropout=0.1), ZerothOrder()).apply(tiny.make())
+    start = f"{technique.name} compares losses of one batch: the dropout of"
+    assert re.search(rf"{start} \d+ modules, .* \(0\.25\) first, is off in {where}", text)
+    Recipe(tiny.lora(lora_dropout=0.1), technique).apply(tiny.make())
     assert re.search(r"lora_dropout.* \(0\.1\) first", told()[0])
+    Recipe(tiny.lora(), BilevelZOFO(backbone_lr=0.0)).apply(tiny.make(dropout=0.25))
+    assert not told()
 
 
 def test_quiet_leaves_modes_as_they_were():

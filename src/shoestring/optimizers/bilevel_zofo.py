@@ -31,7 +31,7 @@ from ..selection.base import pretrained_modules
 from ..targets import Names, targeted
 from ..technique import NUMBERS_HELD, MicroBatch, Moment, Phase, Technique, refuse_several_processes, register_technique
 from ..wrappers import innermost
-from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of, warn_of_dropout
 from .step_log import StepLog
 
 
@@ -121,6 +121,9 @@ class BilevelZOFO(Technique):
             raise SettingError(f"bilevel_zofo finds no {what} in {type(innermost(model)).__name__}.")
         check_weights(self.backbone, self.name)
         self._way_back = chosen_way_back(self.bring_back, list(self.backbone.values()), model, self.name)
+        if self.backbone_lr:
+            told = "is off in the forwards that move the backbone, and acts in those that train the adapters"
+            warn_of_dropout(model, self.name, told)
         self.log.describe(self.backbone, [0] * len(self.backbone), [0.0])
 
     def trained_without_gradient(self, model: nn.Module) -> list[nn.Parameter]:

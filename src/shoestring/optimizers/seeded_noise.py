@@ -7,6 +7,7 @@ A draw depends on the kind of device: what a GPU draws from a seed is not what a
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..draws import undrawn
 from ..errors import SettingError
 from ..fakes import has_values
+from ..modes import dropouts
 from ..precision import wide_dtype
 
 PART = 2**20
@@ -175,6 +177,16 @@ def chosen_way_back(wanted: BringBack | None, weights: Sequence[Tensor], model: 
             "bring_back to copy or host_copy, or load the model in float32, which takes no more memory than a copy."
         )
     return wanted or ("copy" if narrow or is_small(weights, model) else "add_back")
+
+
+def warn_of_dropout(model: nn.Module, technique: str, told: str) -> None:
+    """Warn once where the model has dropout, which `quiet` switches off. told: what becomes of it."""
+    if shares := dropouts(model):
+        name, share = next(iter(shares.items()))
+        warnings.warn(
+            f"{technique} compares losses of one batch: the dropout of {len(shares)} modules, {name} ({share:g}) "
+            f"first, {told}."
+        )
 
 
 def is_small(weights: Sequence[Tensor], model: nn.Module) -> bool:

@@ -22,9 +22,9 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..errors import RunFailed, SettingError
-from ..modes import dropouts, quiet
+from ..modes import quiet
 from ..technique import NUMBERS_HELD, WHICH_TRAIN, MicroBatch, Moment, Phase, Technique, register_technique
-from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of
+from .seeded_noise import BringBack, check_weights, chosen_way_back, losses_at, seeds_of, warn_of_dropout
 from .step_log import StepLog
 
 if TYPE_CHECKING:
@@ -91,12 +91,7 @@ class ZerothOrder(Technique):
         if not trained:
             raise SettingError("zeroth_order finds nothing that trains: add adapters, or do not freeze all weights.")
         self._way_back = chosen_way_back(self.bring_back, trained, model, self.name)
-        if shares := dropouts(model):
-            name, share = next(iter(shares.items()))
-            warnings.warn(
-                f"zeroth_order compares losses of one batch: the dropout of {len(shares)} modules, {name} ({share:g}) "
-                "first, is off in its forwards and has no effect."
-            )
+        warn_of_dropout(model, self.name, "is off in its forwards and has no effect")
 
     def make_optimizer(
         self, model: nn.Module, groups: list[dict[str, Any]], arguments: "TrainingArguments"
