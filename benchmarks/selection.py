@@ -158,12 +158,12 @@ class LaterSteps(TrainerCallback):
             if callable(learn := getattr(technique, "learn", None)):
                 technique.learn = self.timed(learn)  # type: ignore[attr-defined]
 
-    def timed(self, learn: Callable[[Any], None]) -> Callable[[Any], None]:
+    def timed(self, learn: Callable[..., None]) -> Callable[..., None]:
         """What updates a method's scores, with a note of the seconds that it took."""
 
-        def timed(model: Any) -> None:
+        def timed(*given: Any) -> None:
             began = time.process_time()
-            learn(model)
+            learn(*given)
             self.of_learning.append(time.process_time() - began)
 
         return timed

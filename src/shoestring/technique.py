@@ -59,6 +59,7 @@ class Moment:
     epoch: passes over the data, a fraction within an epoch.
     num_steps: optimizer steps of the whole run, or 0 where unknown.
     accumulation_steps: the most backwards whose gradients are summed in a step.
+    rows_at_once: rows of data that a forward in training takes; 1 where unknown.
     skipped: the step that has ended was left out, as a gradient scaler does where gradients are not finite.
     """
 
@@ -68,6 +69,7 @@ class Moment:
     epoch: float = 0.0
     num_steps: int = 0
     accumulation_steps: int = 1
+    rows_at_once: int = 1
     skipped: bool = False
 
     @property

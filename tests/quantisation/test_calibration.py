@@ -18,7 +18,7 @@ from shoestring.adapters import Adapter, AdapterConfig, register
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless
 from shoestring.quantisation.calibration import Calibrated, input_moments, moments_in_parts
-from shoestring.quantisation.gradients import column_gradients
+from shoestring.quantisation.gradients import batches_of, column_gradients, loss_of, loss_of_batches
 from shoestring.recipe import Recipe, attached_to, load
 from shoestring.testing.adapters import tiny_llama
 from shoestring.testing.assets import need
@@ -380,6 +380,53 @@ def test_an_encoder_and_decoder_is_scored_on_its_labels_and_refused_without(make
     batch = {name: torch.as_tensor(value)[None] for name, value in row.items()}
     model.eval()(**batch, labels=torch.tensor([[8, 9, 11]])).loss.backward()
     torch.testing.assert_close(found, layers["q"].weight.grad.square().sum(0))
+
+
+def tiny_classifier(kind, **settings):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    with seeded(0):
+        config = t.AutoConfig.for_model(kind, **sizes, vocab_size=50, num_labels=3, **settings)
+        return t.AutoModelForSequenceClassification.from_config(config)
+
+
+CLASSES = [{"input_ids": list(range(5, 8 + 2 * i)), "label": i % 3} for i in range(5)]
+PAIRS = [{"input_ids": [5, 6, 7 + i], "labels": [8, 9 + i, 11]} for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (lambda: tiny_classifier("bert"), CLASSES),
+        (lambda: tiny_classifier("roberta", pad_token_id=1, type_vocab_size=1), CLASSES),
+        (lambda: tiny_classifier("llama", pad_token_id=3), CLASSES),
+        (tiny_vit, [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(5)]),
+        (tiny_t5, [{**row, "input_ids": row["input_ids"] + [4] * i} for i, row in enumerate(PAIRS)]),
+        (tiny_whisper, [{"input_features": torch.randn(4, 12), "labels": row["labels"]} for row in PAIRS]),
+        (tiny_llama, [{"input_ids": [*range(i, i + 7)]} for i in range(5)]),
+    ],
+    ids=["bert", "roberta", "llama", "vit", "t5", "whisper", "decoder"],
+)
+def test_the_loss_of_rows_in_batches_is_the_mean_of_those_of_single_rows(make, rows):
+    model = make().double().eval()
+    rows = [{n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in r.items()} for r in rows]
+    batches = batches_of(model, rows, 3)
+    assert [count for _, count in batches] == [3, 2]
+    with torch.no_grad():
+        alone = [float(loss_of(model, row, index, None)) for index, row in enumerate(rows)]
+        assert abs(loss_of_batches(model, batches) - sum(alone) / 5) < 1e-6  # of losses in float32
+
+
+def test_a_batch_of_texts_is_padded_without_labels_and_rows_that_make_none_stay_alone():
+    model = tiny_llama()
+    rows = [{"input_ids": [5, 9, 12, 7]}, {"input_ids": [5, 9], "labels": [-100, 9]}]
+    ((batch, count),) = batches_of(model, rows, 2)
+    assert count == 2
+    assert batch["labels"].tolist() == [[5, 9, 12, 7], [-100, 9, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    rows = [{"pixel_values": torch.randn(3, side, side), "labels": 0} for side in (16, 24)]
+    assert [count for _, count in batches_of(tiny_vit(), rows, 2)] == [1, 1]
+    rows = [{"input_ids": [5, 9]}, {"inputs_embeds": torch.zeros(2, 24), "labels": [5, 9]}]
+    assert [count for _, count in batches_of(model, rows, 2)] == [1, 1]
 
 
 def test_a_row_whose_labels_are_cut_off_is_refused():

@@ -17,6 +17,7 @@ from shoestring.adapters import BottleneckConfig, HUTConfig
 from shoestring.blocks import Recompute
 from shoestring.errors import RunFailed, SettingError
 from shoestring.fakes import Valueless, without_values
+from shoestring.quantisation.gradients import batches_of
 from shoestring.recipe import attached_to
 from shoestring.selection import IST
 from shoestring.selection.ist import sigmoid, updated
@@ -260,22 +261,50 @@ def test_scores_follow_the_formula():
     assert updated([1.0, 2.0, 3.0], [[0], [0]], [0.5, 0.1], 1.0)[1:] == [2.0, 3.0]
 
 
-def test_an_update_uses_the_mean_loss_of_the_rows_with_the_sets_suppressed_and_without_dropout():
-    model = applied(random_lora(lora_dropout=0.5), IST(reward_rows=3, num_draws=2, rate=4.0), model=deep(dropout=0.3))
-    ist, seen = ist_of(model), []
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_an_update_uses_the_mean_loss_of_the_rows_with_the_sets_suppressed_and_without_dropout(at_once, monkeypatch):
+    model = applied(random_lora(lora_dropout=0.5), IST(reward_rows=5, num_draws=2, rate=4.0), model=deep(dropout=0.3))
+    ist, seen, drawn = ist_of(model), [], []
     loss = ist._loss
     ist._loss = lambda *given: seen.append((given, loss(*given))) or seen[-1][1]
-    ist.learn(model)
-    for (_, rows, chosen), found in seen:
-        assert len(rows) == 3
+    monkeypatch.setattr(
+        "shoestring.selection.ist.batches_of", lambda *given: drawn.append(given[1]) or batches_of(*given)
+    )
+    ist.learn(model, at_once)
+    (rows,) = drawn
+    assert len(rows) == 5
+    assert len({int(row["attention_mask"].sum()) for row in rows}) > 1
+    parts = [rows[start : start + at_once] for start in range(0, 5, at_once)]
+    for (_, batches, chosen), found in seen:
+        assert [count for _, count in batches] == [len(part) for part in parts]
         assert len(chosen) == BLOCKS // 2
-        batches = [{n: v[r["attention_mask"] != 0][None] for n, v in r.items()} for r in rows]
         with ist.suppressed(chosen), torch.no_grad():
             model.eval()
-            expected = sum(float(model(**batch).loss) for batch in batches) / 3
+            padded = [{n: torch.stack([row[n] for row in part]) for n in part[0]} for part in parts]
+            expected = sum(float(model(**b).loss) * len(part) for b, part in zip(padded, parts, strict=True)) / 5
             model.train()
         assert abs(found - expected) < 1e-6
     assert ist.scores == updated([0.0] * BLOCKS, [given[2] for given, _ in seen], [found for _, found in seen], 4.0)
+
+
+def test_in_the_trainer_rewards_run_in_micro_batches_of_the_run_and_in_its_precision(tmp_path):
+    model = applied(lora(), IST(active_layers=1, period=3, reward_rows=9))
+    layer, seen = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj"), []
+    layer.register_forward_hook(lambda m, x, y: seen.append((len(y), y.dtype, torch.is_grad_enabled())))
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        bf16=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    RecipeTrainer(model=model, args=arguments, train_dataset=DECODER.data()["train"]).train()
+    assert [rows for rows, _, grad in seen if not grad] == [4, 4, 1] * 3
+    assert {dtype for _, dtype, _ in seen} == {torch.bfloat16}
 
 
 def test_a_harmful_block_comes_to_a_higher_score_than_an_essential_one():

@@ -263,6 +263,29 @@ def inputs_of(
     return {**inputs, "use_cache": False} if "use_cache" in accepted else inputs
 
 
+def in_one_batch(model: nn.Module, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What `inputs_of` gives for several rows as one batch, padded on the right; None where they make no batch."""
+    inner = innermost(model)
+    if any(row.keys() != rows[0].keys() for row in rows):
+        return None
+    if "attention_mask" not in rows[0] and len({row["input_ids"].shape for row in rows if "input_ids" in row}) > 1:
+        if "attention_mask" not in inspect.signature(inner.forward).parameters:
+            return None
+        rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
+    padding = max(getattr(getattr(inner, "config", None), "pad_token_id", None) or 0, 0)
+    batch = dict(rows[0])
+    for name in (name for name, value in batch.items() if isinstance(value, Tensor)):
+        columns = [row[name] for row in rows]
+        if len({column.shape for column in columns}) > 1:
+            if any(column.dim() != 2 or column.is_floating_point() for column in columns):
+                return None
+            fill = NO_LABEL if name == "labels" else padding if name.endswith("input_ids") else 0
+            longest = max(column.shape[1] for column in columns)
+            columns = [nn.functional.pad(column, (0, longest - column.shape[1]), value=fill) for column in columns]
+        batch[name] = torch.cat(columns)
+    return batch
+
+
 def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 

@@ -20,7 +20,7 @@ from ..modes import in_eval_mode
 from ..precision import wide_dtype
 from ..real_tokens import NO_LABEL
 from ..wrappers import innermost
-from .calibration import SECONDS_BEFORE_A_BAR, inputs_of
+from .calibration import SECONDS_BEFORE_A_BAR, in_one_batch, inputs_of
 
 
 def column_gradients(
@@ -120,6 +120,29 @@ def loss_of(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: in
     Raises SettingError with the row's `index` if there is none, or no label is left that it counts.
     """
     return _loss(model, _labelled(model, row, index, max_tokens), index)
+
+
+def batches_of(model: nn.Module, rows: Sequence[Mapping[str, Any]], at_once: int) -> list[tuple[dict[str, Any], int]]:
+    """Inputs for `loss_of_batches`, of `at_once` rows where these make a batch, each with the number of its rows.
+
+    Raises SettingError as `loss_of`.
+    """
+    inputs = [_labelled(model, row, index, None) for index, row in enumerate(rows)]
+    batches: list[tuple[dict[str, Any], int]] = []
+    for start in range(0, len(inputs), at_once):
+        part = inputs[start : start + at_once]
+        joined = in_one_batch(model, part)
+        batches += [(row, 1) for row in part] if joined is None else [(joined, len(part))]
+    return batches
+
+
+def loss_of_batches(model: nn.Module, batches: Sequence[tuple[dict[str, Any], int]]) -> float:
+    """The mean of the model's losses of batches, each counted by its rows.
+
+    Raises SettingError for a batch without a loss.
+    """
+    losses = [_loss(model, inputs, index).double() * count for index, (inputs, count) in enumerate(batches)]
+    return float(torch.stack(losses).sum()) / sum(count for _, count in batches)
 
 
 def _labelled(model: nn.Module, row: Mapping[str, Any], index: int, max_tokens: int | None) -> dict[str, Any]:

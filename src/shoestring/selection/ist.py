@@ -11,11 +11,11 @@ Trains   what the adapters train; of a block that rests nothing, so that its wei
          stay as they are, bit by bit
 Costs    a step keeps activations from the lowest block that trains upwards, and of blocks above it that rest no inputs
          of adapters: memory varies from step to step, and is at most that of adapters in all blocks. The optimizer's
-         state comes to be that of all blocks. Learning I takes num_draws x reward_rows forwards of one row every
-         `period` steps, without gradients
+         state comes to be that of all blocks. Learning I takes num_draws forwards of reward_rows rows every `period`
+         steps, in micro-batches of the run's size and without gradients
 Differs  suppression interpolates the output of an adapted layer, which is the same as scaling LoRA's product and works
          for every adapter without touching a setting of it; of DoRA and others that change the weight's norm it scales
-         the whole change. Rows of a reward are run one by one, without padding, and count alike
+         the whole change. The loss of a reward's rows is the mean of those of their micro-batches, by rows
 """
 
 import math
@@ -36,7 +36,7 @@ from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..modes import in_eval_mode
 from ..quantisation.calibration import training_rows
-from ..quantisation.gradients import loss_of
+from ..quantisation.gradients import batches_of, loss_of_batches
 from ..technique import WHICH_TRAIN, Moment, Phase, Technique, refuse_several_processes, register_technique
 from .base import settings_error
 
@@ -163,7 +163,7 @@ class IST(Technique):
                     "recipe.apply(model, data={'train': rows}), or set importance: false."
                 )
             if moment.step and moment.step % self.period == 0:
-                self.learn(moment.model)
+                self.learn(moment.model, moment.rows_at_once)
         self._wake(self._drawn([sigmoid(-score) for score in self.scores], self._num_active))
 
     def on_step_end(self, moment: Moment) -> None:
@@ -186,23 +186,24 @@ class IST(Technique):
         """The scores; low where adapters matter much."""
         return {block.name: score for block, score in zip(self.blocks, self.scores, strict=True)}
 
-    def learn(self, model: nn.Module) -> None:
-        """One update of the scores, on rows drawn from the data.
+    def learn(self, model: nn.Module, rows_at_once: int = 1) -> None:
+        """One update of the scores, on rows drawn from the data; a forward takes `rows_at_once` of them.
 
         Raises RunFailed if a loss is no number.
         """
         rows = [self._rows[index] for index in self._random.sample(range(len(self._rows)), self.reward_rows)]
-        sets = self._drawn_sets()
-        losses = [self._loss(model, rows, suppressed) for suppressed in sets]
+        batches, sets = batches_of(model, rows, rows_at_once), self._drawn_sets()
+        losses = [self._loss(model, batches, suppressed) for suppressed in sets]
         if not all(map(math.isfinite, losses)):
             raise RunFailed(f"ist measured losses of {losses} with adapters suppressed: the model gives NaN or Inf.")
         self.scores = updated(self.scores, sets, losses, self.rate)
 
-    def _loss(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], suppressed: Sequence[int]) -> float:
-        """The mean over the rows, without dropout."""
+    def _loss(
+        self, model: nn.Module, batches: Sequence[tuple[dict[str, Any], int]], suppressed: Sequence[int]
+    ) -> float:
+        """The loss of the reward's rows with the adapters of these blocks suppressed, without dropout."""
         with torch.no_grad(), in_eval_mode(model), self.suppressed(suppressed):
-            losses = [loss_of(model, row, index, None) for index, row in enumerate(rows)]
-        return float(torch.stack(losses).double().mean())
+            return loss_of_batches(model, batches)
 
     @contextmanager
     def suppressed(self, chosen: Sequence[int]) -> Iterator[None]:

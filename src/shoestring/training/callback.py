@@ -90,6 +90,7 @@ class RecipeCallback(TrainerCallback):
             state.epoch or 0.0,
             state.max_steps,
             self.attached.accumulation_steps,
+            state.train_batch_size or 1,
             skipped=bool(getattr(optimizer, "step_was_skipped", False)),
         )
 

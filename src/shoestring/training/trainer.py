@@ -156,8 +156,9 @@ class RecipeTrainerMixin(Trainer):
         """As in Trainer, once the techniques have had their look at whole gradients."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         state, accumulated = self.state, self.attached.accumulation_steps
+        epoch, rows_at_once = state.epoch or 0.0, state.train_batch_size or 1
         moment = Moment(
-            self.attached.model, optimizer, state.global_step, state.epoch or 0.0, state.max_steps, accumulated
+            self.attached.model, optimizer, state.global_step, epoch, state.max_steps, accumulated, rows_at_once
         )
         self.attached.event("before_clipping", moment)
         return super()._clip_grad_norm(model)
