@@ -20,6 +20,7 @@ from shoestring.technique import Moment
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, classifier, decoder
 from shoestring.training import RunSettings, train
+from shoestring.training.merging import merged_model
 
 BATCH = CLASSIFIER.batch()
 DATA = CLASSIFIER.data()
@@ -277,6 +278,30 @@ def test_a_dynamic_run_goes_on_where_it_stopped(tmp_path, score):
     assert torch.equal(loaded(**BATCH).logits, stopped(**BATCH).logits)
 
 
+@pytest.mark.parametrize("through_files", [False, True], ids=["as trained", "loaded"])
+def test_merged_after_places_have_moved_it_keeps_what_was_learned_at_those_that_were_left(through_files, tmp_path):
+    before = dict(classifier().named_parameters())
+    model = applied(dynamic_steps=2, score="random")
+    trained(model, 5)
+    moved = {name: entries.learned()[0] for name, entries in technique_of(model).entries.items()}
+    left = {name: entries.left for name, entries in technique_of(model).entries.items()}
+    assert sum(map(len, left.values())) > 50
+    learned = model.eval()(**BATCH).logits
+    if through_files:
+        attached_to(model).save(tmp_path)
+        model = load(classifier(), tmp_path)
+    attached = attached_to(model)
+    merged = merged_model(attached)
+    for _ in range(2):
+        assert torch.equal(merged.eval()(**BATCH).logits, learned)
+        for name, places in moved.items():
+            changed = (merged.get_parameter(name) != before[name]).flatten().nonzero()[:, 0]
+            assert set(changed.tolist()) == set(places.tolist())
+            assert set(left[name].tolist()) <= set(changed.tolist())
+        attached.detach()  # which finds nothing left to undo
+    assert merged.state_dict().keys() == classifier().state_dict().keys()
+
+
 def test_memory_is_that_of_lora_with_as_many_numbers_and_the_file_holds_little_else(tmp_path):
     config = BertConfig(
         vocab_size=99, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512
@@ -349,15 +374,15 @@ def test_chosen_by_gradients_it_learns_more_than_random_numbers_and_than_lora():
 
     count = sum(p.numel() for p in Recipe(lora()).apply(decoder()).parameters() if p.requires_grad)
     by_gradient, by_chance, of_lora = (
-        min(last_loss(make, lr) for lr in (0.03, 0.1))
+        min(last_loss(make, lr) for lr in (1e-3, 3e-3, 0.01, 0.03, 0.1))
         for make in (
             lambda: Speft(count=count, calibration_rows=32),
             lambda: Speft(count=count, score="random"),
             lora,
         )
     )
-    assert by_gradient <= by_chance
-    assert by_gradient <= 1.02 * of_lora
+    assert by_gradient < 0.9 * by_chance
+    assert by_gradient < 0.75 * of_lora
 
 
 def test_with_recomputation_gradients_are_the_same():
