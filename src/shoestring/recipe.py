@@ -143,7 +143,7 @@ class Recipe:
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:
-        """Undo `apply`; returns the base model as it was.
+        """Undo `apply`; returns the base model as it was, but for base weights that were trained.
 
         Raises ValueError if no recipe is attached to `model`.
         """

@@ -7,8 +7,9 @@ Start    the pretrained values, or zeros where biases are added: the model as it
 Trains   out numbers a linear layer and hidden a norm, 0.1 % of a BERT; and a new head
 Costs    optimizer state for those alone; no linear layer keeps its input
 Differs  biases are found by the types of modules and by what a layer reads in its block, not by parts of names;
-         a subset is that subset alone (the authors' code adds the pooler); added biases are no part of the paper
-         a file has an entry with its name a bias, so that any reader of safetensors finds it: 3 % of BERT-base's
+         a subset is that subset alone (the authors' code adds the pooler); added biases are no part of the paper.
+         The base's own biases train in place: taken off, the recipe leaves what they learned in them. A file names
+         each bias, so that any reader of safetensors finds it, which adds 3 % to BERT-base's
 """
 
 import re

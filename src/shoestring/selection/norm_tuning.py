@@ -9,9 +9,9 @@ Costs    optimizer state for those alone; frozen linear layers keep no input, no
 Differs  peft's `ln_tuning` needs the names of the norms (`target_modules`) unless it knows the model, wraps each in a
          module with a copy of it, and brings no norm of a class that the model defines along by itself. This one, under
          another name so that recipes can ask for either, finds every norm by its type or the name of its class, and
-         trains it where it is
-         that a head on the unit sphere does better on data from elsewhere was not measured; transformers' classifier
-         of CLIP reads the mean of its patch tokens, where the paper reads the class token
+         trains it where it is: taken off, the recipe leaves what the norms learned in them. That a head on the unit
+         sphere does better on data from elsewhere was not measured; transformers' classifier of CLIP reads the mean of
+         its patch tokens, where the paper reads the class token
 """
 
 from collections.abc import Iterable

@@ -6,8 +6,9 @@ Trains   for a ViT with blocks of width d, U of u of its L blocks, LoRA of rank 
          u (12 d^2 + 13 d) + (L - u) 4 r d, and of the norms outside of U 4 d a block and 2 d after the last
 Costs    gradient and optimizer state of what trains
 Differs  An adapter inside a block of U would learn what the block's own weights learn: it keeps its start.
-         Of a tiny encoder LoRA alone and the last block alone were as good as both (docs/results; probes 0.639, 0.626
-         and 0.644), where the paper has both ahead.
+         Weights train in place: taken off, the recipe leaves what they learned in them. Of a tiny encoder LoRA alone
+         and the last block alone were as good as both (docs/results; probes 0.639, 0.626 and 0.644), where the paper
+         has both ahead.
 """
 
 from collections.abc import Iterator
