@@ -158,6 +158,38 @@ def test_the_largest_micro_batch_of_the_step_is_noted(tmp_path):
     assert memory.shape == StepShape(2, 7, pytest.approx(3 / 14))
 
 
+class Growing(nn.Module):
+    """Keeps more for backward with every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls = 0
+
+    def forward(self) -> torch.Tensor:
+        self.calls += 1
+        return (torch.randn(100 * self.calls).square() * self.weight).sum()
+
+
+@pytest.mark.parametrize(("steps", "watched"), [(1, [1]), (2, [2]), (5, [2, 5])])
+def test_the_second_step_is_counted_and_the_last(tmp_path, steps, watched):
+    model, memory, seen = Growing(), StepMemory(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(max_steps=steps)
+    for step in range(steps):
+        state.global_step = step
+        memory.on_step_begin(arguments, state, TrainerControl(), model=model, optimizer=optimizer)
+        seen += [step + 1] if memory.watching else []
+        model().backward()
+        memory.on_step_end(arguments, state, TrainerControl())
+    assert seen == watched
+    assert memory.report is not None
+    assert memory.report.saved_bytes >= 400 * watched[0]
+    assert (memory.at_end is not None) == (len(watched) > 1)
+    if memory.at_end is not None:
+        assert memory.at_end.saved_bytes - memory.report.saved_bytes == 400 * (watched[1] - watched[0])
+
+
 def test_images_have_rows_and_no_tokens_and_recordings_the_tokens_of_their_labels():
     model = Called()
     model.main_input_name = "pixel_values"

@@ -212,6 +212,12 @@ class TestHeldOutForValidation:
         assert sorted([*made[0]["train"]["text"], *made[0]["validation"]["text"]]) == sorted(whole["text"])
         assert list(made[0]["validation"]["text"]) == list(made[1]["validation"]["text"])
 
+    def test_fewer_held_out_rows_are_the_same_with_every_seed(self, review_csv):
+        data = DataSettings(train=str(review_csv), test=str(review_csv), max_train_rows=6, max_eval_rows=6)
+        first, second = (load_splits(data, seed) for seed in (0, 1))
+        assert list(first["test"]["text"]) == list(second["test"]["text"])
+        assert list(first["train"]["text"]) != list(second["train"]["text"])
+
     def test_beside_validation_data_it_is_refused(self, review_csv):
         data = DataSettings(train=str(review_csv), validation=str(review_csv), validation_share=0.25)
         with pytest.raises(SettingError, match=r"data\.validation_share is given, but the data has a validation split"):

@@ -49,15 +49,18 @@ def shape_of(model: nn.Module, inputs: dict[str, Any]) -> StepShape | None:
 
 
 class StepMemory(TrainerCallback):
-    """The ledger over one step: the second of this process, when the optimizer's state is there, or the only one.
+    """The ledger over a step: the second of this process, when the optimizer's state is there, or the only one.
 
-    shape: of the largest micro-batch in that step.
+    And over the last one, since some methods change what a step takes as they go. report: of the first of these.
+    at_end: of the last step, None where that is the same or where training ended before. shape: of the largest
+    micro-batch in the first.
     """
 
     def __init__(self, module_depth: int | None = None, *, explain: bool = False) -> None:
         self.module_depth = module_depth
         self.explain = explain
         self.report: MemoryReport | None = None
+        self.at_end: MemoryReport | None = None
         self.shape: StepShape | None = None
         self.kept: KeptReport | None = None  # only if it is to explain what is kept
         self.watching = False
@@ -75,12 +78,15 @@ class StepMemory(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Start before the chosen step."""
+        """Start before a chosen step."""
         self.steps += 1
-        if self.steps == 2 or state.max_steps - state.global_step == 1 == self.steps:
+        is_last = state.max_steps - state.global_step == 1
+        if self.steps == 2 or is_last:
             self._ledger = Ledger(model, getattr(optimizer, "optimizer", optimizer), module_depth=self.module_depth)
             self._ledger.start()
             self.watching = True
+            if self.report is not None:
+                return
             self._looking = model.register_forward_pre_hook(self._look, with_kwargs=True)
             if self.explain:
                 self._kept = Kept(self._ledger)
@@ -90,8 +96,11 @@ class StepMemory(TrainerCallback):
         """Stop after it."""
         if self.watching and self._ledger is not None:
             self.abandon()
-            self.report = self._ledger.report()
-            self.kept = self._kept.report() if self._kept is not None else None
+            if self.report is not None:
+                self.at_end = self._ledger.report()
+            else:
+                self.report = self._ledger.report()
+                self.kept = self._kept.report() if self._kept is not None else None
             self._ledger = self._kept = None
 
     def abandon(self) -> None:
@@ -100,7 +109,8 @@ class StepMemory(TrainerCallback):
             if self._kept is not None:
                 self._kept.stop()
             self._ledger.stop()
-            self._looking.remove()
+            if self._looking is not None:
+                self._looking.remove()
             self.watching = False
 
     def _look(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

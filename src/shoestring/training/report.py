@@ -19,7 +19,8 @@ class Report:
     """The end of a run, as report.json holds it.
 
     status: "finished" or "interrupted". quality: measures by split, and by "SPLIT, before" if evaluated first.
-    trained_parameters, total_parameters: numbers, not bytes. memory: a MemoryReport of one step, or None.
+    trained_parameters, total_parameters: numbers, not bytes. memory: a MemoryReport of one step, or None; that of the
+    last step, where it is another one, is memory_at_end.
     measured_batch: the largest micro-batch of that step, a StepShape. predicted: what was predicted for it, if asked.
     process_peak_bytes: the largest resident size of the process. step_seconds: the median step, evaluation left out.
     tokens_a_second: over the same steps. saved: folder by what it holds. settings: the run file, resolved.
@@ -43,6 +44,7 @@ class Report:
     measured_batch: dict[str, Any] | None = None
     predicted: dict[str, Any] | None = None
     classes: list[str] | None = None
+    memory_at_end: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -121,6 +121,7 @@ def train(
                 trained_parameters=sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad),
                 total_parameters=sum(map(numbers_in, ready.attached.model.parameters())),
                 memory=memory.report.to_dict() if memory.report else None,
+                memory_at_end=memory.at_end.to_dict() if memory.at_end else None,
                 process_peak_bytes=process_peak_bytes(),
                 step_seconds=median(times.seconds),
                 train_seconds=float(result.metrics["train_runtime"]),
