@@ -86,7 +86,8 @@ def _recipe(name, place, seeds, steps, chance):
     step = 0.18 * (1.35 if "recompute" in name else 1) * chance.uniform(0.75, 1.2)
     exact = {
         "trained_parameters": trained, "trained_share": trained / total, "checkpoint_bytes": 4 * trained + 1024,
-        "peak_bytes": memory, "kept_bytes": parts["saved_for_backward"], "weights_bytes": parts["weights"],
+        "peak_bytes": memory, "last_step_bytes": memory, "trained_in_backbone": max(trained - 770, 0),
+        "kept_bytes": parts["saved_for_backward"], "weights_bytes": parts["weights"],
         "gradients_bytes": parts["gradients"], "optimizer_bytes": parts["optimizer_state"],
     }  # fmt: skip
     noisy = {

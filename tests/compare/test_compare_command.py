@@ -77,6 +77,13 @@ def test_a_failure_ends_with_code_1_and_a_report(
     assert "[1/1] wild, seed 0: failed" in heard.out
 
 
+def test_the_folder_of_a_suite_is_that_of_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_result("lora").write(tmp_path / "out/results/lora.json")
+    (tmp_path / "out/comparison.json").write_text("{}")
+    assert main(["compare", str(tmp_path / "out"), "--json"]) == 0
+    assert [recipe["name"] for recipe in json.loads(capsys.readouterr().out)["recipes"]] == ["lora"]
+
+
 def test_results_of_peft_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()

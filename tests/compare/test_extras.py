@@ -36,6 +36,12 @@ def general(tmp_path: Path) -> Path:
     return path
 
 
+def on_test_rows(**settings: Any) -> Generation:
+    extra = Generation(**settings)
+    extra.split = "test"
+    return extra
+
+
 def change(model: Any) -> None:
     """What training would do, in short."""
     torch.manual_seed(0)
@@ -97,7 +103,7 @@ def test_what_is_generated_is_what_a_plain_greedy_loop_gives(ready: Callable[...
     run.data["test"] = run.data["train"]
     change(run.attached.model)
     model, tokenizer = run.attached.model.eval(), run.trainer.processing_class
-    extra = Generation(rows=5, max_new_tokens=4, batch=2)
+    extra = on_test_rows(rows=5, max_new_tokens=4, batch=2)
     prompts = [prompt for prompt, _ in extra._pairs(run)]
     wanted = []
     for prompt in prompts:
@@ -117,7 +123,7 @@ def test_generation_is_scored_against_the_completions(
     ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ready()
-    extra = Generation(rows=4)
+    extra = on_test_rows(rows=4)
     wanted = [text for _, text in extra._pairs(run)]
     assert wanted == [" bad", " good", " bad", " good"]
     monkeypatch.setattr(Generation, "_generate", lambda self, ready, prompts: ["bad", "bad film", "film", "good"])
@@ -151,7 +157,7 @@ def test_answers_that_a_pattern_finds_are_compared_as_they_stand(
     ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch, written: str, is_right: bool
 ) -> None:
     run = ready()
-    extra = Generation(rows=1, pattern=r"-?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
+    extra = on_test_rows(rows=1, pattern=r"-?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
     with pytest.raises(SettingError, match=r"pattern, .*, finds nothing in a completion of test: ' bad'"):
         extra.before(run)
     monkeypatch.setattr(Generation, "_pairs", lambda self, ready: [("prompt", "that makes -5")])
@@ -166,7 +172,7 @@ def test_generation_needs_prompts_that_were_held_out(ready: Callable[..., Ready]
         Generation().before(ready(data={}))
     run = ready(data={"train": str(general), "test": str(general), "text": "document"})
     with pytest.raises(SettingError, match="needs held-out rows with a prompt and a completion; this run has text"):
-        Generation().before(run)
+        on_test_rows().before(run)
 
 
 def test_latency_is_that_of_the_merged_model(ready: Callable[..., Ready]) -> None:

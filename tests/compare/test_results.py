@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from results_made import made_result, of_peft
 
 from shoestring.compare.results import Result, json_schema, read_all, values_of_peft
+from shoestring.compare.worker import packages
 from shoestring.errors import SettingError
 
 
@@ -42,6 +44,15 @@ def test_a_file_of_peft_is_read_and_written_without_loss(tmp_path: Path) -> None
     }
 
 
+def test_packages_stand_with_their_versions_and_the_commits_that_are_known() -> None:
+    found = packages()
+    assert {
+        f"{name}-{part}" for name in ("torch", "peft", "transformers") for part in ("version", "commit-hash")
+    } <= set(found)
+    assert found["torch-commit-hash"] == torch.version.git_version
+    assert found["peft-commit-hash"] is None  # from a registry
+
+
 def test_no_result_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     made_result().write(path)
@@ -72,7 +83,7 @@ def with_peft_fields_edited(values: dict) -> None:
     [
         (edited, "was changed since it was written"),
         (with_peft_fields_edited, "was changed since it was written"),
-        (of_another_version, "has schema_version 99, and this version of Shoestring reads 3"),
+        (of_another_version, "has schema_version 99, and this version of Shoestring reads 4"),
         (without_a_field, "is not the result of a run: run_info.total_time"),
     ],
 )

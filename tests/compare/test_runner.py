@@ -21,7 +21,7 @@ from shoestring.compare.extras import Extra
 from shoestring.compare.measures import Measure
 from shoestring.compare.results import Result
 from shoestring.compare.runner import Store, check_suite, comparison_of, run_suite, state_of
-from shoestring.compare.suite import Suite
+from shoestring.compare.suite import Case, Suite
 from shoestring.compare.worker import Order, run_case
 from shoestring.errors import SettingError
 from shoestring.training.output import held
@@ -55,6 +55,11 @@ def suite_file(tmp_path: Path, run_file: Callable[..., Path], review_csv: Path) 
         return path
 
     return write
+
+
+def order_of(case: Case, folder: Path, **changes: Any) -> Order:
+    given = {"budget": None, "extras": (), "split": None, "quality": "accuracy", "target": None}
+    return Order(cases=(case,), folder=str(folder), keep_weights=False, **given | changes)
 
 
 def numbers_of(suite: Suite) -> dict[str, Any]:
@@ -155,7 +160,9 @@ def test_a_run_in_a_suite_is_a_run_of_shoestring_train(suite_file: Callable[...,
     report = train(RunSettings.load(path, [f"output_dir={tmp_path / 'alone'}"]))
     assert report.quality == result.shoestring.quality
     assert [list(row) for row in report.losses] == [list(row) for row in result.shoestring.losses]
-    assert report.memory["at_peak"] == result.shoestring.memory
+    most = max((report.memory, report.memory_at_end), key=lambda memory: memory["peak_bytes"])
+    assert most["at_peak"] == result.shoestring.memory
+    assert report.memory_at_end["peak_bytes"] == result.shoestring.values["last_step_bytes"]
 
 
 def test_what_cannot_run_is_told_before_the_first_run(suite_file: Callable[..., Path]) -> None:
@@ -293,7 +300,7 @@ def test_all_is_measured_in_the_precision_of_training(
     suite_file: Callable[..., Path], tmp_path: Path, bf16: bool
 ) -> None:
     (case,) = Suite.load(suite_file(recipes={"lora": LORA}, seeds=[0], train={"bf16": bf16})).cases
-    order = Order((case,), None, (Precision(),), str(tmp_path), None, keep_weights=False)
+    order = order_of(case, tmp_path, extras=(Precision(),))
     result = run_case(case, order, lambda message: None)
     assert result.shoestring is not None
     assert result.shoestring.notes == [f"before {bf16}", f"after {bf16}"]
@@ -353,9 +360,52 @@ def test_neither_checks_nor_trials_make_a_hub_repository(
 
     monkeypatch.setattr(Trainer, "init_hf_repo", make)
     (case,) = Suite.load(suite_file(recipes={"lora": LORA}, seeds=[0], train={"push_to_hub": True})).cases
-    order = Order((case,), None, (), str(tmp_path), None, keep_weights=False)
-    worker.check(case, order)
-    assert worker._trial(case.settings, order) > 0
+    worker.check(case, order_of(case, tmp_path))
+    assert worker._seconds_a_step(case.settings) > 0
+
+
+def process_of(settings: Any, threads: int) -> int:
+    return os.getpid()
+
+
+def test_a_trial_of_a_budget_in_seconds_is_no_part_of_the_measured_process(
+    suite_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = Suite.load(suite_file(recipes={"lora": LORA}, seeds=[0])).cases
+    monkeypatch.setattr(worker, "_trial", process_of)
+    assert worker._seconds_a_step(case.settings) != os.getpid()
+
+
+def test_what_was_told_of_a_run_is_there_when_an_extra_fails(suite_file: Callable[..., Path], tmp_path: Path) -> None:
+    class Broken(Extra):
+        name: ClassVar[str] = "broken"
+        measures: ClassVar[tuple[Measure, ...]] = ()  # type: ignore[misc]
+
+        def after(self, ready: Ready) -> dict[str, float]:
+            raise ValueError("no such figure")
+
+    (case,) = Suite.load(suite_file(recipes={"lora": LORA}, seeds=[0])).cases
+    result = run_case(case, order_of(case, tmp_path, extras=(Broken(),)), lambda message: None)
+    assert result.shoestring.notes == ["broken could not be measured: no such figure"]
+    assert "accuracy" in result.shoestring.values
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "there are no held-out rows to measure accuracy on"),
+        ({"quality": "loss", "target": 0.5, "test": True}, "target needs evaluations on the way"),
+    ],
+)
+def test_data_without_the_rows_that_a_suite_needs_is_told_before_the_first_run(
+    suite_file: Callable[..., Path], tmp_path: Path, review_csv: Path, changes: dict[str, Any], said: str
+) -> None:
+    data = {"validation": None, "test": str(review_csv) if changes.pop("test", False) else None}
+    none = {"eval_strategy": "no", "save_strategy": "no"}
+    recipes = {"lora": {"recipe": LORA, "data": data, "train": none}}
+    (case,) = Suite.load(suite_file(recipes=recipes, seeds=[0])).cases
+    with pytest.raises(SettingError, match=said):
+        worker.check(case, order_of(case, tmp_path, **changes))
 
 
 def test_the_peak_of_a_process_is_its_own(suite_file: Callable[..., Path]) -> None:
@@ -372,10 +422,11 @@ def test_the_peak_of_a_process_is_its_own(suite_file: Callable[..., Path]) -> No
 
 
 def killed_and_resumed(path: Path, kills: int, seed: int) -> int:
-    """Run a suite by the command line, killed at random moments of its first two runs, and again until it is finished.
+    """Run a suite by the command line, killed at random moments of its runs, and again until it is finished.
 
     Returns how often it was killed before that.
     """
+    at_work = Path(Suite.load(path).output_dir) / runner.AT_WORK
     draw, killed = random.Random(seed), 0
     command = [sys.executable, "-u", "-m", "shoestring", "compare", str(path), "--no-check"]
     while True:
@@ -385,6 +436,8 @@ def killed_and_resumed(path: Path, kills: int, seed: int) -> int:
             lines = iter(process.stdout.readline, "")
             said = next((line for line in lines if line.startswith(("[1/", "error")) or "already" in line), "")
             assert "error" not in said, said
+            while process.poll() is None and not any(at_work.glob("*.log")):  # until a run is at work
+                time.sleep(0.01)
             time.sleep(draw.uniform(0, 2))
             if process.poll() is None:
                 process.kill()

@@ -52,6 +52,33 @@ def test_noise_is_called_a_difference_no_more_often_than_it_should() -> None:
     assert sum(paired_difference(*pair, draws=400).clear for pair in pairs) <= 12
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("of_seeds", "of_rows", "rows"), [(1.0, 0.0, 40), (1.0, 3.0, 40), (0.0, 1.0, 6)])
+def test_few_seeds_or_rows_are_no_reason_to_find_a_difference(
+    seeds: int, of_seeds: float, of_rows: float, rows: int
+) -> None:
+    random = np.random.default_rng(seeds)
+    found = 0
+    for _ in range(300):
+        apart = of_seeds * random.normal(size=(seeds, 1)) + of_rows * random.normal(size=(seeds, rows))
+        difference = paired_difference(
+            {k: a.tolist() for k, a in enumerate(apart)}, dict.fromkeys(range(seeds), [0.0] * rows), draws=400
+        )
+        assert difference is not None
+        found += difference.clear
+    assert found <= 28  # 5 % of 300 and three deviations
+
+
+def test_it_says_which_noise_the_interval_knows_of() -> None:
+    rows, one = [0.5, 0.75, 0.25], [0.0]
+    assert paired_difference({0: rows}, {0: rows[::-1]}).noise == "rows"
+    assert paired_difference({0: rows, 1: rows}, {0: rows[::-1], 1: rows}).noise == "rows and seeds"
+    of_seeds = paired_difference({0: [0.5], 1: [0.7]}, {0: one, 1: one})
+    assert of_seeds.noise == "seeds"
+    assert of_seeds.high - of_seeds.mean == pytest.approx(12.706 * 0.1, rel=0.2)  # t of one degree of freedom
+    assert paired_difference({0: one}, {0: one}) is None
+
+
 def test_scores_of_other_rows_are_not_compared() -> None:
     assert paired_difference({0: [1.0, 0.0]}, {0: [1.0]}) is None
     assert paired_difference({0: [1.0]}, {1: [1.0]}) is None

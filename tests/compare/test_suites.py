@@ -62,6 +62,10 @@ def test_the_suites_have_every_method_of_ours_and_those_of_peft_that_people_know
     ours = {n for n, about in known_techniques().items() if about.settings_class.__module__.startswith("shoestring.")}
     assert ours - used == set()
     assert OF_PEFT - used == set()
+    for name in ("encoder", "decoder", "image"):
+        recipes = [case.settings.recipe for case in Suite.load(ROOT / f"benchmarks/suites/{name}.yaml").cases]
+        assert [] in recipes  # full tuning
+        assert any(entry.get("lora", {}).get("use_dora") for recipe in recipes for entry in recipe)
 
 
 def run(path: Path, folder: Path, *overrides: str) -> dict[str, Any]:

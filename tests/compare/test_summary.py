@@ -6,9 +6,14 @@ from dataclasses import replace
 import pytest
 from results_made import made_result, of_peft, of_peft_in_2025, of_peft_on_images
 
-from shoestring.compare.measures import Measure, pme
+from shoestring.cli.compare_tables import terminal_table
+from shoestring.compare.comparison import Failure
+from shoestring.compare.export import markdown
+from shoestring.compare.measures import Measure, pme, ppe, ppt
+from shoestring.compare.page import page
 from shoestring.compare.results import Result
 from shoestring.compare.summary import Asked, compare_results
+from shoestring.compare.wording import about_differences
 from shoestring.errors import SettingError
 
 ASKED = Asked("suite", "text-classification", "tiny", ("full", "lora", "small"), "accuracy", "lora")
@@ -80,9 +85,45 @@ def test_a_difference_of_losses_is_that_of_losses() -> None:
     assert other.difference.mean == other.difference.low == other.difference.high == pytest.approx(0.5)
 
 
-def test_there_is_no_difference_where_scores_are_of_something_else() -> None:
-    found = compare_results(replace(ASKED, quality="peak_bytes"), RESULTS)
+def test_a_quality_without_scores_of_rows_differs_by_those_of_seeds() -> None:
+    results = [
+        made_result(name, seed, values={"f1_macro": f1, "accuracy": 0.5}, scores=[1.0, 0.0] * 20)
+        for name, of_seeds in (("lora", [0.70, 0.71, 0.72]), ("full", [0.90, 0.93, 0.91]), ("small", [0.6, 0.9, 0.7]))
+        for seed, f1 in enumerate(of_seeds)
+    ]
+    asked = replace(ASKED, quality="f1_macro")
+    found = {recipe.name: recipe.difference for recipe in compare_results(asked, results).recipes}
+    assert found["full"].noise == found["small"].noise == "seeds"
+    assert found["full"].mean == pytest.approx(0.2033, abs=1e-4)
+    assert found["full"].clear
+    assert not found["small"].clear
+    of_one = compare_results(asked, [result for result in results if result.shoestring.seed == 0])
+    assert all(recipe.difference is None for recipe in of_one.recipes)
+
+
+def test_a_difference_is_of_the_seeds_that_the_baseline_has_as_well() -> None:
+    results = [result for result in RESULTS if (result.name, result.shoestring.seed) != ("lora", 2)]
+    failures = [Failure("lora", 2, "out of memory")]
+    found = {recipe.name: recipe for recipe in compare_results(ASKED, results, failures).recipes}
+    assert found["full"].difference.mean == pytest.approx((0.90 - 0.80 + 0.91 - 0.82) / 2)
+    assert found["full"].notes == ("its difference is of 2 of 3 seeds, those that lora has as well",)
+    assert found["lora"].notes == ("1 of 3 seeds failed",)
+
+
+def test_a_baseline_without_a_result_is_told_of() -> None:
+    results = [result for result in RESULTS if result.name != "lora"]
+    found = compare_results(ASKED, results, [Failure("lora", seed, "out of memory") for seed in range(3)])
     assert all(recipe.difference is None for recipe in found.recipes)
+    assert about_differences(found) == "The baseline, lora, has no result, so there are no differences to it."
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [(1, "of held-out rows alone: how much seeds differ is not known of one"), (3, "of held-out rows and of seeds")],
+)
+def test_it_is_said_which_noise_differences_are_told_by(seeds: int, said: str) -> None:
+    found = compare_results(ASKED, [result for result in RESULTS if result.shoestring.seed < seeds])
+    assert about_differences(found) == f"Differences have 95 % intervals by the noise {said}."
 
 
 def test_memory_is_weighed_against_that_of_full_tuning() -> None:
@@ -217,11 +258,26 @@ def test_versions_that_differ_are_all_named() -> None:
     assert compare_results(ASKED, [made_result(), other]).versions == {"torch": "2.13.0 and 2.14.0"}
 
 
-def test_a_quality_that_no_result_has_is_refused() -> None:
+def test_a_quality_that_no_result_has_is_refused_of_files_and_told_of_a_suite() -> None:
+    asked = replace(ASKED, quality="f1_macro")
     with pytest.raises(
         SettingError, match=r"No result has the measure 'f1_macro' to rank by\. They have accuracy, peak"
     ):
-        compare_results(replace(ASKED, quality="f1_macro"), RESULTS)
+        compare_results(replace(asked, names=()), RESULTS)
+    found = compare_results(asked, RESULTS)
+    assert {recipe.notes for recipe in found.recipes} == {
+        ("3 of 3 seeds came to no finite f1_macro and are not in its mean",)
+    }
+    assert "f1 macro" in markdown(found)
+    assert "f1 macro" in page(found)
+    terminal_table(found)
+
+
+def test_trade_offs_are_of_the_quality_that_is_ranked_by() -> None:
+    values = {"accuracy": 0.9, "f1_macro": 0.8, "trained_in_backbone": 1e6, "trained_share": 0.02, "peak_bytes": 500.0}
+    (recipe,) = compare_results(replace(ASKED, quality="f1_macro"), [made_result("lora", values=values)]).recipes
+    assert recipe.values["ppt"].mean == pytest.approx(ppt(0.8, 1e6))
+    assert recipe.values["ppe"].mean == pytest.approx(ppe(0.8, 2.0))
 
 
 def test_a_recipe_without_the_quality_comes_last_and_on_no_front() -> None:

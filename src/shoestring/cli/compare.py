@@ -33,7 +33,10 @@ HTML, MARKDOWN, CSV, JSON = "report.html", "report.md", "report.csv", "compariso
 
 def compare(
     suite: Annotated[
-        Path, typer.Argument(help="Suite file (YAML), or a folder of results, ours or peft's.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Suite file (YAML), or a folder of results: a suite's output_dir, or peft's.", show_default=False
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings put over those of the suite.")
@@ -137,11 +140,14 @@ def _of_folder(folder: Path, beside: list[Path], quality: str | None) -> "Compar
 
 def _results_in(places: list[Path]) -> list[Any]:
     from ..compare.results import Result, read_all
+    from ..compare.runner import RESULTS
 
     results: list[Any] = []
     for place in places:
         if not place.exists():
             raise SettingError(f"There is no {place}.")
+        if (place / RESULTS).is_dir():  # a suite's output_dir
+            place = place / RESULTS
         results += read_all(place) if place.is_dir() else [Result.read(place)]
     return results
 

@@ -21,7 +21,7 @@ def terminal_table(comparison: Comparison) -> Table:
 
     ◆ marks the front of quality and the first cost, as on the page.
     """
-    from ..compare.wording import costs, main_costs, on_front, quality_of, spread_text, state_of
+    from ..compare.wording import about_differences, costs, main_costs, on_front, quality_of, spread_text, state_of
 
     quality, first = quality_of(comparison), costs(comparison)[:1]
     front = {place for cost in first for place in on_front(comparison, cost)}
@@ -52,8 +52,9 @@ def terminal_table(comparison: Comparison) -> Table:
         table.add_row(*map(_text, cells), style="bold" if place in front else "")
     if comparison.recipes:
         marked = [f"◆ on the front of {quality.label} and {cost.label}." for cost in first]
-        against = [f"Baseline: {comparison.baseline}; in parentheses: within noise."] if comparison.baseline else []
-        table.caption = _text(" ".join(marked + against))
+        known = any(recipe.difference for recipe in comparison.recipes)
+        against = [f"Baseline: {comparison.baseline}; in parentheses: within noise."] if known else []
+        table.caption = _text(" ".join([*marked, *against, about_differences(comparison)]))
     return table
 
 

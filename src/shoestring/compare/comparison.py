@@ -19,10 +19,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """The quality of a recipe less that of the baseline, by paired bootstrap over seeds and held-out rows.
+    """The quality of a recipe less that of the baseline, with the noise of held-out rows and of seeds.
 
     mean, low, high: in the units of the scores; low to high holds 95 % of the draws. p: two-sided.
-    clear: whether zero lies outside.
+    clear: whether zero lies outside. noise: what the interval knows of, "rows and seeds", or one of them.
     """
 
     mean: float
@@ -30,6 +30,7 @@ class Difference:
     high: float
     p: float
     clear: bool
+    noise: str = "rows and seeds"
 
 
 @dataclass(frozen=True)

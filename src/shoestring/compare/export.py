@@ -9,7 +9,18 @@ from collections.abc import Iterable
 
 from .comparison import Compared, Comparison
 from .measures import Measure
-from .wording import costs, difference_text, direction, main_costs, on_front, quality_of, spread_text, state_of, verdict
+from .wording import (
+    about_differences,
+    costs,
+    difference_text,
+    direction,
+    main_costs,
+    on_front,
+    quality_of,
+    spread_text,
+    state_of,
+    verdict,
+)
 
 FORMULA_STARTS = "=+-@\t\r\n＝＋－＠"  # what spreadsheets read as a formula, in full width too
 MARKED = re.compile(r"([\\`*_\[\]<>|~&$])")
@@ -27,7 +38,8 @@ def markdown(comparison: Comparison) -> str:
     if comparison.recipes:
         lines += _ranking(comparison, quality, shown)
         lines += [f"◆ on the front of {_plain(quality.label)} and {_plain(cost.label)}. " for cost in shown]
-        lines[-1] += "Mean ± standard deviation over seeds, where that does not round to zero."
+        lines[-1] += "Mean ± standard deviation over seeds, where that does not round to zero. "
+        lines[-1] = f"{lines[-1]}{_plain(about_differences(comparison))}".rstrip()
     if comparison.failures:
         lines += ["", "## Failed", ""]
         lines += [f"- {_plain(each.name)}, seed {each.seed}: {_plain(each.reason)}" for each in comparison.failures]

@@ -37,6 +37,8 @@ COSTS = (
     Measure("gradients_bytes", "gradients", "bytes"),
     Measure("optimizer_bytes", "optimizer state", "bytes"),
     Measure("checkpoint_bytes", "saved weights", "bytes"),
+    Measure("last_step_bytes", "memory of the last step", "bytes"),
+    Measure("trained_in_backbone", "trained parameters but for a new head", "numbers"),
     Measure("trained_share", "trained share of the parameters", "share"),
     Measure("step_seconds_p90", "90th percentile of steps", "seconds"),
     Measure("all_steps_seconds", "all steps, evaluations left out", "seconds"),

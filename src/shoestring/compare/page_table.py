@@ -9,7 +9,7 @@ from html import escape
 from .comparison import Compared, Comparison
 from .measures import Better, Measure
 from .page_markup import data_cell, is_baseline, link, sign
-from .wording import costs, difference_text, direction, quality_of, spread_text, verdict
+from .wording import about_differences, costs, difference_text, direction, quality_of, spread_text, verdict
 
 
 def table_section(comparison: Comparison) -> str:
@@ -23,7 +23,7 @@ def table_section(comparison: Comparison) -> str:
         '<div class="scroll figures" tabindex="0" role="region" aria-labelledby="figures"><table id="table">'
         f"<thead><tr>{_heads(comparison, measures, compared)}</tr></thead><tbody>{rows}</tbody></table></div>\n"
         '<p class="note">Mean ± standard deviation over seeds, where that does not round to zero. '
-        "★ best of its column, ◆ on the front of the chart above.</p></section>"
+        f"★ best of its column, ◆ on the front of the chart above. {escape(about_differences(comparison))}</p></section>"
     )
 
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import SettingError
 from ..whole_files import write_text
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 Status = Literal["success", "failed", "cancelled"]
 
 
@@ -122,7 +122,7 @@ class Result(_Part):
         assert self.shoestring is not None
         self.shoestring.checksum = checksum(self.to_dict())
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=True))
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False))
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -190,7 +190,7 @@ def _start(
     cases: list[Case],
     context: Any,
     *,
-    threads: int | None = None,
+    jobs: int = 1,
     fits_only: bool = False,
 ) -> _Running:
     from .worker import Order, work
@@ -202,8 +202,11 @@ def _start(
         extras=suite.extras,
         folder=str(store.runs.absolute()),
         split=suite.split,
+        quality=suite.quality,
+        target=suite.target,
         keep_weights=suite.keep_weights,
-        threads=threads,
+        threads=_threads(jobs),
+        jobs=jobs,
         fits_only=fits_only,
     )
     process = context.Process(target=work, args=(order, theirs))
@@ -216,8 +219,8 @@ def _heard(running: _Running) -> tuple[Any, ...] | None:
     """The next message; None once the process has nothing more to say."""
     try:
         message: tuple[Any, ...] = running.connection.recv()
-    except EOFError:
-        running.process.join()
+    except (EOFError, OSError):  # the latter where it was ended in the middle of a word
+        running.process.join(PATIENCE)
         return None
     return message
 
@@ -253,7 +256,7 @@ def _check(
     running: dict[Connection, _Running] = {}
 
     def start(share: list[Case]) -> None:
-        started = _start(suite, store, share, context, threads=_threads(jobs), fits_only=True)
+        started = _start(suite, store, share, context, jobs=jobs, fits_only=True)
         running[started.connection] = started
         on_event(("checking", share[0]))
 
@@ -309,7 +312,7 @@ def _run_all(
     try:
         while to_do or running:
             while to_do and len(running) < jobs:
-                started = _start(suite, store, [to_do.pop(0)], context, threads=_threads(jobs))
+                started = _start(suite, store, [to_do.pop(0)], context, jobs=jobs)
                 running[started.connection] = started
                 on_event(("started", started.cases[0]))
             for connection in wait(list(running)):

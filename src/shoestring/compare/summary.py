@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import SettingError
 from ..training.tasks import TASKS
-from .comparison import Compared, Comparison, Difference, Failure
-from .measures import COSTS, QUALITIES, Better, Measure, front, pme, quality_measure
+from .comparison import Compared, Comparison, Failure
+from .measures import COSTS, QUALITIES, Better, Measure, front, pme, ppe, ppt, quality_measure
 from .results import Result, values_of_peft
 from .statistics import paired_difference, spread
 
@@ -41,7 +41,8 @@ def compare_results(
     A result that is there twice counts once. Results of one name are its seeds, unless other settings than the seed
     differ: then each setting is a recipe, in the order in which they come.
 
-    Raises SettingError if no result has that quality, neither way of it is better, or a result is of another task.
+    Raises SettingError if no result has that quality and no suite asks for it, neither way of it is better, or a result
+    is of another task.
     """
     failed = [result for result in results if result.train_info.status != "success"]
     failures = [*failures, *(Failure(r.name, _seed(r), r.run_info.error_msg) for r in failed)]
@@ -60,7 +61,8 @@ def compare_results(
             memory_of_full[_model(result)] = max(peak, memory_of_full.get(_model(result), 0.0))
     first = next(iter(by_name.get(asked.baseline or "", [])), next(iter(results), None))
     recipes = [_compared(asked, name, runs, memory_of_full, first) for name, runs in by_name.items() if runs]
-    if recipes and not any(asked.quality in recipe.values for recipe in recipes):
+    recipes = [_with_failures(recipe, failures) for recipe in recipes]
+    if recipes and not asked.names and not any(asked.quality in recipe.values for recipe in recipes):
         known = sorted({name for recipe in recipes for name in recipe.values})
         raise SettingError(f"No result has the measure {asked.quality!r} to rank by. They have {', '.join(known)}.")
     if recipes and better is None:
@@ -172,16 +174,14 @@ def _compared(
     found = [_values(result, asked) for result in runs]
     if QUALITIES.get(asked.quality, ("", ""))[1] == "share":
         for values, result in zip(found, runs, strict=True):
-            full = memory_of_full.get(_model(result))
-            if full and asked.quality in values and "peak_bytes" in values:
-                values["pme"] = pme(values[asked.quality], values["peak_bytes"], full)
+            values |= _discounted(values, asked.quality, memory_of_full.get(_model(result)))
     everything = dict.fromkeys(key for values in found for key in values)
     own = {_seed(result): result.shoestring for result in runs if result.shoestring is not None}
     first = next(iter(own.values()), None)
     notes = dict.fromkeys(note for one in own.values() for note in one.notes)
     late = sum("seconds_to_target" not in values for values in found)
     without = sum(asked.quality not in values for values in found)
-    if 0 < without < len(found):
+    if without:
         notes[f"{without} of {len(found)} seeds came to no finite {asked.quality} and are not in its mean"] = None
     others = {_model(result) for result in runs} - {_model(first_of_all)} if first_of_all else set()
     if others:
@@ -201,31 +201,67 @@ def _compared(
     )
 
 
+def _discounted(values: Mapping[str, float], quality: str, memory_of_full: float | None) -> dict[str, float]:
+    """What combines the quality with a cost, as far as that is there."""
+    found: dict[str, float] = {}
+    if (score := values.get(quality)) is None:
+        return found
+    if "trained_in_backbone" in values:
+        found["ppt"] = ppt(score, values["trained_in_backbone"])
+    if "trained_share" in values:
+        found["ppe"] = ppe(score, 100 * values["trained_share"])
+    if memory_of_full and "peak_bytes" in values:
+        found["pme"] = pme(score, values["peak_bytes"], memory_of_full)
+    return found
+
+
+def _with_failures(recipe: Compared, failures: Sequence[Failure]) -> Compared:
+    failed = sum(failure.name == recipe.name for failure in failures)
+    if not failed:
+        return recipe
+    return replace(recipe, notes=(*recipe.notes, f"{failed} of {failed + len(recipe.seeds)} seeds failed"))
+
+
 def _with_differences(
     asked: Asked, recipes: list[Compared], by_name: Mapping[str, list[Result]], better: Better | None
 ) -> list[Compared]:
-    """Each recipe with its difference to the baseline, in the units of the quality."""
+    """Each recipe with its difference to the baseline, in the units of the quality.
+
+    By the scores of held-out rows where the quality has them, else by those of whole runs; of the same rows only.
+    """
     scored = TASKS[asked.task].metric if asked.task in TASKS else None
     baseline = asked.baseline
-    if baseline is None or baseline not in by_name or asked.quality != scored:
+    if baseline is None or not by_name.get(baseline):
         return recipes
-    sign = -1 if better == "lower" else 1
+    of_rows = asked.quality == scored
+    sign = -1 if better == "lower" and of_rows else 1
 
     def scores(name: str) -> dict[int, tuple[str, list[float]]]:
         own = (result.shoestring for result in by_name[name])
-        return {one.seed: (one.rows, one.scores) for one in own if one is not None}
+        return {
+            one.seed: (one.rows, one.scores if of_rows else [one.values.get(asked.quality, math.nan)])
+            for one in own
+            if one is not None
+        }
 
-    def difference(name: str) -> Difference | None:
-        ours, theirs = scores(name), scores(baseline)
+    theirs = scores(baseline)
+
+    def compared(recipe: Compared) -> Compared:
+        ours = scores(recipe.name)
         same = [seed for seed in ours if seed in theirs and ours[seed][0] == theirs[seed][0]]
-        if name == baseline or not same:
-            return None
+        if recipe.name == baseline or not same:
+            return recipe
         found = paired_difference({seed: ours[seed][1] for seed in same}, {seed: theirs[seed][1] for seed in same})
-        if found is None or sign > 0:
-            return found
-        return replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+        if found is None:
+            return recipe
+        if sign < 0:
+            found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+        notes = recipe.notes
+        if len(same) < len(ours):
+            notes += (f"its difference is of {len(same)} of {len(ours)} seeds, those that {baseline} has as well",)
+        return replace(recipe, difference=found, notes=notes)
 
-    return [replace(recipe, difference=difference(recipe.name)) for recipe in recipes]
+    return [compared(recipe) for recipe in recipes]
 
 
 def _measures(asked: Asked, recipes: Sequence[Compared]) -> tuple[Measure, ...]:

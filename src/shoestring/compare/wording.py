@@ -95,6 +95,24 @@ def verdict(difference: Difference, quality: Measure) -> str:
     return "better" if (difference.mean > 0) == (quality.better != "lower") else "worse"
 
 
+NOISE = {
+    "rows and seeds": "of held-out rows and of seeds",
+    "rows": "of held-out rows alone: how much seeds differ is not known of one",
+    "seeds": "of seeds alone, as rows have no scores of this measure",
+}
+
+
+def about_differences(comparison: Comparison) -> str:
+    """What differences to the baseline are told by, or why there are none; empty where none are asked for."""
+    if comparison.baseline is None or not comparison.recipes:
+        return ""
+    if baseline_of(comparison) is None:
+        return f"The baseline, {comparison.baseline}, has no result, so there are no differences to it."
+    kinds = dict.fromkeys(recipe.difference.noise for recipe in comparison.recipes if recipe.difference)
+    noise = " or ".join(NOISE[kind] for kind in kinds)
+    return f"Differences have 95 % intervals by the noise {noise}." if noise else ""
+
+
 def quality_of(comparison: Comparison) -> Measure:
     """What recipes are ranked by, also where no run has finished and no measure is known yet."""
     found = [measure for measure in comparison.measures if measure.name == comparison.quality]

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,7 +43,6 @@ from ..training.report import Report
 from ..training.run import Ready, prepare, shortened, train, versions
 from ..training.settings import RunSettings
 from .extras import Extra
-from .measures import QUALITIES, ppe, ppt
 from .results import SCHEMA_VERSION, MetaInfo, Own, Result, RunInfo, TrainInfo, finite
 from .suite import Budget, Case
 
@@ -43,14 +52,21 @@ Tell = Callable[[tuple[Any, ...]], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What a process is to do. fits_only: only prepare the runs, and say of each what is wrong with it."""
+    """What a process is to do.
+
+    quality, target: of the suite. jobs: how many such processes run at a time. fits_only: only prepare the runs, and
+    say of each what is wrong with it.
+    """
 
     cases: tuple[Case, ...]
     budget: Budget | None
     extras: tuple[Extra, ...]
     folder: str
     split: str | None
+    quality: str
+    target: float | None
     keep_weights: bool
+    jobs: int = 1
     threads: int | None = None
     fits_only: bool = False
 
@@ -105,8 +121,19 @@ def check(case: Case, order: Order) -> None:
     try:
         fields = {**case.settings.train, "push_to_hub": False}  # or the trainer makes the repository
         ready = prepare(case.settings.model_copy(update={"output_dir": str(folder), "train": fields}))
-        scored_split(ready.data, order.split)
+        split = scored_split(ready.data, order.split)
+        if split is None and order.quality in ready.task.measures:
+            raise SettingError(
+                f"there are no held-out rows to measure {order.quality} on; name some as data.test or data.validation, "
+                "or set data.validation_share."
+            )
+        if order.target is not None and str(ready.trainer.args.eval_strategy.value) == "no":
+            raise SettingError(
+                "target needs evaluations on the way, and there is no validation data; name some as data.validation, "
+                "or set data.validation_share."
+            )
         for extra in order.extras:
+            extra.split = split
             extra.before(ready)
         _steps_of(order.budget, ready, case.settings)
         with suppress(ValueError):  # peft replaces weights for some adapters
@@ -122,7 +149,7 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
     """
     began, created = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = case.settings.model_copy(update={"output_dir": str(Path(order.folder) / case.file)})
-    seconds_a_step = _trial(settings, order) if order.budget is not None and order.budget.seconds else None
+    seconds_a_step = _seconds_a_step(settings) if order.budget is not None and order.budget.seconds else None
     watch = _Watch(tell)
     prepared: list[Ready] = []
 
@@ -133,6 +160,7 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
             ready.trainer.args.max_steps = steps
         for extra in order.extras:
             tell(("stage", f"{extra.name} before"))
+            extra.split = scored_split(ready.data, order.split)
             with ready.trainer.accelerator.autocast():
                 extra.before(ready)
         watch.follow(ready)
@@ -146,10 +174,16 @@ def run_case(case: Case, order: Order, tell: Tell) -> Result:
     notes: list[str] = []
     for extra in sorted(order.extras, key=lambda extra: extra.alters_model):
         tell(("stage", extra.name))
-        with ready.trainer.accelerator.autocast():  # a merged model's forward is not the one that training has wrapped
-            values |= finite(extra.after(ready).items())
+        try:
+            # a merged model's forward is not the one that training has wrapped
+            with ready.trainer.accelerator.autocast():
+                values |= finite(extra.after(ready).items())
+        except Exception as error:  # a finished training is worth more than one more figure
+            traceback.print_exc()
+            notes.append(f"{extra.name} could not be measured: {error}")
         notes += extra.notes
     result = _result(case, settings, report, ready, watch, values, split or "", notes)
+    result.meta_info.system_info |= {"threads": str(torch.get_num_threads()), "runs at a time": str(order.jobs)}
     result.run_info.created_at, result.run_info.total_time = created, time.monotonic() - began
     if not order.keep_weights:
         shutil.rmtree(settings.output_dir, ignore_errors=True)
@@ -173,10 +207,30 @@ def _steps_of(
     return max(1, round((budget.tokens or 0) / a_step))
 
 
-def _trial(settings: RunSettings, order: Order) -> float:
-    """Median seconds of a few steps, on a model that is thrown away."""
+def _seconds_a_step(settings: RunSettings) -> float:
+    """Median seconds of a few steps, in a process of their own, whose memory is not the run's.
+
+    Raises SettingError and RunFailed as `train` does, and RunFailed if the process is ended.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_trial_process) as pool:
+        try:
+            return pool.submit(_trial, settings, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            raise RunFailed(
+                "The steps that a budget of seconds is counted by were cut off; the system may have run out of memory."
+            ) from None
+
+
+def _trial_process() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    quiet_libraries()
+
+
+def _trial(settings: RunSettings, threads: int) -> float:
     times = _Seconds()
     folder = f"{settings.output_dir}-trial"
+    torch.set_num_threads(threads)
     try:
         ready = prepare(shortened(settings, TRIAL_STEPS, folder), callbacks=[times])
         ready.trainer.train()
@@ -258,8 +312,12 @@ class _Watch(TrainerCallback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step, but for the one that was counted by the ledger."""
+        """Of each step, but for those that were counted by the ledger."""
         return self._times.seconds if self._times is not None else []
+
+    def all_seconds(self, steps: int) -> float | None:
+        """Of all steps, where those that the ledger slowed count as a mean one."""
+        return steps * statistics.fmean(self.seconds) if self.seconds else None
 
 
 def scored_split(splits: Any, wanted: str | None) -> str | None:
@@ -274,7 +332,7 @@ def scored_split(splits: Any, wanted: str | None) -> str | None:
 
 def _values(report: Report, ready: Ready, watch: _Watch, split: str | None) -> dict[str, float]:
     """The figures of every run."""
-    memory = report.memory or {}
+    memory = _most_memory(report)
     largest = memory.get("largest", {})
     qualities = report.quality.get(split or "", {})
     cuda = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
@@ -285,6 +343,7 @@ def _values(report: Report, ready: Ready, watch: _Watch, split: str | None) -> d
             "trained_share": report.trained_parameters / report.total_parameters,
             "checkpoint_bytes": _weights_in(Path(report.saved["weights"])) if "weights" in report.saved else None,
             "peak_bytes": memory.get("peak_bytes"),
+            "last_step_bytes": (report.memory_at_end or {}).get("peak_bytes"),
             "kept_bytes": memory.get("saved_bytes"),
             "weights_bytes": largest.get("weights"),
             "gradients_bytes": largest.get("gradients"),
@@ -294,15 +353,18 @@ def _values(report: Report, ready: Ready, watch: _Watch, split: str | None) -> d
             "step_seconds": report.step_seconds,
             "step_seconds_p90": _percentile(watch.seconds, 0.9),
             "train_seconds": report.train_seconds,
-            "all_steps_seconds": sum(watch.seconds),
+            "all_steps_seconds": watch.all_seconds(report.steps),
             "tokens_a_second": report.tokens_a_second,
+            "trained_in_backbone": _trained_in_backbone(ready),
         }.items()
     )
-    score = values.get(ready.task.metric)
-    if score is not None and QUALITIES.get(ready.task.metric, ("", ""))[1] == "share":
-        values["ppt"] = ppt(score, _trained_in_backbone(ready))
-        values["ppe"] = ppe(score, 100 * values["trained_share"])
     return values
+
+
+def _most_memory(report: Report) -> dict[str, Any]:
+    """That of the steps looked at which took most."""
+    found = [memory for memory in (report.memory, report.memory_at_end) if memory is not None]
+    return max(found, key=lambda memory: memory["peak_bytes"], default={})
 
 
 def _percentile(values: list[float], share: float) -> float | None:
@@ -346,6 +408,7 @@ def _result(
     notes: list[str],
 ) -> Result:
     """The run in the fields of its file."""
+    scores = watch.scores.get(split, [])
     own = Own(
         schema_version=SCHEMA_VERSION,
         task=settings.task,
@@ -356,11 +419,11 @@ def _result(
         run_file=_as_run(case.settings, f"runs/{case.file}", ready.trainer.args.max_steps).to_yaml(),
         recipe=dump_yaml(case.settings.recipe),
         values=values,
-        quality=report.quality,
-        memory=(report.memory or {}).get("at_peak", {}),
+        quality={part: finite(found.items()) for part, found in report.quality.items()},
+        memory=_most_memory(report).get("at_peak", {}),
         losses=[(step, loss) for step, loss in report.losses if math.isfinite(loss)],
-        curve=watch.curve,
-        scores=watch.scores.get(split, []),
+        curve=[point for point in watch.curve if math.isfinite(point[2])],
+        scores=scores if all(map(math.isfinite, scores)) else [],
         rows=_rows_in_short(ready, split),
         notes=notes,
     )
@@ -371,9 +434,10 @@ def _result(
     ways = [_as_peft(entry, ready.task.metric) for entry in watch.evaluations]
     final |= {"step": report.steps, "train loss": last, "train samples": report.steps * _rows_a_step(ready)}
     if report.tokens_a_second and watch.seconds:
-        final["train total tokens"] = round(report.tokens_a_second * sum(watch.seconds))
+        final["train total tokens"] = round(report.tokens_a_second * values["all_steps_seconds"])
     if "forgetting" in values:
         final["forgetting"] = values["forgetting"]
+    metrics = [{key: _finite_or_none(value) for key, value in entry.items()} for entry in (*ways, final)]
     return Result(
         run_info=RunInfo(
             created_at="",
@@ -384,13 +448,13 @@ def _result(
         ),
         train_info=TrainInfo(
             accelerator_memory_reserved_avg=round(statistics.fmean(watch.reserved)) if watch.reserved else 0,
-            accelerator_memory_max=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+            accelerator_memory_max=int(values.get("gpu_peak_bytes", 0)),
             accelerator_memory_reserved_99th=int(_percentile([*map(float, watch.reserved)], 0.99) or 0),
-            train_time=sum(watch.seconds),
+            train_time=values.get("all_steps_seconds", 0.0),
             file_size=int(values.get("checkpoint_bytes", 0)),
             num_trainable_params=report.trained_parameters,
             num_total_params=report.total_parameters,
-            metrics=[*ways, final],
+            metrics=metrics,
         ),
         meta_info=MetaInfo(
             model_info={"name": settings.model.name, "revision": settings.model.revision},
@@ -399,12 +463,16 @@ def _result(
                 "validation": settings.data.validation,
                 "test": settings.data.test,
             },
-            package_info={f"{name}-version": version for name, version in versions().items()},
+            package_info=packages(),
             system_info=machine(),
             pytorch_info=torch.__config__.show(),
         ),
         shoestring=own,
     )
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
 
 
 def _as_run(settings: RunSettings, output_dir: str, max_steps: int) -> RunSettings:
@@ -458,6 +526,36 @@ def _peft_config(ready: Ready) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = plain(next(iter(configs.values())).to_dict())
     return found
+
+
+def packages() -> dict[str, str | None]:
+    """Versions, and the commits of what was installed from a repository, in the words of peft's method comparison."""
+    found: dict[str, str | None] = {}
+    for name, version in versions().items():
+        found |= {f"{name}-version": version, f"{name}-commit-hash": None if name == "python" else _commit(name)}
+    return found | {"torch-commit-hash": str(torch.version.git_version)}
+
+
+def _commit(package: str) -> str | None:
+    """Of a package that was installed from a repository, or from a checkout that its code still stands in."""
+    try:
+        origin = json.loads(metadata.distribution(package).read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        return None
+    if "vcs_info" in origin:
+        return str(origin["vcs_info"].get("commit_id"))
+    folder = url2pathname(urlparse(origin.get("url", "")).path)
+    spec = find_spec(package)
+    if (
+        spec is None
+        or not origin.get("dir_info", {}).get("editable")
+        or not Path(spec.origin or "").is_relative_to(folder)
+    ):
+        return None
+    command = ["git", "-C", folder, "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
 
 
 def machine() -> dict[str, str]:

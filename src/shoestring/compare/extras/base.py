@@ -21,6 +21,7 @@ class Extra(BaseModel, ABC):
 
     name: in a suite's `measure`. alters_model: whether `after` leaves another model behind, so that others go first.
     of_language_models: whether only these have it. notes: what is to be said of the figures of this run.
+    split: of the held-out rows that runs are compared on, set before `before` and `after`; None without such rows.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -29,6 +30,7 @@ class Extra(BaseModel, ABC):
     alters_model: ClassVar[bool] = False
     of_language_models: ClassVar[bool] = False
     _notes: list[str] = PrivateAttr(default_factory=list)
+    _split: str | None = PrivateAttr(None)
 
     @property
     @abstractmethod
@@ -57,6 +59,14 @@ class Extra(BaseModel, ABC):
     @abstractmethod
     def after(self, ready: Ready) -> dict[str, float]:
         """The figures, from the trained model."""
+
+    @property
+    def split(self) -> str | None:
+        return self._split
+
+    @split.setter
+    def split(self, split: str | None) -> None:
+        self._split = split
 
     @property
     def notes(self) -> list[str]:

@@ -63,7 +63,7 @@ class Generation(Extra):
 
     def _pairs(self, ready: Ready) -> list[tuple[Any, str]]:
         """Prompts with what should follow."""
-        split = next((name for name in ("test", "validation") if name in ready.data), None)
+        split = self.split
         columns = ready.data[split].column_names if split else []
         if split is None or "prompt" not in columns or "completion" not in columns:
             raise SettingError(
