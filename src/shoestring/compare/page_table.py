@@ -23,7 +23,8 @@ def table_section(comparison: Comparison) -> str:
         '<div class="scroll figures" tabindex="0" role="region" aria-labelledby="figures"><table id="table">'
         f"<thead><tr>{_heads(comparison, measures, compared)}</tr></thead><tbody>{rows}</tbody></table></div>\n"
         '<p class="note">Mean ± standard deviation over seeds, where that does not round to zero. '
-        f"★ best of its column, ◆ on the front of the chart above. {escape(about_differences(comparison))}</p></section>"
+        "★ best of its column, ◆ on the front of the chart above. "
+        f"{escape(about_differences(comparison))}</p></section>"
     )
 
 
