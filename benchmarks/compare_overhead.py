@@ -35,7 +35,13 @@ def suite_of(steps: int, folder: Path, seeds: list[int]) -> Suite:
         "model": "packaged:minilm",
         "task": "text-classification",
         "data": {"train": "packaged:rotten-tomatoes", "max_length": 40, "max_eval_rows": 200},
-        "train": {"per_device_train_batch_size": 32, "bf16": True, "eval_strategy": "no", "save_strategy": "no"},
+        "train": {
+            "per_device_train_batch_size": 32,
+            "bf16": True,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "logging_steps": 1,  # curves as long as a report draws them
+        },
     }
     made = {"base": base, "recipes": RECIPES, "seeds": seeds, "budget": {"steps": steps}, "output_dir": str(folder)}
     return Suite.from_dict(made)
