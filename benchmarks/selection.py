@@ -8,7 +8,8 @@ pruning, for example). Bytes are the same on every run; seconds are the processo
 and for ist, whose steps differ, their mean.
 quality: the packaged encoder on reviews, equal numbers of steps, learning rates looked for as `quality.py` says. Each
 method stands beside the baseline that it claims to beat or to equal, with as many trained numbers where both choose
-numbers; some beside a second one. Full tuning is tried at a lower rate too: at the first ones it learns nothing.
+numbers; some beside a second one. Where a rate next to the best one makes a method diverge, one in between is tried as well, and
+for full tuning a lower one: at the first ones it learns nothing.
 density_loss and its baseline train an encoder with ReLU in place of GELU, which has few exact zeros; the share of
 activations that are not zero is a row of its own.
 forwards: the loss that bilevel_zofo comes to with at most half of the forwards of zeroth_order, where a backward counts
@@ -78,14 +79,14 @@ CONTESTANTS = {
     "random mask, 10k": Contestant([speft("random", NORMS)]),
     "random mask, 338k": Contestant([speft("random", COUNT)]),
     "linear probe": Contestant([{"unfreeze": {"blocks": []}}]),
-    "bitfit": Contestant(["bitfit"], "random mask, 26k", apart=0.0),
-    "norm_tuning": Contestant(["norm_tuning"], "random mask, 10k", apart=0.0),
+    "bitfit": Contestant(["bitfit"], "random mask, 26k", apart=0.0, also=(8e-3,)),
+    "norm_tuning": Contestant(["norm_tuning"], "random mask, 10k", apart=0.0, also=(8e-3,)),
     "id3": Contestant([{"id3": {"count": FEW}}], "fixed Fisher mask", apart=0.0),
     "speft": Contestant([speft("gradient", COUNT, SCORED)], "LoRA r=8", apart=0.0),
     "sparse_grad": Contestant([{"sparse_grad": {}}], "full tuning"),
     "spt": Contestant([{"spt": {"budget": COUNT, "calibration_rows": 64}}], "LoRA r=8", apart=0.0),
     "random layers": Contestant([lora(8), RANDOM], "LoRA r=8"),
-    "ist": Contestant([lora(8), HALF], "LoRA r=8", apart=0.0),
+    "ist": Contestant([lora(8), HALF], "LoRA r=8", apart=0.0, also=(2e-3,)),
     "LoRA r=8 with ReLU": Contestant([lora(8), {"density_loss": {"weight": 0.0}}], model=lambda: with_relu()),
     "density_loss": Contestant(
         [lora(8), {"density_loss": {"weight": 0.05, "epsilon": 0.01}}],
