@@ -8,8 +8,8 @@ pruning, for example). Bytes are the same on every run; seconds are the processo
 and for ist, whose steps differ, their mean.
 quality: the packaged encoder on reviews, equal numbers of steps, learning rates looked for as `quality.py` says. Each
 method stands beside the baseline that it claims to beat or to equal, with as many trained numbers where both choose
-numbers; some beside a second one. Where a rate next to the best one makes a method diverge, one in between is tried as well, and
-for full tuning a lower one: at the first ones it learns nothing.
+numbers; some beside a second one. Where the rate above the best one makes a method diverge, one in between is tried as
+well, and for full tuning a lower one: at the first ones it learns nothing.
 density_loss and its baseline train an encoder with ReLU in place of GELU, which has few exact zeros; the share of
 activations that are not zero is a row of its own.
 forwards: the loss that bilevel_zofo comes to with at most half of the forwards of zeroth_order, where a backward counts
