@@ -66,6 +66,16 @@ def light_peft(estimation_steps: int) -> dict[str, Any]:
     return {"light_peft": {"estimation_steps": estimation_steps, **removed}}
 
 
+def density_loss(weight: float) -> dict[str, Any]:
+    return {"density_loss": {"weight": weight, "epsilon": 0.01} if weight else {"weight": 0.0}}
+
+
+RELU = "LoRA r=8 with ReLU"
+DENSITY_WEIGHTS = {
+    "density_loss": 0.05,
+    "density_loss, 1.4 times the weight": 0.07,
+    "density_loss, twice the weight": 0.1,
+}
 HALF, ONE = {"ist": {"active_layers": 0.5}}, {"ist": {"active_layers": 1}}
 RANDOM = {"ist": {"active_layers": 0.5, "importance": False}}
 
@@ -87,19 +97,11 @@ CONTESTANTS = {
     "spt": Contestant([{"spt": {"budget": COUNT, "calibration_rows": 64}}], "LoRA r=8", apart=0.0),
     "random layers": Contestant([lora(8), RANDOM], "LoRA r=8"),
     "ist": Contestant([lora(8), HALF], "LoRA r=8", apart=0.0, also=(2e-3,)),
-    "LoRA r=8 with ReLU": Contestant([lora(8), {"density_loss": {"weight": 0.0}}], model=lambda: with_relu()),
-    "density_loss": Contestant(
-        [lora(8), {"density_loss": {"weight": 0.05, "epsilon": 0.01}}],
-        "LoRA r=8 with ReLU",
-        model=lambda: with_relu(),
-        apart=0.01,
-    ),
-    "density_loss, twice the weight": Contestant(
-        [lora(8), {"density_loss": {"weight": 0.1, "epsilon": 0.01}}],
-        "LoRA r=8 with ReLU",
-        model=lambda: with_relu(),
-        apart=0.01,
-    ),
+    RELU: Contestant([lora(8), density_loss(0.0)], model=lambda: with_relu()),
+    **{
+        name: Contestant([lora(8), density_loss(weight)], RELU, model=lambda: with_relu(), apart=0.01)
+        for name, weight in DENSITY_WEIGHTS.items()
+    },
     "light_peft": Contestant([lora(8), light_peft(30)], "LoRA r=8"),
     "LoRA r=8, 300 steps": Contestant([lora(8)], train={"max_steps": 300}),
     "light_peft, 300 steps": Contestant([lora(8), light_peft(60)], "LoRA r=8, 300 steps", train={"max_steps": 300}),
@@ -394,12 +396,11 @@ class Selections(Trainings):
 def densities(done: dict[str, Any]) -> list[Row]:
     """The share of activations that are not zero; with a goal where all seeds are finished."""
     density, rows = replace(REVIEWS, measure="density"), []
-    for loss in ("density_loss", "density_loss, twice the weight"):
-        base = CONTESTANTS[loss].beside
-        of_seed = [outcomes_of(done, one)[1] for one in (loss, base)]
+    for loss in DENSITY_WEIGHTS:
+        of_seed = [outcomes_of(done, one)[1] for one in (loss, RELU)]
         if common := of_seed[0].keys() & of_seed[1].keys():
             means = [statistics.mean(result(density, some[seed]) for seed in common) for some in of_seed]
-            name = f"quality, {loss} beside {base}, {len(common)} of {len(SEEDS)} seeds: density"
+            name = f"quality, {loss} beside {RELU}, {len(common)} of {len(SEEDS)} seeds: density"
             rows.append(at_most(name, *means, 0.6) if len(common) == len(SEEDS) else Row(name, *means))
     return rows
 
