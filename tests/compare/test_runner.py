@@ -1,5 +1,6 @@
 """Suites that really run, each run in a process of its own: what is kept, what fails, and what a kill leaves."""
 
+import contextlib
 import json
 import os
 import random
@@ -421,6 +422,14 @@ def test_the_peak_of_a_process_is_its_own(suite_file: Callable[..., Path]) -> No
     assert abs(two - one) < 2**27
 
 
+def written_since(folder: Path, began: float) -> bool:
+    for log in folder.glob("*.log"):
+        with contextlib.suppress(FileNotFoundError):
+            if log.stat().st_mtime > began:
+                return True
+    return False
+
+
 def killed_and_resumed(path: Path, kills: int, seed: int) -> int:
     """Run a suite by the command line, killed at random moments of its runs, and again until it is finished.
 
@@ -430,13 +439,14 @@ def killed_and_resumed(path: Path, kills: int, seed: int) -> int:
     draw, killed = random.Random(seed), 0
     command = [sys.executable, "-u", "-m", "shoestring", "compare", str(path), "--no-check"]
     while True:
+        began = time.time()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
         if killed < kills:
             lines = iter(process.stdout.readline, "")
             said = next((line for line in lines if line.startswith(("[1/", "error")) or "already" in line), "")
             assert "error" not in said, said
-            while process.poll() is None and not any(at_work.glob("*.log")):  # until a run is at work
+            while process.poll() is None and not written_since(at_work, began):  # until a run is at work
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 2))
             if process.poll() is None:
