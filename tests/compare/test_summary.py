@@ -119,7 +119,7 @@ def test_a_baseline_without_a_result_is_told_of() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "said"),
-    [(1, "of held-out rows alone: how much seeds differ is not known of one"), (3, "of held-out rows and of seeds")],
+    [(1, "of held-out rows alone: one seed does not tell how much seeds differ"), (3, "of held-out rows and of seeds")],
 )
 def test_it_is_said_which_noise_differences_are_told_by(seeds: int, said: str) -> None:
     found = compare_results(ASKED, [result for result in RESULTS if result.shoestring.seed < seeds])

@@ -97,7 +97,7 @@ def verdict(difference: Difference, quality: Measure) -> str:
 
 NOISE = {
     "rows and seeds": "of held-out rows and of seeds",
-    "rows": "of held-out rows alone: how much seeds differ is not known of one",
+    "rows": "of held-out rows alone: one seed does not tell how much seeds differ",
     "seeds": "of seeds alone, as rows have no scores of this measure",
 }
 
