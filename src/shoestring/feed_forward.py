@@ -46,7 +46,7 @@ def gated_product(block: nn.Module) -> GatedProduct | None:
 def experts_activation(block: nn.Module) -> nn.Module | None:
     """The activation function of a mixture whose experts' weights stand in `block` itself, [experts, ...]; else None.
 
-    What is done with its result can not be tried on stand-ins.
+    What is done with its result cannot be tried on stand-ins.
     """
     inside = [child for child in block.children() if is_elementwise(child)]
     stacked = any(weight.dim() == 3 for weight in block.parameters(recurse=False))
