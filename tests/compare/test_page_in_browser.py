@@ -373,6 +373,9 @@ class TestFrontChart:
         opened.keyboard.press("Tab")
         best = opened.evaluate("document.activeElement.getAttribute('aria-label')")
         assert re.search(r"accuracy: .* %, memory of a step: .* MiB", best)
+        opened.evaluate(
+            "() => { scrollBy(0, 40); return new Promise(done => requestAnimationFrame(() => setTimeout(done))) }"
+        )
         assert opened.inner_text("#tip").splitlines()[0] == best.split(", accuracy")[0]
         opened.keyboard.press("Escape")
         assert not opened.is_visible("#tip")

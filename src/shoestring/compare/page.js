@@ -207,7 +207,6 @@
   }
 
   addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
-  addEventListener("scroll", () => (tip.hidden = true), { passive: true });
 
   // ---- Quality against a cost
 
