@@ -149,7 +149,7 @@ def test_the_command_line_trains_by_the_named_recipe(image_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_packaged_encoder_goes_on_learning_on_the_packaged_pictures(tmp_path):
+def test_the_packaged_encoder_learns_the_packaged_pictures_and_then_their_labels(tmp_path):
     need("dinov2-small", "fashion-mnist")
     fields = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 3e-4, "use_cpu": True, "seed": 0}
     settings = {
@@ -164,6 +164,19 @@ def test_the_packaged_encoder_goes_on_learning_on_the_packaged_pictures(tmp_path
     report = train(RunSettings.load(tmp_path / "run.yaml"))
     assert report.quality["test"]["loss"] < report.quality["test, before"]["loss"]
     assert merge(tmp_path / "run", tmp_path / "merged").logits_error < 1e-4
+
+    settings |= {
+        "model": str(tmp_path / "merged"),
+        "task": "image-classification",
+        "recipe": [{"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}],
+        "train": {**fields, "max_steps": 24, "learning_rate": 2e-3, "eval_on_start": True},
+        "output_dir": str(tmp_path / "labels"),
+    }
+    settings["data"] |= {"max_train_rows": 192, "max_eval_rows": 100}
+    (tmp_path / "labels.yaml").write_text(yaml.safe_dump(settings))
+    report = train(RunSettings.load(tmp_path / "labels.yaml"))
+    before, after = (report.quality[split]["accuracy"] for split in ("test, before", "test"))
+    assert after > max(before, 0.2), "ten classes of equal share, an untrained head before"
 
 
 def test_planning_needs_the_size_of_images_and_counts_what_is_trained(image_run):
