@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from results_made import made_result, of_peft
 
 from shoestring.compare.results import Result, json_schema, read_all, values_of_peft
@@ -110,3 +111,13 @@ def test_the_schema_names_every_field() -> None:
     schema = json_schema()
     assert set(schema["properties"]) == {"run_info", "train_info", "meta_info", "shoestring"}
     assert set(schema["$defs"]["Own"]["properties"]) == made_result().to_dict()["shoestring"].keys()
+
+
+def test_files_are_valid_by_the_schema() -> None:
+    validator = Draft202012Validator(json_schema())
+    made = made_result(scores=[1.0, 0.0], losses=[(1, 0.7)], curve=[(5, 1.5, 0.6)]).to_dict()
+    assert validator.is_valid(made)
+    assert validator.is_valid(of_peft())
+    assert not validator.is_valid({**made, "shoestring": {**made["shoestring"], "losses": [["a", 1]]}})
+    del made["run_info"]
+    assert not validator.is_valid(made)
