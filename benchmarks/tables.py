@@ -1,20 +1,25 @@
-"""Write the tables of docs/results/README.md from the results beside it.
+"""Write the tables of docs/results/README.md, and that of README.md, from the results.
 
     python benchmarks/tables.py            # after results have changed
-    python benchmarks/tables.py --check    # exits with 1 where the page and the results differ
+    python benchmarks/tables.py --check    # exits with 1 where a page and the results differ
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; its names are those of `TABLES`.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from result import Row, read_rows
+from shoestring.compare.comparison import Difference
+from shoestring.compare.wording import FIRST_COSTS, difference_text, value_text
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
 TRAINED = re.compile(
     r"(?P<part>[^,]+)(?P<longer>, longer)?, (?P<name>.+) beside (?P<base>.+), "
     r"(?P<seeds>\d+) of (?P<all>\d+) seeds: (?P<what>.+)"
@@ -159,6 +164,30 @@ def plain(file: str, without: Iterable[str] = ()) -> str:
     return markdown(["", "ours", "beside", "ratio", "goal", "holds"], lines)
 
 
+def fronts(name: str) -> str:
+    """Of a suite: full tuning, the baseline, and the recipes that none beats in both quality and memory or time."""
+    comparison = json.loads((RESULTS / name / "comparison.json").read_text(encoding="utf-8"))
+    units = {measure["name"]: measure["unit"] for measure in comparison["measures"]}
+    quality, baseline = comparison["quality"], comparison["baseline"]
+    columns = {
+        quality: quality.replace("_", " "),
+        **dict(zip(FIRST_COSTS, ("memory of a step", "median step"), strict=True)),
+        "trained_parameters": "trained",
+    }
+    lines = []
+    for recipe in comparison["recipes"]:
+        if recipe["name"] not in ("full tuning", baseline) and not {*FIRST_COSTS} & {*recipe["front"]}:
+            continue
+        spreads = {column: recipe["values"][column] for column in columns}
+        cells = [value_text(found["mean"], units[column], found["std"]) for column, found in spreads.items()]
+        apart = recipe["difference"]
+        cells.insert(1, difference_text(Difference(**apart), units[quality]) if apart else "")
+        lines.append([f"`{recipe['name']}`", *cells])
+    head = ["recipe", *columns.values()]
+    head.insert(2, f"less {baseline}")
+    return markdown(head, lines)
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -193,13 +222,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    file = RESULTS / "README.md"
-    there = file.read_text(encoding="utf-8")
-    if (made := filled(there)) == there:
-        return
-    if options.check:
-        sys.exit("docs/results/README.md differs from the results: python benchmarks/tables.py writes it again")
-    file.write_text(made, encoding="utf-8")
+    for page in PAGES:
+        there = page.read_text(encoding="utf-8")
+        if (made := filled(there)) == there:
+            continue
+        if options.check:
+            sys.exit(f"{page.relative_to(ROOT)} differs from the results: python benchmarks/tables.py writes it again")
+        page.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":
