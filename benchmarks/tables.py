@@ -164,11 +164,15 @@ def plain(file: str, without: Iterable[str] = ()) -> str:
     return markdown(["", "ours", "beside", "ratio", "goal", "holds"], lines)
 
 
-def fronts(name: str) -> str:
-    """Of a suite: full tuning, the baseline, and the recipes that none beats in both quality and memory or time."""
+def fronts(name: str, also: Iterable[str] = ()) -> str:
+    """Of a suite: full tuning, the baseline, and the recipes that none beats in both quality and memory or time.
+
+    also: other recipes of which something is said.
+    """
     comparison = json.loads((RESULTS / name / "comparison.json").read_text(encoding="utf-8"))
     units = {measure["name"]: measure["unit"] for measure in comparison["measures"]}
     quality, baseline = comparison["quality"], comparison["baseline"]
+    wanted = {"full tuning", baseline, *also}
     columns = {
         quality: quality.replace("_", " "),
         **dict(zip(FIRST_COSTS, ("memory of a step", "median step"), strict=True)),
@@ -176,7 +180,7 @@ def fronts(name: str) -> str:
     }
     lines = []
     for recipe in comparison["recipes"]:
-        if recipe["name"] not in ("full tuning", baseline) and not {*FIRST_COSTS} & {*recipe["front"]}:
+        if recipe["name"] not in wanted and not {*FIRST_COSTS} & {*recipe["front"]}:
             continue
         spreads = {column: recipe["values"][column] for column in columns}
         cells = [value_text(found["mean"], units[column], found["std"]) for column, found in spreads.items()]
@@ -206,6 +210,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
     "quality in place": lambda: quality("in_place.json", ON_TEXTS | {"rounded": "2-bit decoder"}),
     "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
+    "suite image": lambda: fronts("image", ["spt", "low_bit_activations"]),
+    "suite pretraining": lambda: fronts("pretraining"),
+    "suite choices": lambda: fronts("choices", ["t-few"]),
 }
 
 

@@ -84,6 +84,23 @@ def test_the_folder_of_a_suite_is_that_of_its_results(tmp_path: Path, capsys: py
     assert [recipe["name"] for recipe in json.loads(capsys.readouterr().out)["recipes"]] == ["lora"]
 
 
+def test_differences_in_a_folder_are_told_to_the_recipe_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, scores in (("lora", [1.0, 0.0, 1.0, 1.0]), ("miss", [1.0, 1.0, 1.0, 1.0])):
+        made_result(name, scores=scores, values={"accuracy": sum(scores) / 4}, rows="same").write(
+            tmp_path / f"{name}.json"
+        )
+    assert main(["compare", str(tmp_path), "--baseline", "lora", "--json"]) == 0
+    found = {recipe["name"]: recipe["difference"] for recipe in json.loads(capsys.readouterr().out)["recipes"]}
+    assert found["lora"] is None
+    assert found["miss"]["mean"] == pytest.approx(0.25)
+    assert main(["compare", str(tmp_path), "--baseline", "lara"]) == 2
+    assert "--baseline 'lara' is not among the recipes. Did you mean 'lora'?" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_results_of_peft_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
@@ -128,6 +145,7 @@ def test_results_of_another_task_are_refused_before_anything_runs(
     ("arguments", "said"),
     [
         (["{suite}", "--quality", "loss"], "--quality is for folders of results; of a suite set quality=NAME"),
+        (["{suite}", "--baseline", "lora"], "--baseline is for folders of results; of a suite set baseline=NAME"),
         (
             ["{folder}", "--list"],
             "is a folder of results; settings, --dry-run, --list and --retry-failed are for suites",

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from shoestring.cli.compare_tables import terminal_table
+from shoestring.compare.comparison import Spread
 from shoestring.compare.export import csv_text, markdown
 from shoestring.compare.page import page
 from shoestring.compare.wording import spread_text
@@ -21,7 +23,7 @@ def rows_of(text):
 
 def printed(comparison, width=100):
     file = io.StringIO()
-    Console(file=file, width=width, force_terminal=False).print(terminal_table(comparison))
+    Console(file=file, width=width, force_terminal=False).print(terminal_table(comparison, width))
     return file.getvalue()
 
 
@@ -117,6 +119,24 @@ class TestTerminal:
             assert spread_text(recipe.values["accuracy"], "share") in text
             assert spread_text(recipe.values["peak_bytes"], "bytes") in text
             assert spread_text(recipe.values["step_seconds"], "seconds") in text
+
+    def test_what_is_wide_takes_the_room_of_names_and_then_of_the_last_costs(self):
+        wide = {"peak_bytes": Spread(2.343e8, 4.2e7, (2.343e8,) * 3)}
+        compared = comparisons.make(8)
+        recipes = tuple(replace(recipe, values={**recipe.values, **wide}) for recipe in compared.recipes)
+        units = {"accuracy": "share", "peak_bytes": "bytes", "step_seconds": "seconds", "trained_parameters": "numbers"}
+        counts = []
+        for width in range(100, 44, -2):
+            lines = printed(replace(compared, recipes=recipes), width).splitlines()
+            assert max(map(len, lines)) <= width
+            rows = [line for line in lines if re.match(r" +\d+ ", line)]
+            counts.append(set())
+            for recipe, row in zip(recipes, rows, strict=True):
+                figures = [spread_text(recipe.values[name], unit) for name, unit in units.items()]
+                shown = [figure for figure in figures if figure in row]
+                assert shown == figures[: len(shown)]
+                counts[-1].add(len(shown))
+        assert [count for count, _ in itertools.groupby(counts)] == [{4}, {3}, {2}, {1}]
 
     def test_names_are_no_markup_and_move_no_cursor(self):
         text = printed(comparisons.make(3, names=("[red]x[/]", "a\x1b[2Jb\u202ec", "c\nd")))

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import RunFailed, SettingError
+from ..errors import RunFailed, SettingError, did_you_mean
 from ..units import size
 
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ def compare(
     quality: Annotated[
         str | None, typer.Option("--quality", help="Of a folder: the measure to rank by.", show_default=False)
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="Of a folder: the recipe that differences are told to.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", help="Folder for the reports; by default the suite's output_dir.", show_default=False),
@@ -79,11 +83,12 @@ def compare(
             raise SettingError(
                 f"{suite} is a folder of results; settings, --dry-run, --list and --retry-failed are for suites."
             )
-        found = _of_folder(suite, beside or [], quality)
+        found = _of_folder(suite, beside or [], quality, baseline)
         _finish(console, found, output, as_json)
         return
-    if quality is not None:
-        raise SettingError("--quality is for folders of results; of a suite set quality=NAME.")
+    for option, value in (("quality", quality), ("baseline", baseline)):
+        if value is not None:
+            raise SettingError(f"--{option} is for folders of results; of a suite set {option}=NAME.")
     with console.status("Importing torch and transformers"):
         from ..compare.runner import check_suite, comparison_of, run_suite
         from ..compare.suite import Suite
@@ -115,7 +120,7 @@ def compare(
         )
 
 
-def _of_folder(folder: Path, beside: list[Path], quality: str | None) -> "Comparison":
+def _of_folder(folder: Path, beside: list[Path], quality: str | None, baseline: str | None) -> "Comparison":
     """The comparison of results in files alone."""
     from ..compare.measures import QUALITIES
     from ..compare.results import values_of_peft
@@ -134,8 +139,12 @@ def _of_folder(folder: Path, beside: list[Path], quality: str | None) -> "Compar
     else:
         measured = {name for result in results for name in values_of_peft(result)}
         metric = next((name for name in QUALITIES if name in measured), "accuracy")
-    asked = Asked(folder.name, task, " and ".join(filter(None, models)), (), quality or metric, None)
-    return compare_results(asked, results)
+    asked = Asked(folder.name, task, " and ".join(filter(None, models)), (), quality or metric, baseline)
+    comparison = compare_results(asked, results)
+    names = [recipe.name for recipe in comparison.recipes]
+    if baseline is not None and baseline not in names:
+        raise SettingError(f"--baseline {baseline!r} is not among the recipes. {did_you_mean(baseline, names)}")
+    return comparison
 
 
 def _results_in(places: list[Path]) -> list[Any]:
@@ -189,7 +198,7 @@ def _finish(console: Console, comparison: "Comparison", output: Path | None, as_
     if as_json:
         typer.echo(values)
         return
-    console.print(terminal_table(comparison))
+    console.print(terminal_table(comparison, console.width))
     for failure in comparison.failures:
         console.print(f"failed: {failure.name}, seed {failure.seed}: {failure.reason}", style="red", soft_wrap=True)
     if output is not None:

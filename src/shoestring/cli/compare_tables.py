@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from ..compare.comparison import Compared, Comparison
     from ..compare.measures import Measure
 
-WIDTH = 100  # of the table; names are cut where it would be wider
+WIDTH = 100  # at most
+SHORTEST_NAME = 8
 LEFT_OUT = "checkpoint_bytes"  # a main cost that says the same as the trained parameters
 
 
-def terminal_table(comparison: Comparison) -> Table:
+def terminal_table(comparison: Comparison, width: int = WIDTH) -> Table:
     """Recipes, best first: quality, difference to the baseline, memory, time and trained parameters.
 
-    ◆ marks the front of quality and the first cost, as on the page.
+    ◆ marks the front of quality and the first cost, as on the page. width: columns of the terminal. Where they are too
+    few, names are cut, and then the last costs left out.
     """
     from ..compare.wording import about_differences, costs, main_costs, on_front, quality_of, spread_text, state_of
 
@@ -33,21 +35,23 @@ def terminal_table(comparison: Comparison) -> Table:
         if cost.name != LEFT_OUT:
             columns[cost.label] = [spread_text(each.values.get(cost.name), cost.unit) for each in comparison.recipes]
     title = _text(f"{comparison.name}: {state_of(comparison)}")
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=min(title.cell_len, WIDTH))
+    width = min(width, WIDTH)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=min(title.cell_len, width))
     table.title_justify = table.caption_justify = "left"
     table.add_column("#", justify="right", min_width=3)
     table.add_column("", min_width=1)
     widths = {label: max(_longest(texts), _longest(label.split())) for label, texts in columns.items()}
-    rest = WIDTH - 3 - 1 - sum(widths.values()) - 2 * (len(columns) + 4)
-    table.add_column("recipe", overflow="ellipsis", no_wrap=True, max_width=max(rest, 8))
-    for label, width in widths.items():
-        table.add_column(_text(label), justify="right", min_width=width)
+    while (rest := width - 3 - 1 - sum(widths.values()) - 2 * (len(widths) + 4)) < SHORTEST_NAME and len(widths) > 1:
+        widths.popitem()
+    table.add_column("recipe", overflow="ellipsis", no_wrap=True, max_width=max(rest, SHORTEST_NAME))
+    for label, longest in widths.items():
+        table.add_column(_text(label), justify="right", width=longest)
     for place, recipe in enumerate(comparison.recipes):
         cells = [
             str(place + 1),
             "◆" if place in front else "",
             recipe.name,
-            *(each[place] for each in columns.values()),
+            *(columns[label][place] for label in widths),
         ]
         table.add_row(*map(_text, cells), style="bold" if place in front else "")
     if comparison.recipes:
