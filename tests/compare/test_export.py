@@ -122,7 +122,7 @@ class TestTerminal:
 
     def test_what_is_wide_takes_the_room_of_names_and_then_of_the_last_costs(self):
         wide = {"peak_bytes": Spread(2.343e8, 4.2e7, (2.343e8,) * 3)}
-        compared = comparisons.make(8)
+        compared = comparisons.make(8, names=("bottleneck adaptformer",))
         recipes = tuple(replace(recipe, values={**recipe.values, **wide}) for recipe in compared.recipes)
         units = {"accuracy": "share", "peak_bytes": "bytes", "step_seconds": "seconds", "trained_parameters": "numbers"}
         counts = []
