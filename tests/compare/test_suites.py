@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from shoestring.assets import cache_folder
 from shoestring.cli import main
 from shoestring.compare.suite import Suite
 from shoestring.recipe import known_techniques
@@ -91,6 +92,9 @@ def test_a_smoke_version_of_the_encoder_suite(tmp_path: Path) -> None:
     assert recipes["bitfit"]["trained_parameters"]["mean"] < recipes["lora"]["trained_parameters"]["mean"]
     for name in ("report.html", "report.md", "report.csv"):
         assert "bitfit" in (tmp_path / "out" / name).read_text()
+    written = [path.read_text() for path in (tmp_path / "out" / "results").iterdir()]
+    assert sum('"base_model_name_or_path": "packaged:minilm"' in text for text in written) == 2  # with adapters
+    assert not any(str(cache_folder()) in text for text in written)
 
 
 @pytest.mark.slow

@@ -444,7 +444,7 @@ def _result(
             total_time=0.0,
             experiment_name=f"{case.name}/seed{case.seed}",
             train_config=_train_config(settings, ready),
-            peft_config=_peft_config(ready),
+            peft_config=_peft_config(ready, settings.model.name),
         ),
         train_info=TrainInfo(
             accelerator_memory_reserved_avg=round(statistics.fmean(watch.reserved)) if watch.reserved else 0,
@@ -519,13 +519,12 @@ def _train_config(settings: RunSettings, ready: Ready) -> dict[str, Any]:
     }
 
 
-def _peft_config(ready: Ready) -> dict[str, Any] | None:
-    """Of the first adapter, where peft's own or ours is in the recipe."""
+def _peft_config(ready: Ready, model: str) -> dict[str, Any] | None:
+    """Of the first adapter, where one is in the recipe. model: as the run file names it, not where it lies."""
     configs = getattr(ready.attached.model, "peft_config", None)
     if not configs:
         return None
-    found: dict[str, Any] = plain(next(iter(configs.values())).to_dict())
-    return found
+    return {**plain(next(iter(configs.values())).to_dict()), "base_model_name_or_path": model}
 
 
 def packages() -> dict[str, str | None]:
