@@ -2,9 +2,11 @@
 
 import gc
 import json
+import platform
 import weakref
 
 import pytest
+import torch
 from transformers import Trainer
 
 from shoestring.cli import main
@@ -21,6 +23,24 @@ def test_checkpointing_and_bf16_show_in_what_is_kept(task, run_file):
     plain = saved()
     assert saved(gradient_checkpointing=True) < 0.8 * plain
     assert saved(bf16=True) != plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "way"),
+    [
+        (["train.bf16=true"], "AVX2", "leave out train.bf16"),
+        (["model.dtype=bfloat16"], "DEFAULT", "set model.dtype to float32"),
+        (["train.bf16=true"], "AVX512", None),
+        ([], "AVX2", None),
+    ],
+)
+def test_a_processor_without_bfloat16_is_told_of(run_file, monkeypatch, changes, capability, way):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    said = []
+    prepare(RunSettings.load(run_file("run"), changes), say=said.append)
+    notes = [text for text in said if "bfloat16" in text]
+    assert [way in note for note in notes] == ([] if way is None else [True])
 
 
 def test_it_says_the_same_as_the_report_of_the_run(run_file, capsys):

@@ -183,6 +183,8 @@ def prepare(
     model, processor = task.load(data)
     data = task.prepare(data, model, processor)
     arguments = training_arguments(settings, task, data)
+    if note := _note_on_bfloat16(model, arguments):
+        say(note)
     set_seed(seed)
     reads_data = any(technique.reads_data for technique in recipe.techniques)
     if any(technique.runs_model for technique in recipe.techniques):
@@ -222,6 +224,19 @@ def _try_optimizer(settings: RunSettings, say: Callable[[str], None]) -> None:
     check_optimizer(arguments)
     if note := note_on(arguments):
         say(note)
+
+
+def _note_on_bfloat16(model: torch.nn.Module, arguments: TrainingArguments) -> str | None:
+    """What to know before training in bfloat16 on a processor that has to emulate it; None elsewhere."""
+    weights = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    if arguments.device.type != "cpu" or not (weights or arguments.bf16):
+        return None
+    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return None
+    way = "set model.dtype to float32" if weights else "leave out train.bf16"
+    return (
+        f"This processor has no instructions for bfloat16: steps take many times as long. To train in float32, {way}."
+    )
 
 
 def measure(
