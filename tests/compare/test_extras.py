@@ -204,6 +204,7 @@ def harness_task(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "tiny_reviews",
+        "tag": "of_films",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
         "output_type": "multiple_choice",
@@ -232,7 +233,13 @@ def test_the_harness_gives_what_a_plain_ranking_gives(ready: Callable[..., Ready
         hits += int(good > bad) == row["answer"]
     assert extra.after(run) == {"tiny_reviews_acc": hits / 8}
     assert [(measure.name, measure.better) for measure in extra.measures] == [("tiny_reviews_acc", "higher")]
+    LmEval(tasks=["tiny_reviews"], include_path=str(harness_task)).before(run)
     with pytest.raises(SettingError, match="tiny_reviews has none of perplexity; it has acc"):
-        LmEval(tasks=["tiny_reviews"], metrics=["perplexity"], include_path=str(harness_task)).after(run)
+        LmEval(tasks=["tiny_reviews"], metrics=["perplexity"], include_path=str(harness_task)).before(run)
+    with pytest.raises(SettingError, match="of_films is a tag; name tasks of it: tiny_reviews"):
+        LmEval(tasks=["of_films"], include_path=str(harness_task)).before(run)
+    (harness_task / "rows.jsonl").unlink()
+    with pytest.raises(SettingError, match="tiny_reviews cannot be loaded: "):
+        LmEval(tasks=["tiny_reviews"], include_path=str(harness_task)).before(run)
     with pytest.raises(SettingError, match="unknown task 'tiny_review'"):
         LmEval(tasks=["tiny_review"], include_path=str(harness_task)).check(run.settings)

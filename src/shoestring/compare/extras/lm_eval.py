@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -55,6 +56,24 @@ class LmEval(Extra):
         if unknown := [task for task in self.tasks if task not in known]:
             raise SettingError(f"unknown task {unknown[0]!r}. {did_you_mean(unknown[0], known)}")
 
+    def before(self, ready: Ready) -> None:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=self.include_path)
+        for task in self.tasks:
+            try:
+                loaded = manager.load(task)
+            except Exception as error:  # whatever the file of a task or its data may bring
+                raise SettingError(f"measure.lm_eval: {task} cannot be loaded: {error}") from error
+            if task not in {**loaded["tasks"], **loaded["groups"]}:
+                raise SettingError(f"measure.lm_eval: {task} is a tag; name tasks of it: {', '.join(loaded['tasks'])}.")
+            self._need_metric(task, {metric for part in loaded["tasks"].values() for metric in part.aggregation()})
+
+    def _need_metric(self, task: str, has: Collection[str]) -> None:
+        if not set(self.metrics) & set(has):
+            wanted, known = ", ".join(self.metrics), ", ".join(sorted(has))
+            raise SettingError(f"measure.lm_eval: {task} has none of {wanted}; it has {known}.")
+
     def after(self, ready: Ready) -> dict[str, float]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -75,10 +94,8 @@ class LmEval(Extra):
             )
         figures: dict[str, float] = {}
         for task in self.tasks:
-            has = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
-            if not any(metric in has for metric in self.metrics):
-                known = ", ".join(sorted(has.keys() - {"alias"}))
-                raise SettingError(f"measure.lm_eval: {task} has none of {', '.join(self.metrics)}; it has {known}.")
+            has = {name.partition(",")[0]: value for name, value in found["results"][task].items() if name != "alias"}
+            self._need_metric(task, has)  # a group may have fewer than its tasks
             figures |= {_name(task, metric): float(has[metric]) for metric in self.metrics if metric in has}
         return figures
 
