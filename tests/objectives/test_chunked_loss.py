@@ -138,7 +138,7 @@ def assert_same(
     mine: tuple[Tensor, dict],
     plain: tuple[Tensor, dict],
     loss: float = 1e-6,
-    gradient: float = 2e-6,
+    gradient: float = 5e-6,
     floor: float = 1e-3,
 ) -> None:
     """Each gradient within a share of its own norm, or of `floor` times the norm of all where it is less than that."""
