@@ -227,16 +227,14 @@ def _try_optimizer(settings: RunSettings, say: Callable[[str], None]) -> None:
 
 
 def _note_on_bfloat16(model: torch.nn.Module, arguments: TrainingArguments) -> str | None:
-    """What to know before training in bfloat16 on a processor that has to emulate it; None elsewhere."""
+    """What to know before training in bfloat16 on a processor that may have to emulate it; None elsewhere."""
     weights = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     if arguments.device.type != "cpu" or not (weights or arguments.bf16):
         return None
     if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return None
     way = "set model.dtype to float32" if weights else "leave out train.bf16"
-    return (
-        f"This processor has no instructions for bfloat16: steps take many times as long. To train in float32, {way}."
-    )
+    return f"Without AVX-512, as here, bfloat16 can take many times as long as float32. To train in float32, {way}."
 
 
 def measure(

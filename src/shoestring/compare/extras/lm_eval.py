@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Collection
@@ -49,17 +50,14 @@ class LmEval(Extra):
     def check(self, run: RunSettings) -> None:
         super().check(run)
         try:
-            from lm_eval.tasks import TaskManager
+            known = _task_manager(self.include_path).all_tasks
         except ImportError:
             raise SettingError("it needs lm_eval, which is missing: pip install 'shoestring[lm-eval]'") from None
-        known = TaskManager(include_path=self.include_path).all_tasks
         if unknown := [task for task in self.tasks if task not in known]:
             raise SettingError(f"unknown task {unknown[0]!r}. {did_you_mean(unknown[0], known)}")
 
     def before(self, ready: Ready) -> None:
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_path=self.include_path)
+        manager = _task_manager(self.include_path)
         for task in self.tasks:
             try:
                 loaded = manager.load(task)
@@ -77,7 +75,6 @@ class LmEval(Extra):
     def after(self, ready: Ready) -> dict[str, float]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         model: Any = ready.attached.model
@@ -88,7 +85,7 @@ class LmEval(Extra):
                 tasks=self.tasks,
                 num_fewshot=self.num_fewshot,
                 limit=self.limit,
-                task_manager=TaskManager(include_path=self.include_path),
+                task_manager=_task_manager(self.include_path),
                 bootstrap_iters=0,
                 log_samples=False,
             )
@@ -98,6 +95,14 @@ class LmEval(Extra):
             self._need_metric(task, has)  # a group may have fewer than its tasks
             figures |= {_name(task, metric): float(has[metric]) for metric in self.metrics if metric in has}
         return figures
+
+
+@functools.cache
+def _task_manager(include_path: str | None) -> Any:
+    """The harness's index of tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def _name(task: str, metric: str) -> str:
