@@ -210,6 +210,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality of weight adapters": lambda: quality("adapters.json", ON_TEXTS),
     "quality in place": lambda: quality("in_place.json", ON_TEXTS | {"rounded": "2-bit decoder"}),
     "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
+    "suite encoder": lambda: fronts("encoder", ["recompute", "embedding_pruning"]),
+    "suite encoder in short": lambda: fronts("encoder"),
     "suite image": lambda: fronts("image", ["spt", "low_bit_activations"]),
     "suite pretraining": lambda: fronts("pretraining"),
     "suite choices": lambda: fronts("choices", ["t-few"]),

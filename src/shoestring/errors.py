@@ -12,6 +12,11 @@ class RunFailed(RuntimeError):
     """A run that began and could not go on (a NaN loss, a full disk); the command line ends with exit code 1."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a tensor found no room: in an accelerator's memory, or in the machine's, which torch tells in words alone."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence that offers the known names nearest to `name`, or all of them where few are known.
 

@@ -61,6 +61,19 @@ def test_a_comparison_from_a_suite_to_its_reports(
     assert {row["state"] for row in json.loads(capsys.readouterr().out)} == {"finished"}
 
 
+def test_what_is_to_be_known_of_runs_is_told_once_and_before_them(
+    suite_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim, note = "base.train.optim=paged_adamw_8bit", "pages nothing on a CPU; it is adamw_8bit."
+    assert main(["compare", str(suite_file()), optim, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"full tuning: train.optim: paged_adamw_8bit {note}", "Checked 2 recipes: nothing is in the way."]
+    assert main(["compare", str(suite_file()), optim]) == 0
+    said = capsys.readouterr().out
+    assert said.count(note) == 1
+    assert said.index(note) < said.index("[1/2]")
+
+
 def test_a_failure_ends_with_code_1_and_a_report(
     suite_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.models.bert.modeling_bert import BertOutput
 
 from shoestring.cli import main
 from shoestring.training import checkpoints
@@ -335,6 +336,16 @@ class TestFailedRuns:
             assert not (disk / "run" / "final").exists()
         finally:
             subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("recipe", [[], [{"token_windows": {"window_tokens": 4}}]])
+def test_a_machine_without_memory_for_a_step_says_so(run_file, capsys, monkeypatch, recipe):
+    path = run_file("large", recipe=[{"lora": {"r": 2, "target_modules": ["query"]}}, *recipe])
+    forward = BertOutput.forward
+    monkeypatch.setattr(BertOutput, "forward", lambda *args: forward(*args) + torch.empty(2**50)[0])
+    message = fails(capsys, path, code=1)
+    assert "The machine ran out of memory" in message
+    assert "train.per_device_train_batch_size" in message
 
 
 class TestCheckpoints:

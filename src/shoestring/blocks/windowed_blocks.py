@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 from transformers.masking_utils import causal_mask_function
 
-from ..errors import RunFailed, SettingError
+from ..errors import RunFailed, SettingError, out_of_memory
 from ..fakes import has_values
 from ..precision import autocast_now, autocast_off, wide_dtype
 from .attention import TokenMask, additive, attend, handled_by
@@ -210,10 +210,10 @@ class _Block:
         try:
             with handled_by(handler):
                 return hidden_in(self.forward(hidden, **self.named(window, others)))
-        except (torch.OutOfMemoryError, RunFailed):
+        except RunFailed:
             raise
         except RuntimeError as error:
-            if len(range(self.num_tokens)[window]) == self.num_tokens:
+            if out_of_memory(error) or len(range(self.num_tokens)[window]) == self.num_tokens:
                 raise
             raise self._refused(f"fails where it is given some of its tokens ({error})") from error
 

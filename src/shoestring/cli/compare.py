@@ -99,7 +99,14 @@ def compare(
         return
     if dry_run:
         with console.status("checking") as status:
-            check_suite(made, jobs=jobs, on_event=lambda event: status.update(f"checking {event[1].name}"))
+
+            def told(event: "Event") -> None:
+                if event[0] == "note":
+                    _note(console, event[1], event[2])
+                else:
+                    status.update(f"checking {event[1].name}")
+
+            check_suite(made, jobs=jobs, on_event=told)
         count = "1 recipe" if len(made.names) == 1 else f"{len(made.names)} recipes"
         typer.echo(json.dumps({"checked": list(made.names)}) if as_json else f"Checked {count}: nothing is in the way.")
         return
@@ -118,6 +125,10 @@ def compare(
             f"{len(comparison.failures)} of {len(made.cases)} runs failed; the report has the reasons. Run them again "
             "with --retry-failed."
         )
+
+
+def _note(console: Console, case: "Case", text: str) -> None:
+    console.print(f"{case.name}: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _of_folder(folder: Path, beside: list[Path], quality: str | None, baseline: str | None) -> "Comparison":
@@ -249,6 +260,8 @@ class _Screen:
         if kind == "checking":
             self._say(f"checking {case.name}")
             self.bar.update(self.job, left=f"checking {case.name}")
+        elif kind == "note":
+            _note(self.console, case, rest[0])
         elif kind == "started":
             self.running[case.digest] = (case, "starting", time.monotonic())
         elif kind in ("step", "stage") and case.digest in self.running:

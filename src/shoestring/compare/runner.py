@@ -34,7 +34,7 @@ REFUSED_BY_NONE = ("seed", "learning_rate", "weight_decay")  # of train; what is
 
 Event = tuple[Any, ...]
 """A word for what happened, the case, and more: ("checking"|"started"|"finished"|"failed"|"cancelled", case, ...),
-("step", case, number, of) or ("stage", case, text).
+("step", case, number, of), ("stage", case, text) or ("note", case, text), each text once.
 """
 
 
@@ -253,6 +253,7 @@ def _check(
     left = [same[0] for same in alike.values()]
     shares = [left[start::jobs] for start in range(min(jobs, len(left)))]
     problems: dict[str, str] = {}
+    told: set[str] = set()
     running: dict[Connection, _Running] = {}
 
     def start(share: list[Case]) -> None:
@@ -271,6 +272,11 @@ def _check(
                 if message is None or message[0] == "failed":
                     reason = message[2] if message else _died(one.process.exitcode)
                     problems |= {same.name: reason for same in alike[_prepared_as(case)]}
+                else:
+                    for note in message[2]:
+                        if note not in told:
+                            told.add(note)
+                            on_event(("note", case, note))
                 one.cases = share
                 if share and message is not None:
                     on_event(("checking", share[0]))

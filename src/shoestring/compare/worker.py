@@ -73,7 +73,8 @@ class Order:
 
 def work(order: Order, connection: Connection) -> None:
     """The whole of a process. Sends ("stage", text), ("step", number, of), and at the end of each run ("done", case,
-    result as JSON values) or ("failed", case, reason); of runs that fit ("fits", case).
+    result as JSON values) or ("failed", case, reason); of runs that fit ("fits", case,
+    notes).
     """
     if hasattr(os, "setsid"):
         os.setsid()  # ctrl-C is for the one who started this process, and who ends it
@@ -89,8 +90,7 @@ def work(order: Order, connection: Connection) -> None:
     for case in order.cases:
         try:
             if order.fits_only:
-                check(case, order)
-                connection.send(("fits", case.digest))
+                connection.send(("fits", case.digest, check(case, order)))
             else:
                 connection.send(("done", case.digest, run_case(case, order, connection.send).to_dict()))
         except (SettingError, RunFailed) as error:
@@ -112,8 +112,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def check(case: Case, order: Order) -> None:
-    """Load data and model and attach the recipe, as the run will; nothing is trained.
+def check(case: Case, order: Order) -> tuple[str, ...]:
+    """Load data and model and attach the recipe, as the run will, and give what to know of it; nothing is trained.
 
     Raises SettingError for what does not fit together.
     """
@@ -138,6 +138,7 @@ def check(case: Case, order: Order) -> None:
         _steps_of(order.budget, ready, case.settings)
         with suppress(ValueError):  # peft replaces weights for some adapters
             Recipe.remove(ready.attached.model)
+        return ready.notes
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from .. import __version__
-from ..errors import RunFailed, SettingError
+from ..errors import RunFailed, SettingError, out_of_memory
 from ..memory import KeptReport, MemoryReport
 from ..recipe import Attached, Recipe, attached_to
 from ..technique import plain
@@ -52,13 +52,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that is ready to train."""
+    """A run that is ready to train.
+
+    notes: what to know of it that is no error.
+    """
 
     settings: RunSettings
     task: Task
     data: DatasetDict
     attached: Attached
     trainer: Trainer
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -172,7 +176,7 @@ def prepare(
     task = TASKS[settings.task](settings)
     recipe = settings.build_recipe()
     task.set_up_recipe(recipe)
-    _try_optimizer(settings, say)
+    notes = [_try_optimizer(settings)]
     seed = int(settings.train.get("seed", 42))
     say(f"Loading data {settings.data.train}")
     data = load_splits(settings.data, seed)
@@ -183,7 +187,9 @@ def prepare(
     model, processor = task.load(data)
     data = task.prepare(data, model, processor)
     arguments = training_arguments(settings, task, data)
-    if note := _note_on_bfloat16(model, arguments):
+    notes.append(_note_on_bfloat16(model, arguments))
+    told = tuple(filter(None, notes))
+    for note in told:
         say(note)
     set_seed(seed)
     reads_data = any(technique.reads_data for technique in recipe.techniques)
@@ -213,17 +219,16 @@ def prepare(
         raise SettingError(f"The trainer refuses these settings: {error}") from error
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    return Ready(settings, task, data, attached_to(model), trainer)
+    return Ready(settings, task, data, attached_to(model), trainer, told)
 
 
-def _try_optimizer(settings: RunSettings, say: Callable[[str], None]) -> None:
-    """Refuse an optimizer that does not run here, before anything is loaded."""
+def _try_optimizer(settings: RunSettings) -> str | None:
+    """Refuse an optimizer that does not run here, before anything is loaded; give what to know of it."""
     chosen = {name: settings.train[name] for name in ("optim", "optim_args") if name in settings.train}
     use_cpu = settings.train.get("use_cpu", not torch.cuda.is_available())
     arguments = TrainingArguments(output_dir=settings.output_dir, use_cpu=use_cpu, **chosen)
     check_optimizer(arguments)
-    if note := note_on(arguments):
-        say(note)
+    return note_on(arguments)
 
 
 def _note_on_bfloat16(model: torch.nn.Module, arguments: TrainingArguments) -> str | None:
@@ -430,9 +435,10 @@ def _failure(error: Exception, folder: Path) -> Exception:
         return RunFailed(
             f"No permission any more to write to {error.filename or folder}; go on with --resume once there is."
         )
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if out_of_memory(error):
+        where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "machine"
         return RunFailed(
-            f"The GPU ran out of memory ({text.splitlines()[0]}). Lower train.per_device_train_batch_size or "
+            f"The {where} ran out of memory ({text.splitlines()[0]}). Lower train.per_device_train_batch_size or "
             "data.max_length, or set train.gradient_checkpointing: true."
         )
     return error
