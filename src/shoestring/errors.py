@@ -13,7 +13,7 @@ class RunFailed(RuntimeError):
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a tensor found no room: in an accelerator's memory, or in the machine's, which torch tells in words alone."""
+    """Whether a tensor found no room, on an accelerator or in the machine, which torch tells in words alone."""
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
