@@ -1,4 +1,4 @@
-"""Draw a comparison: quality against memory and time of a step, one point a recipe, the best of each by name.
+"""Draw a comparison: quality against memory and time of a step, one point a recipe, those of the front by number.
 
     python benchmarks/suite_figure.py docs/results/encoder/comparison.json docs/results/encoder.svg
 
@@ -11,27 +11,38 @@ import json
 from pathlib import Path
 from typing import Any
 
-COSTS = {"peak_bytes": ("memory of a step, MB", 1e-6), "step_seconds": ("median step, seconds", 1.0)}
+COSTS = {"peak_bytes": ("memory of a step, MiB", 2.0**-20), "step_seconds": ("median step, seconds", 1.0)}
+FULL = "full tuning"
 
 
 def drawn(axes: Any, comparison: dict[str, Any], cost: str) -> None:
     """One cost against the quality."""
-    quality, (label, scale) = comparison["quality"], COSTS[cost]
-    front: list[tuple[float, float]] = []
+    quality, (label, scale), baseline = comparison["quality"], COSTS[cost], comparison["baseline"]
+    front: list[tuple[float, float, str]] = []
     for recipe in comparison["recipes"]:
-        values = recipe["values"]
+        name, values = recipe["name"], recipe["values"]
         if quality not in values or cost not in values:
             continue
         x, y = scale * values[cost]["mean"], values[quality]["mean"]
-        on_front, base = cost in recipe["front"], recipe["name"] == comparison["baseline"]
-        colour = "tab:blue" if on_front else "black" if base else "0.65"
-        axes.errorbar(x, y, values[quality]["std"] or 0.0, fmt="D" if on_front else "o", color=colour, elinewidth=0.5)
-        front += [(x, y)] if on_front else []
-        if on_front or base or recipe["name"] == "full tuning":
-            axes.annotate(recipe["name"], (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour)
-    axes.plot(*zip(*sorted(front), strict=True), color="tab:blue", linewidth=0.5)
+        on_front = cost in recipe["front"]
+        colour = "tab:blue" if on_front else "black" if name in (FULL, baseline) else "0.65"
+        marker, over = "D" if on_front else "o", 3 if colour != "0.65" else 2
+        axes.errorbar(x, y, values[quality]["std"] or 0.0, fmt=marker, color=colour, elinewidth=0.5, zorder=over)
+        if on_front:
+            front.append((x, y, name))
+        if name in (FULL, baseline):
+            axes.annotate(name, (x, y), (-5, -11), textcoords="offset points", fontsize=8, ha="right")
+    front.sort()
+    axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="tab:blue", linewidth=0.5)
+    for number, (x, y, _) in enumerate(front, 1):
+        axes.annotate(
+            str(number), (x, y), (0, 7), textcoords="offset points", fontsize=8, color="tab:blue", ha="center"
+        )
+    names = "\n".join(f"{number}  {name}" for number, (_, _, name) in enumerate(front, 1))
+    axes.text(
+        0.97, 0.04, names, transform=axes.transAxes, fontsize=8, color="tab:blue", ha="right", multialignment="left"
+    )
     axes.set_xlabel(label)
-    axes.set_ylabel(quality.replace("_", " "))
 
 
 def main() -> None:
@@ -46,6 +57,7 @@ def main() -> None:
     figure, both = plt.subplots(1, len(COSTS), figsize=(11, 4.5), layout="constrained", sharey=True)
     for axes, cost in zip(both, COSTS, strict=True):
         drawn(axes, comparison, cost)
+    both[0].set_ylabel(comparison["quality"].replace("_", " "))
     figure.savefig(options.figure, metadata={"Date": None} if options.figure.suffix == ".svg" else None)
 
 
