@@ -73,8 +73,7 @@ class Order:
 
 def work(order: Order, connection: Connection) -> None:
     """The whole of a process. Sends ("stage", text), ("step", number, of), and at the end of each run ("done", case,
-    result as JSON values) or ("failed", case, reason); of runs that fit ("fits", case,
-    notes).
+    result as JSON values) or ("failed", case, reason); of runs that fit ("fits", case, notes).
     """
     if hasattr(os, "setsid"):
         os.setsid()  # ctrl-C is for the one who started this process, and who ends it
