@@ -188,7 +188,7 @@ def fronts(name: str, also: Iterable[str] = ()) -> str:
         cells.insert(1, difference_text(Difference(**apart), units[quality]) if apart else "")
         lines.append([f"`{recipe['name']}`", *cells])
     head = ["recipe", *columns.values()]
-    head.insert(2, f"less {baseline}")
+    head.insert(2, f"minus {baseline}")
     return markdown(head, lines)
 
 

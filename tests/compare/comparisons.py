@@ -47,6 +47,7 @@ def make(recipes=25, seeds=3, *, steps=160, failures=2, missing=4, names=(), see
         "versions": {"shoestring": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
         "command": "shoestring compare benchmarks/suites/encoder.yaml",
         "made_at": "2026-11-20T18:03:11+00:00",
+        "on_the_way": ACCURACY,
     }
     return Comparison(**(given | changed))
 

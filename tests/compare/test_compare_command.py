@@ -216,6 +216,36 @@ def test_on_a_terminal_what_runs_is_shown_with_the_time_left(suite_file: Callabl
         assert shown().index("lora") < shown().index("full tuning")  # what runs comes first
 
 
+def test_time_left_is_that_of_the_runs_which_are_left(suite_file: Callable[..., Path]) -> None:
+    suite = Suite.load(suite_file(seeds=[0, 1, 2]))
+    with _Screen(Console(file=io.StringIO(), width=100), suite, jobs=4) as screen:
+        for case in suite.cases[:5]:
+            screen.told(("started", case))
+            screen.told(("finished" if case.seed else "failed", case, {} if case.seed else "bad"))
+        screen.took = [400.0] * len(screen.took)
+        assert len(screen.took) == 3  # what failed says nothing of how long a run takes
+        assert screen._left() == "about 7 min left"
+
+
+def test_names_and_reasons_are_shown_as_they_are(
+    suite_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, reason = "lora [attn] [/x]", "[enforce fail at alloc.cpp:117] no memory"
+    path = suite_file(recipes={name: LORA})
+    suite = Suite.load(path)
+    console = Console(file=io.StringIO(), force_terminal=True, width=160, height=30)
+    with _Screen(console, suite, jobs=1) as screen:
+        screen.told(("checking", suite.cases[0]))
+        screen.told(("started", suite.cases[0]))
+        screen.told(("failed", suite.cases[0], reason))
+        with console.capture() as capture:
+            console.print(screen._drawn())
+    assert name in capture.get()
+    assert reason in capture.get()
+    assert main(["compare", str(path), "--list"]) == 0
+    assert name in capsys.readouterr().out
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == 0
     said = capsys.readouterr().out

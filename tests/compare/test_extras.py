@@ -243,3 +243,34 @@ def test_the_harness_gives_what_a_plain_ranking_gives(ready: Callable[..., Ready
         LmEval(tasks=["tiny_reviews"], include_path=str(harness_task)).before(run)
     with pytest.raises(SettingError, match="unknown task 'tiny_review'"):
         LmEval(tasks=["tiny_review"], include_path=str(harness_task)).check(run.settings)
+
+
+def test_several_filters_of_answers_are_told_apart_and_the_task_says_which_way_is_better(
+    ready: Callable[..., Ready], harness_task: Path
+) -> None:
+    task = yaml.safe_load((harness_task / "tiny_reviews.yaml").read_text())
+    del task["doc_to_choice"]
+    first = {"function": "take_first"}
+    task |= {
+        "task": "tiny_answers",
+        "output_type": "generate_until",
+        "doc_to_target": "{{ ['bad', 'good'][answer] }}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 2, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": False}],
+        "filter_list": [
+            {"name": "whole", "filter": [first]},
+            {"name": "lower", "filter": [{"function": "lowercase"}, first]},
+        ],
+    }
+    (harness_task / "tiny_answers.yaml").write_text(yaml.safe_dump(task))
+    run, some = ready(), {"tasks": ["tiny_answers"], "include_path": str(harness_task)}
+    with pytest.raises(SettingError, match="by several filters; name one: 'exact_match,lower' or 'exact_match,whole'"):
+        LmEval(metrics=["exact_match"], **some).before(run)
+    extra = LmEval(metrics=["exact_match,whole"], **some)
+    extra.before(run)
+    assert [(measure.name, measure.better) for measure in extra.measures] == [
+        ("tiny_answers_exact_match_whole", "lower")  # the task's word, which is not the harness's
+    ]
+    assert set(extra.after(run)) == {"tiny_answers_exact_match_whole"}
+    ways = {each.label: each.better for each in LmEval(tasks=["wikitext"], metrics=["bits_per_byte", "mine"]).measures}
+    assert ways == {"bits_per_byte of wikitext": "lower", "mine of wikitext": None}

@@ -110,7 +110,7 @@ class TestWhatStandsInIt:
         text = page(comparisons.make(1, seeds=1, failures=0, missing=0, baseline=None))
         Read(text)
         assert "±" not in text.split('id="table"')[1].split("</table>")[0]
-        assert "less None" not in text
+        assert "minus None" not in text
         assert "(baseline)</td>" not in text
 
     def test_measures_and_curves_that_are_missing_or_no_number_are_left_out(self):
@@ -136,6 +136,12 @@ class TestWhatStandsInIt:
         text = page(replace(compared, recipes=tuple(bare)))
         assert 'id="memory"' not in text
         assert 'id="curves"' not in text
+
+    def test_what_is_evaluated_on_the_way_has_its_own_name(self):
+        compared = comparisons.make(3, on_the_way=comparisons.LOSS)
+        assert "<h3>Held-out loss by seconds of training</h3>" in page(compared)
+        assert page_data(compared)["onTheWay"]["label"] == "held-out loss"
+        assert 'id="time-chart"' not in page(replace(compared, on_the_way=None))
 
     def test_bars_are_sorted_and_their_pieces_add_up(self):
         compared = comparisons.make(10)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from shoestring.compare.measures import Measure
 from shoestring.compare.results import Result
 from shoestring.compare.runner import Store, check_suite, comparison_of, run_suite, state_of
 from shoestring.compare.suite import Case, Suite
+from shoestring.compare.summary import Asked, compare_results
 from shoestring.compare.worker import Order, run_case
 from shoestring.errors import SettingError
 from shoestring.training.output import held
@@ -305,6 +307,35 @@ def test_all_is_measured_in_the_precision_of_training(
     result = run_case(case, order, lambda message: None)
     assert result.shoestring is not None
     assert result.shoestring.notes == [f"before {bf16}", f"after {bf16}"]
+
+
+def test_losses_differ_as_they_are_shown_and_on_equal_batches_alone(
+    run_file: Callable[..., Path], prompt_jsonl: Path, tmp_path: Path
+) -> None:
+    """Of 24 rows in batches of 7 the last has 3: a score is of a batch, and the loss is that of rows."""
+    lora = [{"lora": {"r": 2, "target_modules": ["q_proj"]}}]
+
+    def results_of(recipes: dict[str, Any], seeds: list[int], length: int = 12, batch: int = 7) -> list[Result]:
+        data = {"test": str(prompt_jsonl), "max_length": length}
+        run = yaml.safe_load(
+            run_file("base", task="causal-lm", data=data, train={"per_device_eval_batch_size": batch}).read_text()
+        )
+        del run["recipe"], run["output_dir"]
+        suite = Suite.from_dict({"base": run, "recipes": recipes, "seeds": seeds, "budget": {"steps": 2}})
+        return [run_case(each, order_of(each, tmp_path, quality="loss"), lambda _: None) for each in suite.cases]
+
+    results = results_of({"lora": lora, "full": {"recipe": [], "train": {"learning_rate": 0.05}}}, [0, 1])
+    assert [result.shoestring.weights for result in results] == [[7, 7, 7, 3]] * 4
+    assert len({result.shoestring.rows for result in results}) == 1
+    compared = compare_results(Asked("suite", "causal-lm", "tiny", ("lora", "full"), "loss", "lora"), results)
+    found = {recipe.name: recipe for recipe in compared.recipes}
+    shown = found["full"].values["loss"].mean - found["lora"].values["loss"].mean
+    assert found["full"].difference.mean == pytest.approx(shown, rel=1e-4)
+    of_batches = [np.subtract(results[k].shoestring.scores, results[k + 2].shoestring.scores).mean() for k in (0, 1)]
+    assert np.mean(of_batches) != pytest.approx(shown, rel=1e-3)
+    others = [*results_of({"short": lora}, [0], length=6), *results_of({"even": lora}, [0], batch=6)]
+    assert len({results[0].shoestring.rows, *(result.shoestring.rows for result in others)}) == 3
+    assert others[1].shoestring.weights == []
 
 
 def test_nothing_is_removed_that_a_comparison_has_not_made(suite_file: Callable[..., Path]) -> None:

@@ -38,6 +38,21 @@ def test_pairing_finds_what_is_hidden_in_the_rows() -> None:
     assert not paired_difference(better, {0: shuffled.tolist()}).clear
 
 
+def test_scores_of_batches_count_as_many_rows_as_these_have() -> None:
+    random = np.random.default_rng(0)
+    apart, weights = random.normal(0.3, 1, 400), random.integers(1, 9, 400)
+    scores, zeros = {0: apart.tolist()}, {0: [0.0] * 400}
+    found = paired_difference(scores, zeros, weights=weights.tolist())
+    mean = np.average(apart, weights=weights)
+    error = np.sqrt((weights**2 * (apart - mean) ** 2).sum()) / weights.sum()  # of a ratio
+    assert found.mean == pytest.approx(mean)
+    assert found.low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert found.high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+    alike, plain = paired_difference(scores, zeros, weights=[3] * 400), paired_difference(scores, zeros)
+    assert (alike.mean, alike.low, alike.high) == pytest.approx((plain.mean, plain.low, plain.high))
+    assert paired_difference(scores, zeros, weights=[3] * 399) is None
+
+
 def test_seeds_that_disagree_widen_the_interval() -> None:
     base = {seed: [0.5] * 100 for seed in range(3)}
     agree = paired_difference({seed: [0.6] * 100 for seed in range(3)}, base)

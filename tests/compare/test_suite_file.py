@@ -1,5 +1,7 @@
 """Suite files: what they expand to, what makes a run another one, and all mistakes at once."""
 
+import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,21 @@ def test_examples_are_suites() -> None:
         assert Suite.load(path).cases
 
 
+@pytest.mark.parametrize("page", ["docs/compare.md", "src/shoestring/compare/suite.py"])
+def test_the_suite_that_a_page_shows_is_one(page: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / page).read_text()
+    if page.endswith(".md"):
+        [shown] = re.findall(r"```yaml\n(base:.*?)```", text, re.DOTALL)
+    else:
+        shown = textwrap.dedent(text[text.index("    base:") : text.index("A recipe is what")])
+    (tmp_path / "first.yaml").write_text((root / "examples/first.yaml").read_text())
+    (tmp_path / "suite.yaml").write_text(shown)
+    names = {case.name for case in Suite.load(tmp_path / "suite.yaml").cases}
+    assert {"full tuning", "lora"} < names
+    assert len(names) == 6
+
+
 def test_the_digest_is_of_what_shapes_the_run(tmp_path: Path) -> None:
     data = tmp_path / "rows.csv"
     data.write_text("text,label\ngood,1\n")
@@ -117,8 +134,14 @@ def test_the_digest_is_of_what_shapes_the_run(tmp_path: Path) -> None:
         digest(split="validation"),
         digest(base={**suite_of()["base"], "data": {"train": str(data), "max_length": 4}}),
     ]
+    options = tmp_path / "options.json"
+    options.write_text("{}")
+    base = {**suite_of()["base"], "data": {"train": str(data)}, "train": {"accelerator_config": str(options)}}
+    others.append(digest(base=base))
+    options.write_text('{"split_batches": true}')
+    others.append(digest(base=base))
     data.write_text("text,label\nbad,0\n")
-    assert len({first, *others, digest()}) == 8
+    assert len({first, *others, digest()}) == 10
 
 
 def test_the_digest_is_of_what_folders_and_the_data_of_measures_hold(tmp_path: Path) -> None:
@@ -161,6 +184,18 @@ def test_the_digest_is_of_what_a_packaged_asset_holds(monkeypatch: pytest.Monkey
 def test_files_of_runs_have_names_that_every_system_takes() -> None:
     suite = Suite.from_dict(suite_of(recipes={"LoRA: r=8 / µ 100 %": LORA}, seeds=[3]))
     assert suite.cases[0].file == f"LoRA-r=8-100--seed3--{suite.cases[0].digest[:10]}"
+    long = Suite.from_dict(suite_of(recipes={"one, target_modules=" + "query " * 100: LORA}))
+    assert len({case.file for case in long.cases}) == len(long.cases)
+    assert max(len(case.file) for case in long.cases) < 130
+
+
+def test_a_section_with_nothing_in_it_takes_nothing_away() -> None:
+    empty = {"recipe": LORA, "train": None, "data": None, "model": None}
+    one, two = Suite.from_dict(suite_of(recipes={"one": empty, "two": LORA}, seeds=[0])).cases
+    assert one.digest == two.digest
+    bare = {**suite_of()["base"], "train": None}
+    for case in Suite.from_dict(suite_of(base=bare, recipes={"one": empty, "two": LORA})).cases:
+        assert case.settings.train["max_steps"] == 3
 
 
 def test_all_mistakes_of_all_recipes_are_told_at_once(tmp_path: Path) -> None:
@@ -227,7 +262,7 @@ def test_a_mistake_of_the_base_is_told_once() -> None:
             "target needs evaluations on the way",
         ),
         ({"target": 0.8, "quality": "f1_macro"}, "target is told for accuracy"),
-        ({"quality": "majority_class"}, "quality 'majority_class' says nothing of a recipe; neither way is better"),
+        ({"quality": "majority_class"}, "quality 'majority_class' ranks nothing: which way is better is unknown"),
         (
             {"recipes": {"one": {"recipe": LORA, "grid": {"train.num_train_epochs": [1, 3]}}}, "budget": {"steps": 3}},
             "recipes.one sets train.num_train_epochs, which the budget decides",

@@ -85,6 +85,21 @@ def test_a_difference_of_losses_is_that_of_losses() -> None:
     assert other.difference.mean == other.difference.low == other.difference.high == pytest.approx(0.5)
 
 
+def test_a_difference_of_losses_counts_the_rows_of_each_batch() -> None:
+    asked = replace(ASKED, task="causal-lm", quality="loss", names=("lora", "other"))
+    losses = {"lora": [1.0, 1.0], "other": [0.95, 1.2]}  # of eight rows, and of one
+    results = [
+        made_result(
+            name, task="causal-lm", values={"loss": (8 * a + b) / 9}, scores=[-a, -b], weights=[8, 1], rows="some"
+        )
+        for name, (a, b) in losses.items()
+    ]
+    found = {recipe.name: recipe for recipe in compare_results(asked, results).recipes}
+    shown = found["other"].values["loss"].mean - found["lora"].values["loss"].mean
+    assert found["other"].difference.mean == pytest.approx(shown)
+    assert shown < 0
+
+
 def test_a_quality_without_scores_of_rows_differs_by_those_of_seeds() -> None:
     results = [
         made_result(name, seed, values={"f1_macro": f1, "accuracy": 0.5}, scores=[1.0, 0.0] * 20)
@@ -184,9 +199,11 @@ def test_what_peft_measured_on_test_rows_counts_under_its_name() -> None:
 def test_scores_of_other_rows_are_not_paired() -> None:
     scores = {"lora": [0.0] * 20, "same": [1.0] * 20, "other": [1.0] * 20}
     results = [made_result(name, rows="a" if name != "other" else "b", scores=some) for name, some in scores.items()]
-    found = {recipe.name: recipe.difference for recipe in compare_results(ASKED, results).recipes}
-    assert found["same"].mean == 1.0
-    assert found["other"] is None
+    found = {recipe.name: recipe for recipe in compare_results(ASKED, results).recipes}
+    assert found["same"].difference.mean == 1.0
+    assert found["same"].notes == ()
+    assert found["other"].difference is None
+    assert found["other"].notes == ("held-out rows of 1 of 1 seeds are not those of lora",)
 
 
 def test_another_model_is_said_and_its_memory_weighed_against_its_own() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import RunFailed, SettingError, did_you_mean
 from ..units import size
@@ -62,7 +63,7 @@ def compare(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", help="Of a folder: the recipe that differences are told to.", show_default=False),
+        typer.Option("--baseline", help="Of a folder: the recipe to compare the others with.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -104,7 +105,7 @@ def compare(
                 if event[0] == "note":
                     _note(console, event[1], event[2])
                 else:
-                    status.update(f"checking {event[1].name}")
+                    status.update(Text(f"checking {event[1].name}"))
 
             check_suite(made, jobs=jobs, on_event=told)
         count = "1 recipe" if len(made.names) == 1 else f"{len(made.names)} recipes"
@@ -128,7 +129,12 @@ def compare(
 
 
 def _note(console: Console, case: "Case", text: str) -> None:
-    console.print(f"{case.name}: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    _print(console, f"{case.name}: {text}", style="yellow")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it is: names and reasons may hold brackets."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _of_folder(folder: Path, beside: list[Path], quality: str | None, baseline: str | None) -> "Comparison":
@@ -185,11 +191,11 @@ def _list(console: Console, suite: "Suite", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    table = Table(title=f"{suite.name}: {len(rows)} runs", title_justify="left")
+    table = Table(title=Text(f"{suite.name}: {len(rows)} runs"), title_justify="left")
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))
     console.print(table)
 
 
@@ -211,9 +217,9 @@ def _finish(console: Console, comparison: "Comparison", output: Path | None, as_
         return
     console.print(terminal_table(comparison, console.width))
     for failure in comparison.failures:
-        console.print(f"failed: {failure.name}, seed {failure.seed}: {failure.reason}", style="red", soft_wrap=True)
+        _print(console, f"failed: {failure.name}, seed {failure.seed}: {failure.reason}", style="red")
     if output is not None:
-        console.print(f"Report: {output / HTML} (beside it {MARKDOWN}, {CSV}, {JSON})", soft_wrap=True)
+        _print(console, f"Report: {output / HTML} (beside it {MARKDOWN}, {CSV}, {JSON})")
 
 
 class _Screen:
@@ -232,7 +238,7 @@ class _Screen:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
         )
 
     def __enter__(self) -> "_Screen":
@@ -240,8 +246,12 @@ class _Screen:
 
         state = state_of(self.suite, retry_failed=self.retry_failed)
         self.total = len(state.to_do)
-        known = state.results.keys() | (set() if self.retry_failed else state.failures.keys())
-        done = sum(case.digest in known for case in self.suite.cases)
+        for case in self.suite.cases:
+            if (found := state.results.get(case.digest)) and found.shoestring:
+                self.rows[case.name].append(self._of_values(found.shoestring.values))
+            elif case.digest in state.failures and not self.retry_failed:
+                self.rows[case.name].append(f"failed: {state.failures[case.digest].run_info.error_msg}")
+        done = sum(map(len, self.rows.values()))
         if done:
             self.console.print(f"{done} of {len(self.suite.cases)} runs are there already.", style="dim")
         self.job = self.bar.add_task("runs", total=self.total, left="")
@@ -269,7 +279,8 @@ class _Screen:
             self.running[case.digest] = (case, text, self.running[case.digest][2])
         elif kind in ("finished", "failed", "cancelled") and case.digest in self.running:
             seconds = time.monotonic() - self.running.pop(case.digest)[2]
-            self.took.append(seconds)
+            if kind == "finished":
+                self.took.append(seconds)
             self.ended += 1
             text = self._of_values(rest[0]) if kind == "finished" else f"{kind}: {rest[0] if rest else ''}"
             self.rows[case.name].append(text)
@@ -282,7 +293,7 @@ class _Screen:
 
     def _say(self, text: str) -> None:
         if self.live is None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            _print(self.console, text)
 
     def _of_values(self, values: dict[str, float]) -> str:
         quality = (
@@ -293,21 +304,22 @@ class _Screen:
         return quality + memory + step
 
     def _left(self) -> str:
-        if not self.took or self.ended == self.total:
+        left = self.total - self.ended
+        if not self.took or not left:
             return ""
         mean = sum(self.took) / len(self.took)
         gone = sum(min(time.monotonic() - began, mean) for _, _, began in self.running.values())
-        seconds = max(0.0, (self.total - self.ended) * mean - gone) / self.jobs
+        seconds = max(0.0, left * mean - gone) / min(self.jobs, left)
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
     def _drawn(self) -> Group:
         table = Table(box=None, pad_edge=False)
         for column in ("recipe", "seeds", "state"):
             table.add_column(column, overflow="ellipsis", no_wrap=True)
-        now = {case.name: f"seed {case.seed}: {text}" for case, text, _ in self.running.values()}
-        for name in sorted(self.rows, key=lambda name: (name not in now, not self.rows[name])):
-            if name in now or self.rows[name]:
-                ended = f"{len(self.rows[name])} of {len(self.suite.seeds)}"
-                table.add_row(name, ended, now.get(name) or self.rows[name][-1], style=None if name in now else "dim")
+        now = [(case.name, f"seed {case.seed}: {text}", "") for case, text, _ in self.running.values()]
+        names = {name for name, _, _ in now}
+        ended = [(name, texts[-1], "dim") for name, texts in self.rows.items() if texts and name not in names]
+        for name, text, style in (*now, *ended):
+            table.add_row(Text(name), f"{len(self.rows[name])} of {len(self.suite.seeds)}", Text(text), style=style)
         self.bar.update(self.job, left=self._left())
         return Group(self.bar, table)

@@ -29,7 +29,7 @@ def terminal_table(comparison: Comparison, width: int = WIDTH) -> Table:
     front = {place for cost in first for place in on_front(comparison, cost)}
     columns = {quality.label: [spread_text(each.values.get(quality.name), quality.unit) for each in comparison.recipes]}
     if any(recipe.difference for recipe in comparison.recipes):
-        label = "less baseline" + ", points" * (quality.unit == "share")
+        label = "minus baseline" + ", points" * (quality.unit == "share")
         columns[label] = [_against(recipe, quality) for recipe in comparison.recipes]
     for cost in main_costs(comparison):
         if cost.name != LEFT_OUT:

@@ -39,7 +39,7 @@ class Compared:
 
     recipe: YAML to copy into a run file. run_file: the whole of it, of the first seed. values: by measure; those that a
     recipe does not have are left out. memory: bytes at the peak of a step by part. losses: (step, loss) by seed.
-    curve: (seconds of training, quality) by seed, of the evaluations on the way.
+    curve: (seconds of training, value) by seed, of the evaluations on the way.
     front: the measures that the recipe, together with the quality, is on the Pareto front of.
     """
 
@@ -70,7 +70,8 @@ class Comparison:
     """All that is known of a suite, the best recipe first.
 
     task, model: as in the run file. quality: the name of the measure that recipes are ranked by, among `measures`,
-    which are all that some recipe has, in the order in which they are shown. missing: runs to come.
+    which are all that some recipe has, in the order in which they are shown. missing: runs to come. on_the_way: what
+    `curve` of recipes is of, which the task is evaluated by during training.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Comparison:
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
     made_at: str = ""
+    on_the_way: Measure | None = None
 
     def measure(self, name: str) -> Measure:
         """The measure of that name."""

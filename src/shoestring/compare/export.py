@@ -55,7 +55,7 @@ def markdown(comparison: Comparison) -> str:
 def _ranking(comparison: Comparison, quality: Measure, shown: list[Measure]) -> list[str]:
     front = {place for cost in shown for place in on_front(comparison, cost)}
     others = main_costs(comparison)
-    head = ["#", "", "recipe", quality.label, f"less {comparison.baseline}", *(each.label for each in others)]
+    head = ["#", "", "recipe", quality.label, f"minus {comparison.baseline}", *(each.label for each in others)]
     sides = ["--:", ":-:", ":--"] + ["--:"] * (len(head) - 3)
     rows = []
     for place, recipe in enumerate(comparison.recipes):

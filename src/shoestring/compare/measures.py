@@ -46,7 +46,7 @@ COSTS = (
     Measure("tokens_a_second", "tokens a second", "tokens a second", "higher"),
     Measure("seconds_to_target", "training until the target quality", "seconds"),
     Measure("latency_seconds", "a forward after merging", "seconds"),
-    Measure("forgetting", "loss on other text, after less before"),
+    Measure("forgetting", "loss on other text, after minus before"),
     Measure("ppt", "PPT: quality less parameters", "", "higher"),
     Measure("ppe", "PPE: quality less share of parameters", "", "higher"),
     Measure("pme", "PME: quality less share of memory", "", "higher"),

@@ -4,7 +4,7 @@
   const byId = (id) => document.getElementById(id);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const data = JSON.parse(byId("data").textContent);
-  const { measures, recipes, texts, fronts, baseline } = data;
+  const { measures, recipes, texts, fronts, baseline, onTheWay } = data;
   const NAMESPACE = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
   const COLORS = 8; // --c0 to --c7 of the style sheet
   const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
@@ -500,7 +500,7 @@
 
   function drawCurves() {
     drawLines(lossHolder, lossLines, "", "step", { label: "loss", unit: "", better: "lower" });
-    drawLines(timeHolder, timeLines, "seconds", "time of training", measures[0]);
+    drawLines(timeHolder, timeLines, "seconds", "time of training", onTheWay);
     for (const box of all("input", lines || tip)) {
       const place = Number(box.value),
         sample = box.parentElement.querySelector("svg");
@@ -705,6 +705,7 @@
         if (!(error instanceof Wrong)) throw error;
         wrong.textContent = error.message;
         where.setAttribute("aria-invalid", "true");
+        drawFront();
         return;
       }
     }
@@ -750,6 +751,7 @@
 
   for (const button of all("button.copy")) button.addEventListener("click", () => copy(button));
   addEventListener("hashchange", openTarget);
+  for (const link of all('a[href^="#recipe-"]')) link.addEventListener("click", () => setTimeout(openTarget));
   openTarget();
   if (!recipes.length) return;
   makePicker();

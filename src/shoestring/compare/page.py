@@ -78,8 +78,9 @@ def _curves(comparison: Comparison) -> str:
     charts = []
     if any(points for recipe in comparison.recipes for points in recipe.losses.values()):
         charts.append('<div><h3>Loss by step</h3><div class="chart" id="loss-chart"></div></div>')
-    if any(points for recipe in comparison.recipes for points in recipe.curve.values()):
-        title = f"{quality_of(comparison).label} by seconds of training"
+    way = comparison.on_the_way
+    if way is not None and any(points for recipe in comparison.recipes for points in recipe.curve.values()):
+        title = f"{way.label} by seconds of training"
         title = escape(title[:1].upper() + title[1:])
         charts.append(f'<div><h3>{title}</h3><div class="chart" id="time-chart"></div></div>')
     if not charts:

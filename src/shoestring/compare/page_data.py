@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from .comparison import Compared, Comparison
@@ -24,9 +25,8 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
     """Measures, figures by recipe and measure with their texts, fronts by cost, and curves."""
     measures = [quality_of(comparison), *costs(comparison)]
     return {
-        "measures": [
-            {"name": each.name, "label": each.label, "unit": each.unit, "better": each.better} for each in measures
-        ],
+        "measures": [asdict(each) for each in measures],
+        "onTheWay": asdict(comparison.on_the_way) if comparison.on_the_way else None,
         "recipes": [_recipe(recipe, [each.name for each in measures]) for recipe in comparison.recipes],
         "texts": [
             [spread_text(recipe.values.get(each.name), each.unit) for each in measures] for recipe in comparison.recipes

@@ -54,7 +54,7 @@ def _heads(comparison: Comparison, measures: Sequence[Measure], compared: bool) 
     heads = [_head("#", sort="ascending"), _head("recipe"), *map(_head_of, measures)]
     if compared:
         tip = "difference of the quality, with its 95 % interval"
-        heads.insert(3, _head(f"less {comparison.baseline}", tip, best_first=measures[0].better))
+        heads.insert(3, _head(f"minus {comparison.baseline}", tip, best_first=measures[0].better))
     heads += [_head("seeds"), _head("on fronts", "of the quality and these costs", best_first="higher")]
     return "".join(heads)
 

@@ -75,7 +75,8 @@ class Own(BaseModel):
     the seed. run_file, recipe: as YAML.
     values: figures by measure. quality: measures by split. memory: bytes by part at the peak of a step. losses: (step,
     loss). curve: (step, seconds of training, quality) of evaluations on the way. scores: of the held-out rows or
-    batches in their order, higher is better; paired tests need them. rows: of which rows they are, in short.
+    batches in their order, higher is better; paired tests need them. weights: rows in each batch; empty where all have
+    as many. rows: of which rows they are, in short.
     notes: what is to be said of the figures.
     """
 
@@ -95,6 +96,7 @@ class Own(BaseModel):
     losses: list[tuple[int, float]] = Field(default_factory=list)
     curve: list[tuple[int, float, float]] = Field(default_factory=list)
     scores: list[float] = Field(default_factory=list)
+    weights: list[int] = Field(default_factory=list)
     rows: str = ""
     notes: list[str] = Field(default_factory=list)
     checksum: str = ""

@@ -10,7 +10,7 @@
     seeds: [0, 1, 2]
     budget: {steps: 200}                # or seconds, or tokens; the same for all
     baseline: lora
-    measure: [latency, {forgetting: {data: other.jsonl}}]
+    measure: [latency]                  # of a language model also {forgetting: {data: other.jsonl}}
     output_dir: comparisons/first
 
 A recipe is what a run file's `recipe` holds, or a mapping with `recipe` and with sections of the run file that are put
@@ -37,7 +37,7 @@ from ..assets import CATALOGUE, ModelAsset
 from ..errors import SettingError, did_you_mean
 from ..recipe import Recipe
 from ..technique import plain
-from ..training.data import PACKAGED, READERS
+from ..training.data import PACKAGED
 from ..training.explained import Problem, Sections, explain, told
 from ..training.marked_yaml import MarkedYaml, Place, dump_yaml, parse_marked_yaml, read_marked_yaml
 from ..training.overrides import apply_override
@@ -47,7 +47,9 @@ from ..training.train_fields import shown
 from .extras import EXTRAS, Extra
 from .measures import quality_measure
 
-OVER_BASE = ("model", "data", "train", "early_stopping_patience")  # sections that a recipe may bring
+SECTIONS = ("model", "data", "train")
+OVER_BASE = (*SECTIONS, "early_stopping_patience")  # what a recipe may bring of a run file
+LONGEST_NAME = 100  # characters of a recipe's name in those of files
 LENGTHS = ("max_steps", "num_train_epochs")
 
 
@@ -79,7 +81,7 @@ class _SuiteFile(BaseModel):
         default_factory=lambda: [0, 1, 2], min_length=1, description="one run of each recipe a seed"
     )
     budget: Budget | None = Field(None, description="steps, seconds or tokens of each run; empty: as the base says")
-    baseline: str | None = Field(None, description="the recipe that differences are told to; empty: the first one")
+    baseline: str | None = Field(None, description="the recipe to compare the others with; empty: the first one")
     quality: str | None = Field(None, description="measure to rank by; empty: what the task is chosen by")
     split: Literal["validation", "test"] | None = Field(
         None, description="rows to compare on; empty: test where there is such a split, or else validation"
@@ -114,7 +116,8 @@ class Case:
     @property
     def file(self) -> str:
         """What its files are called, without an ending."""
-        return f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', self.name).strip('-')}--seed{self.seed}--{self.digest[:10]}"
+        name = re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.name)[:LONGEST_NAME].strip("-")
+        return f"{name}--seed{self.seed}--{self.digest[:10]}"
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ def _variants(
         return
     run.replace(("recipe",), marked.below("recipes", recipe, "recipe"))
     for section in OVER_BASE:
-        if section not in value:
+        if section not in value or (section in SECTIONS and value[section] is None):  # `train:` with nothing after it
             continue
         over = marked.below("recipes", recipe, section)
         if isinstance(over.values, dict) and isinstance(run.values.get(section), str):
@@ -328,7 +331,9 @@ def _own_lengths(marked: MarkedYaml) -> Iterator[Problem]:
 def _with_budget(run: MarkedYaml, file: _SuiteFile) -> MarkedYaml:
     """The run with the suite's length in place of its own; seconds and tokens are known once it is ready."""
     run.values["output_dir"] = file.output_dir or "comparisons"
-    if file.budget is None or not isinstance(run.values.setdefault("train", {}), dict):
+    if run.values.get("train") is None:
+        run.values["train"] = {}
+    if file.budget is None or not isinstance(run.values["train"], dict):
         return run
     for name in LENGTHS:
         run.values["train"].pop(name, None)
@@ -340,12 +345,24 @@ def _with_budget(run: MarkedYaml, file: _SuiteFile) -> MarkedYaml:
 def _fits(run: RunSettings, file: _SuiteFile, extras: list[Extra], marked: MarkedYaml) -> Iterator[Problem]:
     """What of the suite does not go with the task of a run."""
     task = TASKS[run.task]
-    measures = [*task.measures, *(measure.name for extra in extras for measure in extra.measures)]
-    if file.quality is not None and file.quality not in measures:
-        known = did_you_mean(file.quality, measures)
-        yield marked.place(("quality",)), f"quality {file.quality!r} is no measure of {run.task}. {known}"
-    elif file.quality is not None and quality_measure(file.quality).better is None and file.quality in task.measures:
-        yield marked.place(("quality",)), f"quality {file.quality!r} says nothing of a recipe; neither way is better."
+    refused = False
+    for extra in extras:
+        try:
+            extra.check(run)
+        except SettingError as error:
+            refused = True
+            yield marked.place(("measure",)), f"measure.{extra.name}: {error}"
+    if file.quality is not None and not refused:
+        measures = {name: quality_measure(name) for name in task.measures}
+        measures |= {measure.name: measure for extra in extras for measure in extra.measures}
+        if file.quality not in measures:
+            known = did_you_mean(file.quality, measures)
+            yield marked.place(("quality",)), f"quality {file.quality!r} is no measure of {run.task}. {known}"
+        elif measures[file.quality].better is None:
+            yield (
+                marked.place(("quality",)),
+                f"quality {file.quality!r} ranks nothing: which way is better is unknown.",
+            )
     if file.target is not None and run.train.get("eval_strategy", "epoch") == "no":
         yield marked.place(("target",)), "target needs evaluations on the way: set train.eval_strategy and eval_steps."
     if file.target is not None and file.quality not in (None, task.metric):
@@ -355,11 +372,6 @@ def _fits(run: RunSettings, file: _SuiteFile, extras: list[Extra], marked: Marke
         )
     if file.budget is not None and file.budget.tokens is not None and task.takes_images:
         yield marked.place(("budget",)), f"budget.tokens: {run.task} has no tokens; give steps or seconds."
-    for extra in extras:
-        try:
-            extra.check(run)
-        except SettingError as error:
-            yield marked.place(("measure",)), f"measure.{extra.name}: {error}"
 
 
 def _case(name: str, run: RunSettings, seed: int, file: _SuiteFile, extras: list[Extra]) -> Case:
@@ -386,7 +398,8 @@ def _digest(value: Any) -> str:
 def _sources(settings: RunSettings, extras: list[Extra]) -> list[str]:
     data = settings.data
     named = (settings.model.name, data.train, data.validation, data.test, *(extra.source for extra in extras))
-    return [source for source in named if source is not None]
+    fields = [value for value in settings.train.values() if isinstance(value, str) and Path(value).is_file()]
+    return [*(source for source in named if source is not None), *fields]  # such as a chat template
 
 
 def _content(source: str) -> str:
@@ -395,7 +408,7 @@ def _content(source: str) -> str:
         converter = asset.converter_version if isinstance(asset, ModelAsset) else 0
         return _digest([*(file.sha256 for file in asset.files), converter])
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix in (*READERS, ".gguf"):
+    if path.is_file():
         return _of_file(path, path.stat().st_mtime_ns)
     if path.is_dir():
         files = sorted(inner for inner in path.rglob("*") if inner.is_file())

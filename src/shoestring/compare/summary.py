@@ -12,7 +12,7 @@ from ..errors import SettingError
 from ..training.tasks import TASKS
 from .comparison import Compared, Comparison, Failure
 from .measures import COSTS, QUALITIES, Better, Measure, front, pme, ppe, ppt, quality_measure
-from .results import Result, values_of_peft
+from .results import Own, Result, values_of_peft
 from .statistics import paired_difference, spread
 
 FULL = "[]\n"  # the recipe of full tuning, as YAML
@@ -85,6 +85,7 @@ def compare_results(
         machine=_all_of(result.meta_info.system_info for result in results),
         versions=_all_of(_versions(result) for result in results),
         command=asked.command,
+        on_the_way=quality_measure(TASKS[asked.task].metric) if asked.task in TASKS else None,
         made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
@@ -236,27 +237,32 @@ def _with_differences(
     of_rows = asked.quality == scored
     sign = -1 if better == "lower" and of_rows else 1
 
-    def scores(name: str) -> dict[int, tuple[str, list[float]]]:
-        own = (result.shoestring for result in by_name[name])
-        return {
-            one.seed: (one.rows, one.scores if of_rows else [one.values.get(asked.quality, math.nan)])
-            for one in own
-            if one is not None
-        }
+    def by_seed(name: str) -> dict[int, Own]:
+        return {result.shoestring.seed: result.shoestring for result in by_name[name] if result.shoestring is not None}
 
-    theirs = scores(baseline)
+    def scores(one: Own) -> list[float]:
+        return one.scores if of_rows else [one.values.get(asked.quality, math.nan)]
+
+    theirs = by_seed(baseline)
 
     def compared(recipe: Compared) -> Compared:
-        ours = scores(recipe.name)
-        same = [seed for seed in ours if seed in theirs and ours[seed][0] == theirs[seed][0]]
-        if recipe.name == baseline or not same:
+        ours = by_seed(recipe.name)
+        both = [seed for seed in ours if seed in theirs]
+        same = [seed for seed in both if ours[seed].rows == theirs[seed].rows]
+        if recipe.name == baseline or not both:
             return recipe
-        found = paired_difference({seed: ours[seed][1] for seed in same}, {seed: theirs[seed][1] for seed in same})
-        if found is None:
-            return recipe
+        notes = recipe.notes
+        if len(same) < len(both):
+            notes += (f"held-out rows of {len(both) - len(same)} of {len(ours)} seeds are not those of {baseline}",)
+        found = same and paired_difference(
+            {seed: scores(ours[seed]) for seed in same},
+            {seed: scores(theirs[seed]) for seed in same},
+            weights=ours[same[0]].weights if of_rows else (),
+        )
+        if not found:
+            return replace(recipe, notes=notes)
         if sign < 0:
             found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
-        notes = recipe.notes
         if len(same) < len(ours):
             notes += (f"its difference is of {len(same)} of {len(ours)} seeds, those that {baseline} has as well",)
         return replace(recipe, difference=found, notes=notes)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -32,6 +32,7 @@ from urllib.request import url2pathname
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import RunFailed, SettingError
 from ..quiet import quiet_libraries
@@ -260,12 +261,18 @@ class _Seconds(TrainerCallback):
 
 
 class _Watch(TrainerCallback):
-    """What happens in a run: steps, evaluations on the way, scores of the last one, and memory of the accelerator."""
+    """What happens in a run: steps, evaluations on the way, scores of the last one, and memory of the accelerator.
+
+    scores: of the last evaluation of each split. weights, scored: where a score is of a batch, the rows in each, and a
+    digest of their tokens and labels.
+    """
 
     def __init__(self, tell: Tell):
         self.curve: list[tuple[int, float, float]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.scores: dict[str, list[float]] = {}
+        self.weights: dict[str, list[int]] = {}
+        self.scored: dict[str, Any] = {}
         self.reserved: list[int] = []
         self._tell = tell
         self._times: StepTimes | None = None
@@ -280,12 +287,17 @@ class _Watch(TrainerCallback):
 
         def evaluating(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
             split[0] = metric_key_prefix
-            self.scores[metric_key_prefix] = []
+            self.scores[metric_key_prefix], self.weights[metric_key_prefix] = [], []
+            self.scored[metric_key_prefix] = hashlib.sha256()
             return evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
-        def predicting(*args: Any, **kwargs: Any) -> Any:
-            loss, predictions, labels = step(*args, **kwargs)
-            self.scores[split[0]] += ready.task.scores(loss, predictions, labels)
+        def predicting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            loss, predictions, labels = step(model, inputs, *args, **kwargs)
+            found = ready.task.scores(loss, predictions, labels)
+            self.scores[split[0]] += found
+            if not ready.task.scores_rows:
+                self.weights[split[0]] += [find_batch_size(inputs) or 1] * len(found)
+                self.scored[split[0]].update(_tokens_in(inputs))
             return loss, predictions, labels
 
         trainer.evaluate, trainer.prediction_step = evaluating, predicting
@@ -306,8 +318,9 @@ class _Watch(TrainerCallback):
     ) -> None:
         """Keep a point of the curve."""
         if metrics is not None and self._metric in metrics and self._times is not None:
-            seconds = sum(self._times.seconds)
-            self.curve.append((state.global_step, seconds, float(metrics[self._metric])))
+            seconds = self.all_seconds(state.global_step)
+            if seconds is not None:
+                self.curve.append((state.global_step, seconds, float(metrics[self._metric])))
             self.evaluations.append({"step": state.global_step, "train time": seconds, **metrics})
 
     @property
@@ -384,11 +397,21 @@ def _trained_in_backbone(ready: Ready) -> int:
     return sum(p.numel() for p in ready.attached.model.parameters() if p.requires_grad and id(p) not in head)
 
 
-def _rows_in_short(ready: Ready, split: str) -> str:
-    """A digest of the rows of a split; of pictures and sounds in it what they are, and not where their files lie."""
+def _tokens_in(batch: Mapping[str, Any]) -> bytes:
+    """What the loss of a batch depends on beside the model and the rows: their number, tokens cut, labels left out."""
+    held = [batch[name].cpu() for name in ("input_ids", "labels") if name in batch]
+    texts = [repr(tuple(tensor.shape)).encode() + tensor.long().numpy().tobytes() for tensor in held]
+    return b"".join(texts) or repr(find_batch_size(batch)).encode()
+
+
+def _rows_in_short(ready: Ready, split: str, scored: bytes) -> str:
+    """A digest of the rows of a split; of pictures and sounds in it what they are, and not where their files lie.
+
+    scored: what else makes a score, if that is of a batch.
+    """
     if split not in ready.data:
         return ""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(scored)
     for batch in ready.data[split].with_format("arrow").iter(1000):
         for name in sorted(batch.column_names):
             values = batch[name].to_pylist()
@@ -408,7 +431,8 @@ def _result(
     notes: list[str],
 ) -> Result:
     """The run in the fields of its file."""
-    scores = watch.scores.get(split, [])
+    scores, weights = watch.scores.get(split, []), watch.weights.get(split, [])
+    scored = watch.scored[split].digest() if weights else b""
     own = Own(
         schema_version=SCHEMA_VERSION,
         task=settings.task,
@@ -424,7 +448,8 @@ def _result(
         losses=[(step, loss) for step, loss in report.losses if math.isfinite(loss)],
         curve=[point for point in watch.curve if math.isfinite(point[2])],
         scores=scores if all(map(math.isfinite, scores)) else [],
-        rows=_rows_in_short(ready, split),
+        weights=weights if len(set(weights)) > 1 else [],
+        rows=_rows_in_short(ready, split, scored),
         notes=notes,
     )
     last = report.losses[-1][1] if report.losses else None

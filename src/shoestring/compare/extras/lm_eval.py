@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from ...training.run import Ready
     from ...training.settings import RunSettings
 
-LESS_IS_BETTER = ("perplexity", "bits_per_byte", "ter", "brier_score")
-
 
 class LmEval(Extra):
     """The figures `metrics` of `tasks`, as task_metric; of the metrics a task must have one.
 
-    limit: rows of each task. include_path: a folder of task files of one's own.
+    metrics: names, or METRIC,FILTER where a task has one by several filters of answers. limit: rows of each task.
+    include_path: a folder of task files of one's own.
     """
 
     name: ClassVar[str] = "lm_eval"
@@ -40,8 +39,23 @@ class LmEval(Extra):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        pairs = [(task, metric) for task in self.tasks for metric in self.metrics]
-        return tuple(Measure(_name(task, metric), f"{metric} of {task}", "", way_of(metric)) for task, metric in pairs)
+        return tuple(
+            Measure(_name(task, metric), f"{metric} of {task}", "", self._better(task, metric))
+            for task in self.tasks
+            for metric in self.metrics
+        )
+
+    def _better(self, task: str, metric: str) -> Better | None:
+        """Which way is better, as the task's file says or else the harness; None where neither does."""
+        from lm_eval.api.registry import is_higher_better
+
+        metric = metric.partition(",")[0]
+        entry = _task_manager(self.include_path).task_index.get(task)
+        told = [each for each in ((entry and entry.cfg) or {}).get("metric_list") or () if each.get("metric") == metric]
+        higher = next((each["higher_is_better"] for each in told if "higher_is_better" in each), None)
+        if higher is None:
+            higher = is_higher_better(metric)
+        return None if higher is None else "higher" if higher else "lower"
 
     @property
     def source(self) -> str | None:
@@ -65,12 +79,24 @@ class LmEval(Extra):
                 raise SettingError(f"measure.lm_eval: {task} cannot be loaded: {error}") from error
             if task not in {**loaded["tasks"], **loaded["groups"]}:
                 raise SettingError(f"measure.lm_eval: {task} is a tag; name tasks of it: {', '.join(loaded['tasks'])}.")
-            self._need_metric(task, {metric for part in loaded["tasks"].values() for metric in part.aggregation()})
+            parts = loaded["tasks"].values()
+            known = {f"{metric},{name}" for part in parts for metric in part.aggregation() for name in _filters(part)}
+            self._chosen(task, known)
 
-    def _need_metric(self, task: str, has: Collection[str]) -> None:
-        if not set(self.metrics) & set(has):
-            wanted, known = ", ".join(self.metrics), ", ".join(sorted(has))
-            raise SettingError(f"measure.lm_eval: {task} has none of {wanted}; it has {known}.")
+    def _chosen(self, task: str, known: Iterable[str]) -> dict[str, str]:
+        """Names of our figures, and which of the harness's they are. known: of the task, as METRIC,FILTER."""
+        known = sorted(known)
+        found: dict[str, str] = {}
+        for metric in self.metrics:
+            fitting = [each for each in known if metric in (each, each.partition(",")[0])]
+            if len(fitting) > 1:
+                named = " or ".join(map(repr, fitting))
+                raise SettingError(f"measure.lm_eval: {task} has {metric} by several filters; name one: {named}.")
+            found |= {_name(task, metric): each for each in fitting}
+        if not found:
+            has = ", ".join(each.removesuffix(",none") for each in known)
+            raise SettingError(f"measure.lm_eval: {task} has none of {'; '.join(self.metrics)}; it has {has}.")
+        return found
 
     def after(self, ready: Ready) -> dict[str, float]:
         from lm_eval import simple_evaluate
@@ -91,9 +117,10 @@ class LmEval(Extra):
             )
         figures: dict[str, float] = {}
         for task in self.tasks:
-            has = {name.partition(",")[0]: value for name, value in found["results"][task].items() if name != "alias"}
-            self._need_metric(task, has)  # a group may have fewer than its tasks
-            figures |= {_name(task, metric): float(has[metric]) for metric in self.metrics if metric in has}
+            has = found["results"][task]
+            known = (name for name in has if "," in name and not name.partition(",")[0].endswith("_stderr"))
+            chosen = self._chosen(task, known)  # a group may have fewer than its tasks
+            figures |= {name: float(has[each]) for name, each in chosen.items()}
         return figures
 
 
@@ -110,6 +137,7 @@ def _name(task: str, metric: str) -> str:
     return re.sub(r"\W+", "_", f"{task}_{metric}")
 
 
-def way_of(metric: str) -> Better:
-    """Which way a metric of the harness is better."""
-    return "lower" if any(part in metric for part in LESS_IS_BETTER) else "higher"
+def _filters(task: Any) -> list[str]:
+    """What a task makes of an answer before it is scored; a metric is there once for each."""
+    told = getattr(getattr(task, "config", None), "filter_list", None)
+    return [each["name"] for each in told] if told else ["none"]

@@ -46,7 +46,8 @@ class Task(ABC):
     name: how run files call it.
     peft_task_type: what peft calls it, so that heads are trained and saved with adapters; "" where it has no word.
     metric: the measure a best model is chosen by, as Trainer logs it; higher_is_better says which way.
-    measures: all that `quality` gives of every model.
+    measures: all that `quality` gives of every model; derived: those of them that the trainer does not log.
+    scores_rows: whether `scores` gives one for each row, and not one for a batch.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,8 @@ class Task(ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     measures: ClassVar[tuple[str, ...]] = ("loss",)
+    derived: ClassVar[frozenset[str]] = frozenset()
+    scores_rows: ClassVar[bool] = False
     batch_extras: ClassVar[frozenset[str]] = frozenset()  # what batches hold beside the model's inputs
     takes_images: ClassVar[bool] = False  # and so no tokens
     classes: Any = None  # of a classification, once known: labels.Classes

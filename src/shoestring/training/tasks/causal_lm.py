@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sized
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RunFailed, SettingError
@@ -31,6 +32,7 @@ class CausalLM(Task):
     metric = "loss"
     higher_is_better = False
     measures = ("loss", "perplexity", "mean_token_accuracy")
+    derived = frozenset({"perplexity"})
 
     @classmethod
     def auto_class(cls) -> Any:
@@ -77,8 +79,9 @@ class CausalLM(Task):
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
         model, tokenizer = load_pretrained(self.settings.model, self.auto_class())
+        self._set_up(tokenizer)
         chats = self.data.chat or "messages" in self._columns(data["train"]).values()
-        if chats and tokenizer.chat_template is None and not self.settings.train.get("chat_template_path"):
+        if chats and tokenizer.chat_template is None:
             raise SettingError(
                 f"{self.settings.model.name} has no chat template, which chats need; use prompt and completion columns "
                 "without data.chat, or set train.chat_template_path."
@@ -86,6 +89,24 @@ class CausalLM(Task):
         self.limit = max_positions(model, tokenizer)
         check_length(self.data.max_length, self.limit)
         return model, tokenizer
+
+    def _set_up(self, tokenizer: Any) -> None:
+        """Give the tokenizer the chat template and the end of a text that `train` names, as TRL does later.
+
+        Raises SettingError for what is no file of a template, and for a token that is not in the vocabulary.
+        """
+        if (template := self.settings.train.get("chat_template_path")) is not None:
+            path = Path(template).expanduser()
+            if path.suffix not in (".jinja", ".j2") or not path.is_file():
+                raise SettingError(
+                    f"train.chat_template_path must be a file .jinja or .j2, got {template!r}; tokens that "
+                    "the template of another model adds would need embeddings of their own."
+                )
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        if (end := self.settings.train.get("eos_token")) is not None:
+            if end not in tokenizer.get_vocab():
+                raise SettingError(f"train.eos_token must be a token that {self.settings.model.name} has, got {end!r}.")
+            tokenizer.eos_token = end
 
     def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         for split, dataset in data.items():
@@ -185,6 +206,9 @@ class CausalLM(Task):
             found["mean_token_accuracy"] = accuracy
         if "loss" not in found:
             raise RunFailed(self._nothing_counts(prefix))
+        train = self.settings.train
+        if train.get("loss_type", "nll") != "nll" or train.get("label_smoothing_factor"):
+            return found  # the loss is no mean of -log p then
         return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
 
 

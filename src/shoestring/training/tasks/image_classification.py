@@ -9,7 +9,7 @@ from .images import ImageTask, collate
 from .labels import CLASS_MEASURES, Classes, accuracy_and_f1, hits
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
     from transformers import Trainer
 
 
@@ -23,6 +23,7 @@ class ImageClassification(ImageTask):
     name = "image-classification"
     peft_task_type = ""  # peft has no word for it
     metric = "accuracy"
+    scores_rows = True
     higher_is_better = True
     measures = CLASS_MEASURES
 
@@ -42,14 +43,9 @@ class ImageClassification(ImageTask):
         self.classes = Classes.of(train, self.data.label)
         return self.classes.config
 
-    def encode(self, rows: dict[str, list[Any]], processor: Any) -> dict[str, list[Any]]:
-        labels = [self.classes.number(value) for value in rows[self.data.label]]
+    def encode(self, rows: dict[str, list[Any]], processor: Any, classes: Any = None) -> dict[str, list[Any]]:
+        labels = [classes.number(value) for value in rows[self.data.label]]
         return {**super().encode(rows, processor), "labels": labels}
-
-    def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
-        for split, dataset in data.items():
-            self.classes.check(split, dataset)
-        return super().prepare(data, model, processor)
 
     def scores(self, loss: Any, predictions: Any, labels: Any) -> list[float]:
         return hits(predictions, labels)

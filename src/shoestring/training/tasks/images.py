@@ -81,13 +81,14 @@ class ImageTask(Task):
         self.options = options_for_images(model, *_sides(processor, name))
         return model, processor
 
-    def encode(self, rows: dict[str, list[Any]], processor: Any) -> dict[str, list[Any]]:
-        """Rows of the data as what the model takes."""
+    def encode(self, rows: dict[str, list[Any]], processor: Any, classes: Any = None) -> dict[str, list[Any]]:
+        """Rows of the data as what the model takes. classes: to read their labels by."""
         return {"pixel_values": as_pixels(rows[self.data.image], processor)}
 
     def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         for split, dataset in data.items():
-            encode = partial(self.encode, processor=processor)
+            classes = self.classes and self.classes.of_split(split, dataset)
+            encode = partial(self.encode, processor=processor, classes=classes)
             data[split] = dataset.select_columns(self.columns).with_transform(encode)
         return data
 

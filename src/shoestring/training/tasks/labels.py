@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import SettingError
@@ -19,10 +19,12 @@ class Classes:
     """The classes of a run, as its training data has them.
 
     column: where the labels are: names, whole numbers or a ClassLabel. names: in the order of their numbers.
+    numbered: what the whole numbers of a split stand for, where it numbers named classes by itself.
     """
 
     column: str
     names: tuple[str, ...]
+    numbered: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, train: Dataset, column: str) -> Classes:
@@ -47,24 +49,38 @@ class Classes:
             "label2id": {name: index for index, name in enumerate(self.names)},
         }
 
-    def check(self, split: str, dataset: Dataset) -> None:
-        """Refuse a split with labels that are no class.
+    def of_split(self, split: str, dataset: Dataset) -> Classes:
+        """The same classes, to read the labels of a split by; a ClassLabel of its own may number them otherwise.
 
-        Raises SettingError, naming the first row of one.
+        Raises SettingError for a label that is no class, naming the first row of one.
         """
+        from datasets import ClassLabel
+
+        feature = dataset.features[self.column]
+        are_named = self.names != tuple(map(str, range(len(self.names))))
+        own = replace(self, numbered=tuple(feature.names) if are_named and isinstance(feature, ClassLabel) else ())
         for value in dataset.unique(self.column):
-            if not self._is_known(value):
+            if not own._is_known(value):
+                in_range = own.numbered and isinstance(value, int) and 0 <= value < len(own.numbered)
+                shown = own.numbered[value] if in_range else value
                 raise SettingError(
-                    f"Row {dataset[self.column].index(value)} of {split} has the label {value!r} in {self.column!r}, "
+                    f"Row {dataset[self.column].index(value)} of {split} has the label {shown!r} in {self.column!r}, "
                     f"which is out of range: the training data has {', '.join(self.names[:NAMED])}."
                 )
+        return own
 
     def number(self, value: Any) -> int:
         """The number of the class that a label names."""
-        return value if isinstance(value, int) else self.names.index(str(value))
+        if isinstance(value, int):  # true and false are 1 and 0
+            return self.names.index(self.numbered[value]) if self.numbered else int(value)
+        return self.names.index(str(value))
 
     def _is_known(self, value: Any) -> bool:
-        return 0 <= value < len(self.names) if isinstance(value, int) else str(value) in self.names
+        if not isinstance(value, int):
+            return str(value) in self.names
+        if not self.numbered:
+            return 0 <= value < len(self.names)
+        return 0 <= value < len(self.numbered) and self.numbered[value] in self.names
 
 
 def _names_in(train: Dataset, column: str) -> list[str]:

@@ -62,6 +62,7 @@ class MultipleChoice(Task):
     name = "multiple-choice"
     peft_task_type = ""  # depends on the model, and peft needs none
     metric = "accuracy"
+    scores_rows = True
     higher_is_better = True
     measures = ("accuracy", "loss")
     batch_extras = frozenset({"choices"})

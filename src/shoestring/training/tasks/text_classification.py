@@ -21,6 +21,7 @@ class TextClassification(Task):
     name = "text-classification"
     peft_task_type = "SEQ_CLS"
     metric = "accuracy"
+    scores_rows = True
     higher_is_better = True
     measures = CLASS_MEASURES
 
@@ -50,15 +51,18 @@ class TextClassification(Task):
         check_length(length, limit)
         tokenizer = QuicklyHashed(processor)
 
-        def encode(rows: dict[str, list]) -> dict[str, Any]:
+        def encode(rows: dict[str, list], classes: Classes) -> dict[str, Any]:
             texts = [rows[name] for name in (self.data.text, self.data.text_pair) if name is not None]
             encoded = tokenizer(*texts, truncation=length is not None, max_length=length)
-            return {**encoded, "labels": [self.classes.number(value) for value in rows[self.data.label]]}
+            return {**encoded, "labels": [classes.number(value) for value in rows[self.data.label]]}
 
         for split, dataset in data.items():
-            self.classes.check(split, dataset)
             data[split] = dataset.map(
-                encode, batched=True, remove_columns=dataset.column_names, desc=f"tokens of {split}"
+                encode,
+                batched=True,
+                fn_kwargs={"classes": self.classes.of_split(split, dataset)},
+                remove_columns=dataset.column_names,
+                desc=f"tokens of {split}",
             )
             longest = max(len(ids) for ids in data[split]["input_ids"])
             if limit is not None and longest > limit:
