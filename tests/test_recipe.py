@@ -196,6 +196,12 @@ class TestText:
     def test_bare_names_and_empty_settings_are_taken(self):
         assert Recipe.from_list(["hut", {"lora": None}]) == Recipe.from_list([{"hut": {}}, {"lora": {}}])
 
+    def test_numbers_and_truths_in_quotes_are_what_they_say(self):
+        text = '- lora: {r: "4", use_rslora: "no", lora_dropout: 1e-1, target_modules: "all-linear"}'
+        (config,) = (technique.config for technique in Recipe.from_yaml(text).techniques)
+        assert (config.r, config.use_rslora, config.lora_dropout) == (4, False, 0.1)
+        assert config.target_modules == "all-linear"
+
 
 RECIPES = {
     "lora": lambda: Recipe(lora()),

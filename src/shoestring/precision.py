@@ -1,11 +1,11 @@
 """Which dtype a computation runs in: under autocast, and where 16 bits are too few."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -28,6 +28,20 @@ def autocast_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
         return nullcontext
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """The forward of `model` as it was before accelerate put it under autocast for a trainer."""
+    own: dict[str, Any] = vars(model)
+    if "_original_forward" not in own or "forward" not in own:
+        yield
+        return
+    prepared, own["forward"] = own["forward"], own["_original_forward"]
+    try:
+        yield
+    finally:
+        own["forward"] = prepared
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

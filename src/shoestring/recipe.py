@@ -307,6 +307,7 @@ class Attached:
                 "version": 1,
                 "base_model": getattr(getattr(self.base_model, "config", None), "name_or_path", "") or None,
                 "recipe": self.recipe.to_list(),
+                "base_weights": len(trained) if base_weights else 0,
             },
             sort_keys=False,
         )
@@ -341,7 +342,7 @@ class Attached:
             raise SettingError(
                 f"{folder} holds a whole model, trained with an empty recipe: load it by from_pretrained()."
             )
-        if (folder / TRAINED_FILE).exists():
+        if (folder / TRAINED_FILE).exists() or _read_about(folder).get("base_weights"):
             tensors, _ = read_tensors(folder / TRAINED_FILE)
             self._statistics.put(tensors)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in self._statistics.now()}
@@ -453,13 +454,18 @@ def read_recipe(folder: Path) -> Recipe:
 
     Raises SettingError if there is none, or one that this version cannot read.
     """
+    return Recipe.from_list(_read_about(folder)["recipe"])
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What `save` wrote of the whole."""
     try:
         data = yaml.safe_load((folder / RECIPE_FILE).read_text())
     except FileNotFoundError:
         raise SettingError(f"{folder} holds no {RECIPE_FILE}: it was not saved by a recipe.") from None
     if not isinstance(data, dict) or data.get("version") != 1 or "recipe" not in data:
         raise SettingError(f"{folder / RECIPE_FILE} is damaged or of another version of this package.")
-    return Recipe.from_list(data["recipe"])
+    return data
 
 
 @dataclass(frozen=True)
@@ -515,15 +521,18 @@ def _build(index: int, entry: Any) -> Technique | PeftConfig:
     if not isinstance(settings, dict):
         raise SettingError(f"{where}.{name} must be a mapping of settings, got {settings!r}.")
     cls = known[name]
-    _check_settings(cls, settings, f"{where}.{name}")
+    settings = _checked_settings(cls, settings, f"{where}.{name}")
     try:
         return cls(**settings)
     except (ValueError, TypeError) as error:
         raise SettingError(f"{where}.{name}: {error}") from error
 
 
-def _check_settings(cls: type, settings: dict[str, Any], where: str) -> None:
-    """Refuse a name that the dataclass `cls` does not know, a value of another type, and one that is missing."""
+def _checked_settings(cls: type, settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings as the dataclass `cls` takes them: "8" as 8 and "no" as false where no text is wanted.
+
+    Raises SettingError for a name that it does not know, a value of another type, and one that is missing.
+    """
     if not is_dataclass(cls):
         raise TypeError(f"{cls.__name__} must be a dataclass, so that its settings can be checked.")
     own = {f.name: f for f in fields(cls) if f.init and f.name not in FILLED_BY_PEFT}
@@ -531,12 +540,15 @@ def _check_settings(cls: type, settings: dict[str, Any], where: str) -> None:
         hints = typing.get_type_hints(cls)
     except NameError:  # a type that is imported for checkers only
         hints = {}
+    read = dict(settings)
     for key, value in settings.items():
         if key not in own:
             raise SettingError(f"{where}: unknown setting {key!r}. {did_you_mean(str(key), own)}")
         try:
             adapter = pydantic.TypeAdapter(hints.get(key, Any), config={"arbitrary_types_allowed": True})
-            adapter.validate_python(value)
+            found = adapter.validate_python(value)
+            if isinstance(value, str) and isinstance(found, int | float):
+                read[key] = found
         except pydantic.ValidationError as error:
             wanted = getattr(hints[key], "__name__", None) or str(hints[key]).replace("typing.", "")
             raise SettingError(f"{where}.{key} must be {wanted}, got {value!r} ({error.errors()[0]['msg']}).") from None
@@ -547,6 +559,7 @@ def _check_settings(cls: type, settings: dict[str, Any], where: str) -> None:
     ]
     if required:
         raise SettingError(f"{where} needs the setting {required[0]!r}.")
+    return read
 
 
 def _refuse_conflicts(techniques: tuple[Technique, ...]) -> None:

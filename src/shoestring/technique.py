@@ -192,6 +192,7 @@ class Technique(Events):
     varies: what it changes from one step to another, `WHICH_TRAIN` or `NUMBERS_HELD` or both.
     holds: what of these must stay as it is, where this one keeps a copy or a record of all that trains.
     graph_in_blocks: what blocks compute in forward is in the graph of the loss, so that a loss of it may be added.
+    unscaled_gradients: it reads gradients while backward runs, so that these must not be scaled, as fp16 has it.
     loss_in_model: it acts where the model computes its loss; trainers that compute it elsewhere leave it to the model.
     brings_loss: it computes the loss itself, of inputs without labels.
     reads_of_batch: what it reads of a batch beside the model's inputs, in the words of a task's `batch_extras`.
@@ -208,6 +209,7 @@ class Technique(Events):
     varies: ClassVar[frozenset[str]] = frozenset()
     holds: ClassVar[frozenset[str]] = frozenset()
     graph_in_blocks: ClassVar[bool] = True
+    unscaled_gradients: ClassVar[bool] = False
     loss_in_model: ClassVar[bool] = False
     brings_loss: ClassVar[bool] = False
     reads_of_batch: ClassVar[frozenset[str]] = frozenset()

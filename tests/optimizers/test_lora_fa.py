@@ -176,6 +176,44 @@ def test_groups_have_the_runs_weight_decay_and_learning_rates_of_their_own(tmp_p
     assert trainer.create_optimizer() is trainer.optimizer
 
 
+def optimizer_of(model: nn.Module, folder) -> torch.optim.Optimizer:
+    return RecipeTrainer(model=model, args=arguments(folder), train_dataset=rows()).create_optimizer()
+
+
+def test_pairs_without_a_gradient_wait(tmp_path):
+    model = Recipe(lora(), LoraFA()).apply(classifier())
+    optimizer = optimizer_of(model, tmp_path)
+    waiting, *others = [p for name, p in model.named_parameters() if "lora_B" in name]
+    for step in range(3):
+        for p in others:
+            p.grad = torch.ones_like(p)
+        waiting.grad = torch.ones_like(waiting) if step == 2 else None
+        optimizer.step()
+        assert len(optimizer.param_groups[0]["params"]) == 2 * (1 + len(others))
+        assert (waiting.abs().sum() == 0) == (step < 2)
+    assert all(p.abs().sum() > 0 for p in others)
+
+
+def test_a_resumed_state_is_where_the_weights_are(tmp_path):
+    model = Recipe(lora(), LoraFA()).apply(classifier())
+    optimizer = optimizer_of(model, tmp_path)
+    for name, p in model.named_parameters():
+        p.grad = torch.ones_like(p) if "lora_B" in name else None
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"] = {  # as a GPU's is read: on another device than the weights
+        key: {name: each.to("meta") if torch.is_tensor(each) else each for name, each in own.items()}
+        for key, own in saved["state"].items()
+    }
+    with pytest.raises(NotImplementedError, match="out of meta tensor"):  # which it tries to bring to the weights
+        optimizer.load_state_dict(saved)
+
+
+def test_numbers_that_come_and_go_are_refused_beside_it():
+    with pytest.raises(SettingError, match="lora_fa"):
+        Recipe.from_list([{"lora": {"target_modules": LAYERS}}, {"id3": {"of": "adapters"}}, "lora_fa"])
+
+
 def test_a_is_trainable_again_after():
     model = classifier()
     recipe = Recipe(lora(), LoraFA())

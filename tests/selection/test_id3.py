@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -574,3 +575,10 @@ def test_chosen_numbers_of_the_packaged_encoder_learn_a_few_reviews(tmp_path):
     assert report.trained_parameters == 20_000 + 2 * 384 + 2
     saved = load_file(tmp_path / "run" / "final" / FILE)
     assert len(saved["places"]) == 20_000
+
+
+def test_scaled_gradients_are_refused() -> None:
+    model = Recipe(ID3(density=0.1)).apply(classifier())
+    arguments = SimpleNamespace(n_gpu=0, torch_compile=False, fp16=True)
+    with pytest.raises(SettingError, match=r"id3 reads gradients while backward runs, where fp16 has them scaled"):
+        RecipeCallback().on_train_begin(arguments, None, None, model=model)

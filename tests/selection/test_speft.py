@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from shoestring import Ledger, Recipe, load
 from shoestring.blocks import Recompute
@@ -19,7 +19,7 @@ from shoestring.selection.speft import MovingEntries
 from shoestring.technique import Moment
 from shoestring.testing.assets import need
 from shoestring.testing.tiny_models import CLASSIFIER, DECODER, classifier, decoder
-from shoestring.training import RunSettings, train
+from shoestring.training import RecipeTrainer, RunSettings, train
 from shoestring.training.merging import merged_model
 
 BATCH = CLASSIFIER.batch()
@@ -473,3 +473,22 @@ def test_a_packaged_model_learns_from_a_small_share_of_its_numbers(tmp_path, dyn
     }
     losses = [loss for _, loss in train(RunSettings.from_dict(run)).losses]
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_later_choices_are_scored_in_the_precision_of_the_first(tmp_path):
+    model, seen = applied(dynamic_steps=1, score="grasp"), []
+    layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
+    layer.register_forward_hook(lambda module, x, y: seen.append((model.training, y.dtype)))
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        bf16=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    RecipeTrainer(model=model, args=arguments, train_dataset=DATA["train"]).train()
+    assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
+    assert {dtype for training, dtype in seen if not training} == {torch.float32}

@@ -82,6 +82,8 @@ class TestRunFile:
         [
             ({"train": {"learning_rat": 1}}, "Did you mean 'learning_rate'"),
             ({"train": {"save_only_model": True}}, "checkpoints hold all that --resume needs"),
+            ({"train": {"enable_jit_checkpoint": True}}, "as of ctrl-C, saves a checkpoint"),
+            ({"train": {"prediction_loss_only": True}}, "evaluation measures what the task is measured by"),
             (
                 {"train": {"train_sampling_strategy": "group_by_length"}},
                 "must be random or sequential, since a",
@@ -205,6 +207,18 @@ class TestOutputFolder:
         losses = json.loads((finished(path) / "report.json").read_text())["losses"]
         assert main(["train", str(path), "--overwrite"]) == 0
         assert json.loads((path.with_suffix("") / "report.json").read_text())["losses"] == losses
+
+    def test_a_run_that_comes_to_nothing_before_its_first_step_leaves_the_old_one(self, run_file, capsys):
+        path = run_file("twice")
+        folder = finished(path)
+        before = files(folder)
+        zeroth = [{"lora": {"r": 2, "target_modules": ["query"]}}, "bilevel_zofo"]
+        run_file("twice", recipe=zeroth)  # which is told in the first step that it needs held-out rows
+        assert "give a validation split" in fails(capsys, path, "--overwrite")
+        assert files(folder) == before
+        fresh = run_file("fresh", recipe=zeroth)
+        assert "give a validation split" in fails(capsys, fresh)
+        assert not fresh.with_suffix("").exists()
 
     def test_overwriting_leaves_files_that_are_not_the_runs(self, run_file):
         path = run_file("twice")

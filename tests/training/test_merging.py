@@ -193,6 +193,25 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(recipe, words, fin
     assert not list(tmp_path.glob("*merged*"))
 
 
+def test_a_head_that_does_not_train_is_that_of_the_run(run_file, review_csv, tmp_path):
+    path = run_file("run", recipe=[{"bitfit": {"train_head": False}}], train={"learning_rate": 1e-2})
+    settings = RunSettings.load(path)
+    heads = []
+    train(settings, on_ready=lambda ready: heads.append(ready.attached.base_model.classifier.weight.detach().clone()))
+    torch.manual_seed(7)
+    merge(settings.output_dir, tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.classifier.weight, heads[0])
+
+
+def test_trained_weights_that_are_missing_are_told_of(finished, tmp_path):
+    settings, folder = finished(recipe=["norm_tuning"])
+    (Path(folder) / "final" / "trained.safetensors").unlink()
+    base, _ = load_pretrained(settings.model, AutoModelForCausalLM)
+    with pytest.raises(SettingError, match=r"final holds no trained\.safetensors"):
+        load(base, f"{folder}/final")
+
+
 def test_wrong_folders_and_options_are_refused(finished, tmp_path):
     with pytest.raises(SettingError, match=r"nothing holds no finished run \(run.yaml and final/\)"):
         merge(tmp_path / "nothing", tmp_path / "merged")

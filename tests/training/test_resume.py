@@ -298,6 +298,20 @@ def test_early_stopping_counts_on_across_a_kill(run_file, child, tmp_path, revie
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_its_evaluation(run_file, child, tmp_path, review_csv):
+    """A run that goes on from it begins with the next epoch, so what it leaves out would never be done."""
+    arguments = {**STEPS, "save_steps": 3, "eval_strategy": "epoch", "max_steps": 20, "learning_rate": 1e-9}
+    settings = {"data": {"validation": str(review_csv)}, "train": arguments, "early_stopping_patience": 2}
+    uninterrupted(run_file("whole", **settings))
+    assert outcome(tmp_path / "whole")[0][-1][0] == 9  # of three evaluations the first is the best
+    path = run_file("killed", **settings)
+    assert child(path, ("saved", 3)) == -signal.SIGKILL
+    state = json.loads((tmp_path / "killed" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [3]
+    assert child(path, resume=True) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_early_stopping_added_at_a_resume_counts_from_there(run_file, tmp_path, review_csv):
     arguments = {**STEPS, **HELD_OUT, "max_steps": 20, "learning_rate": 1e-9}
     settings = {"data": {"validation": str(review_csv)}, "train": arguments}

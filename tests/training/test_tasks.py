@@ -15,9 +15,11 @@ from shoestring.errors import RunFailed, SettingError
 from shoestring.testing.assets import need
 from shoestring.training import RunSettings, train
 from shoestring.training.data import load_splits
+from shoestring.training.merging import merge
 from shoestring.training.run import prepare
 from shoestring.training.settings import DataSettings
 from shoestring.training.tasks.base import QuicklyHashed
+from shoestring.training.tasks.labels import Classes
 
 
 def ready(path, *overrides):
@@ -202,6 +204,76 @@ def test_tokenizers_are_told_apart_by_what_they_make_of_a_text(tiny_classifier_f
     others.append({"eos_token": "film"})
     names = {mine, name_of(tiny_decoder_folder), *(name_of(tiny_classifier_folder, **one) for one in others)}
     assert len(names) == 6
+
+
+def test_classes_that_the_held_out_data_numbers_otherwise_are_told_apart_by_name():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def rows(names: list[str], numbers: list[int]) -> Dataset:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"text": ["some"] * len(numbers), "label": numbers}, features=features)
+
+    classes = Classes.of(rows(["cat", "dog", "fox"], [0, 1, 2]), "label")
+    held_out = classes.of_split("test", rows(["fox", "cat"], [0, 1, 0]))
+    assert [held_out.number(value) for value in (0, 1, 0)] == [2, 0, 2]
+    same = classes.of_split("validation", rows(["cat", "dog", "fox"], [2, 1]))
+    assert [same.number(value) for value in (0, 1, 2)] == [0, 1, 2]
+    with pytest.raises(SettingError, match=r"Row 1 of test has the label 'wolf' in 'label'.* has cat, dog, fox"):
+        classes.of_split("test", rows(["fox", "wolf"], [0, 1]))
+    named = Classes.of(Dataset.from_dict({"label": ["dog", "cat"]}), "label")
+    assert [named.of_split("test", rows(["dog", "cat"], [0, 1])).number(value) for value in (0, 1, "dog")] == [1, 0, 1]
+    numbered = Classes.of(Dataset.from_dict({"label": [0, 1]}), "label")
+    assert numbered.of_split("test", rows(["negative", "positive"], [0, 1])).number(1) == 1
+
+
+def test_labels_that_are_true_or_false_train(run_file, tmp_path):
+    lines = [json.dumps({"text": f"the film is {word}", "label": word == "warm"}) for word in ("dull", "warm") * 6]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data = {"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")}
+    report = train(RunSettings.load(run_file("run", data=data)))
+    assert report.classes == ["False", "True"]
+    assert set(report.quality["test"]) >= {"accuracy"}
+
+
+def test_no_held_out_row_is_dropped(run_file, review_csv):
+    settings = run_file("run", data={"test": str(review_csv)}, train={"dataloader_drop_last": True})
+    prepared = ready(settings, "train.per_device_eval_batch_size=7")
+    assert sum(len(batch["labels"]) for batch in prepared.trainer.get_eval_dataloader(prepared.data["test"])) == 24
+    assert prepared.trainer.args.dataloader_drop_last
+
+
+@pytest.mark.parametrize("field", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_perplexity_is_that_of_a_plain_loss_alone(run_file, prompt_jsonl, field):
+    found = {}
+    for name, fields in (("plain", {}), ("other", field)):
+        path = run_file(name, task="causal-lm", data={"test": str(prompt_jsonl)}, train={"max_steps": 2, **fields})
+        found[name] = train(RunSettings.load(path)).quality["test"]
+    assert "perplexity" in found["plain"]
+    assert "perplexity" not in found["other"]
+
+
+def test_a_template_of_ones_own_is_there_from_the_beginning_and_in_what_is_merged(run_file, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s>{% endfor %}")
+    fields = {"chat_template_path": str(template), "eos_token": "good", "max_steps": 2}
+    path = run_file("run", task="causal-lm", data={"chat": True}, train=fields)
+    train(RunSettings.load(path))
+    merge(path.with_suffix(""), tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template == template.read_text()
+    assert tokenizer.eos_token == "good"
+    with pytest.raises(SettingError, match=r"train\.chat_template_path must be a file .*, got 'other/model'"):
+        ready(path, "train.chat_template_path=other/model")
+    with pytest.raises(SettingError, match=r"train\.eos_token must be a token that .* has, got '<none>'"):
+        ready(path, "train.eos_token=<none>")
+
+
+def test_weights_that_train_in_bfloat16_are_told_of(run_file, tiny_decoder_folder):
+    model = {"name": str(tiny_decoder_folder), "dtype": "bfloat16"}
+    told = ready(run_file("one", task="causal-lm", model=model, recipe=["norm_tuning"])).notes
+    assert any("numbers train in bfloat16, where an update below about 1/256" in note for note in told)
+    adapters = ready(run_file("two", task="causal-lm", model=model)).notes
+    assert not any("numbers train in bfloat16" in note for note in adapters)
 
 
 class TestHeldOutForValidation:

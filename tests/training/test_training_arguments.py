@@ -37,6 +37,31 @@ def test_the_best_model_is_that_of_the_metric_asked_for(
     assert made(run_file("run", task=task, train=train)).greater_is_better is higher
 
 
+@pytest.mark.parametrize("metric", ["f1", "perplexity", "id3_numbers"])
+def test_what_is_not_evaluated_chooses_no_model(run_file: Callable[..., Path], metric: str) -> None:
+    train = {"metric_for_best_model": metric}
+    with pytest.raises(SettingError, match=f"must be one of loss, mean_token_accuracy, .* got '{metric}'"):
+        made(run_file("run", task="causal-lm", train=train))
+    chosen = made(run_file("one", task="causal-lm", recipe=["id3"], train={"metric_for_best_model": "id3_numbers"}))
+    assert chosen.greater_is_better
+
+
+def test_a_metric_that_is_left_empty_is_the_tasks(run_file: Callable[..., Path]) -> None:
+    path = run_file("run")
+    path.write_text(path.read_text().replace("train:\n", "train:\n  metric_for_best_model:\n"))
+    assert made(path).metric_for_best_model == "accuracy"
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min")])
+def test_schedules_that_look_at_quality_know_which_way_is_better(
+    run_file: Callable[..., Path], metric: str, mode: str
+) -> None:
+    train = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": metric, "eval_strategy": "epoch"}
+    assert made(run_file("run", train=train)).lr_scheduler_kwargs == {"mode": mode}
+    train["lr_scheduler_kwargs"] = {"patience": 3}
+    assert made(run_file("two", train=train)).lr_scheduler_kwargs == {"mode": mode, "patience": 3}
+
+
 def test_evaluations_by_the_steps_of_logging_have_checkpoints_too(run_file: Callable[..., Path]) -> None:
     train = {"eval_strategy": "steps", "logging_steps": 30, "save_steps": None}
     arguments = made(run_file("run", train=train))

@@ -25,10 +25,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import SettingError
-from ..technique import Phase, Technique, register_technique
+from ..technique import NUMBERS_HELD, Phase, Technique, register_technique
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+BY_PARAMETER = ("params", "names", "scaling_factors")  # lists of a group
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class LoraFA(Technique):
     phase: ClassVar[Phase] = Phase.OPTIMIZER
     claims: ClassVar[frozenset[str]] = frozenset({"the optimizer"})
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
+    holds: ClassVar[frozenset[str]] = frozenset({NUMBERS_HELD})  # its state is kept by name, and not by parameter
     removes: ClassVar[frozenset[str]] = frozenset({"inputs of trained weights"})
     eps: float = 1e-6
 
@@ -91,13 +94,40 @@ class LoraFA(Technique):
                 "the optimizer is given: train without FSDP."
             )
         named_groups: Any = [_named_group(group, names, pairs) for group in groups]
-        return LoraFAOptimizer(
+        return LoraFAOfParts(
             named_groups,
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=self.eps,
             weight_decay=arguments.weight_decay,
         )
+
+
+class LoraFAOfParts(LoraFAOptimizer):
+    """peft's, also where a step gives some B no gradient, and resumed on the device of its weights."""
+
+    def step(self, closure: Any = None) -> Any:
+        """As peft's, of the pairs whose B has a gradient."""
+        whole = [{key: group[key] for key in BY_PARAMETER} for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                pairs = [(name, p) for name, p in zip(group["names"], group["params"], strict=True)]
+                idle = {name[:-1] for name, p in pairs if name.endswith(".lora_B") and p.grad is None}
+                left = [place for place, (name, _) in enumerate(pairs) if name[:-1] not in idle]
+                group.update({key: [group[key][place] for place in left] for key in BY_PARAMETER})
+            return super().step(closure)
+        finally:
+            for group, lists in zip(self.param_groups, whole, strict=True):
+                group.update(lists)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As ever; torch moves the state of parameters alone to their device, and this one is kept by name."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                pair, is_pair, _ = name.partition("lora")
+                own = self.state.get(pair + is_pair, {})
+                own.update({key: each.to(parameter.device) for key, each in own.items() if torch.is_tensor(each)})
 
 
 def _named_group(group: dict[str, Any], names: dict[int, str], pairs: dict[int, Pair]) -> dict[str, Any]:

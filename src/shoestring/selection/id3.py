@@ -217,6 +217,7 @@ class ID3(SparseSelection):
 
     name: ClassVar[str] = "id3"
     varies: ClassVar[frozenset[str]] = frozenset({NUMBERS_HELD})
+    unscaled_gradients: ClassVar[bool] = True
 
     count: int | None = None
     density: float | None = None

@@ -27,6 +27,7 @@ from ..adapters.base import has_linear_weight
 from ..adapters.placement import stacks
 from ..errors import SettingError
 from ..precision import wide_dtype
+from ..resizing import replace_data
 from ..targets import Names, targeted
 from ..technique import Moment
 from ..whole_files import check_names, read_tensors, write_tensors
@@ -102,7 +103,7 @@ class Entries(nn.Module):
         self.put(self.originals)
         self.places = places.to(self.places)
         self.originals = self.taken()
-        self.values.data = values.to(self.values)
+        replace_data(self.values, values.to(self.values))
         self.values.requires_grad_(self._may_train)
         self.write(always=True)
 

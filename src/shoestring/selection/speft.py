@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from ..errors import SettingError
 from ..fakes import has_values
+from ..precision import without_autocast
 from ..quantisation.calibration import Calibrated
 from ..resizing import replace_data
 from ..technique import NUMBERS_HELD, Moment, refuse_several_processes, register_technique
@@ -157,7 +158,8 @@ class Speft(Calibrated, SparseSelection):
         if not all(has_values(entries.values) for entries in self.entries.values()):
             return
         self._steps_scored = moment.step
-        chosen = self.places(moment.model, {name: entries.weight[0] for name, entries in self.entries.items()})
+        with without_autocast(moment.model):  # as the first choice, which is made before training
+            chosen = self.places(moment.model, {name: entries.weight[0] for name, entries in self.entries.items()})
         for name, entries in self.entries.items():
             if isinstance(entries, MovingEntries):
                 entries.move(chosen[name], moment.optimizer)

@@ -48,6 +48,10 @@ class RecipeCallback(TrainerCallback):
         reading = [t.name for t in self.attached.techniques if getattr(t, "reads_operations", False)]
         if args.torch_compile and reading:
             raise SettingError(COMPILED.format(name=reading[0]))
+        if args.fp16 and (scaled := [t.name for t in self.attached.techniques if t.unscaled_gradients]):
+            raise SettingError(
+                f"{scaled[0]} reads gradients while backward runs, where fp16 has them scaled: use bf16, or neither."
+            )
         self.attached.accumulation_steps = args.gradient_accumulation_steps
         if not self.in_recipe_trainer and self.attached.parameter_groups():
             raise ValueError(

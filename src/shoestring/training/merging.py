@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import is_quantised
@@ -112,13 +113,16 @@ def merge(
     task = TASKS[settings.task](settings)
     task.set_up_recipe(recipe)
     say(f"Loading data {settings.data.train}")
-    data = load_splits(settings.data, int(settings.train.get("seed", 42)))
+    seed = int(settings.train.get("seed", 42))
+    data = load_splits(settings.data, seed)
     say(f"Loading model {settings.model.name}")
+    set_seed(seed)  # a new head that did not train starts as it did in the run
     model, processor = task.load(data)
     form = getattr(torch, dtype) if dtype else model.dtype
     probe = _probe(task, data, model, processor)
     whole = model
     if settings.model.quantization is not None or form != model.dtype:
+        set_seed(seed)
         whole, _ = TASKS[settings.task](_in_full(settings, form)).load(data)
         take_over(whole, model)
     base, own = logits_of(model, probe), set(whole.state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -155,6 +155,17 @@ def _synchronize() -> None:
     """Wait for the GPU, whose work a clock on the CPU does not see."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class AtFirstStep(TrainerCallback):
+    """Calls what it is given once the first step was made, before anything of the run is saved."""
+
+    def __init__(self, call: Callable[[], None]):
+        self._call = call
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Call it; again and again does no harm."""
+        self._call()
 
 
 class StopWhenAsked(TrainerCallback):

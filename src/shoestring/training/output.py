@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import SettingError
+from ..errors import RunFailed, SettingError
 from .checkpoints import BESIDE, checkpoints_in
 
 REPORT, SETTINGS, FINAL, LOCK = "report.json", "run.yaml", "final", ".lock"
+ASIDE = ".replaced"  # a run whose place a new one takes
 
 
 @contextmanager
@@ -75,10 +76,37 @@ def held(folder: Path, user: str) -> Iterator[None]:
         lock.release()
 
 
-def throw_away(folder: Path) -> None:
-    """Remove what a run left in the folder, its report first; other files stay."""
-    for path in _of_a_run(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+@contextmanager
+def new_run(folder: Path) -> Iterator[Callable[[], None]]:
+    """Make room for a new run; yields what throws the old one away, to be called once a first step was made.
+
+    What the old run left is put aside; where the new one comes to nothing before that step, it is put back, and what
+    has been written since is removed. Other files stay.
+    """
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    old = _of_a_run(folder)
+    for path in old:
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+        shutil.rmtree(aside, ignore_errors=True)
+
+    try:
+        yield begin
+    except (SettingError, RunFailed):
+        if not begun:
+            for path in _of_a_run(folder):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in old:
+                (aside / path.name).rename(path)
+        raise
+    finally:
+        begin()
 
 
 def _of_a_run(folder: Path) -> list[Path]:

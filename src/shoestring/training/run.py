@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +39,7 @@ from .callback import refuse_copies
 from .checks import GradientCheck
 from .data import load_splits
 from .low_bit_optimizers import check_optimizer, note_on
-from .observe import StepMemory, StepShape, StepTimes, StopWhenAsked
+from .observe import AtFirstStep, StepMemory, StepShape, StepTimes, StopWhenAsked
 from .quantised import numbers_in
 from .report import Report, median
 from .tasks import TASKS, Task
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from .settings import RunSettings
+
+LOOKING_AT_QUALITY = ("reduce_lr_on_plateau", "greedy")  # schedules that go by evaluations
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def train(
             "RecipeTrainer in a script of your own."
         )
     folder = Path(settings.output_dir)
-    with output.output_folder(folder, resume=resume, overwrite=overwrite):
+    with output.output_folder(folder, resume=resume, overwrite=overwrite), ExitStack() as stack:
         checkpoint = None
         if resume:
             checkpoint, problems = checkpoints.find(folder, identity(settings))
@@ -102,8 +104,8 @@ def train(
         ready = prepare(settings, say=say, callbacks=[stop, memory, times, GradientCheck(), *callbacks])
         on_ready(ready)
         try:
-            if overwrite:  # only now that nothing is wrong with the new run
-                output.throw_away(folder)
+            if not resume:
+                ready.trainer.add_callback(AtFirstStep(stack.enter_context(output.new_run(folder))))
             shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
             write_text(folder / output.SETTINGS, settings.to_yaml())
             before = {}
@@ -188,7 +190,7 @@ def prepare(
     data = task.prepare(data, model, processor)
     arguments = training_arguments(settings, task, data)
     notes.append(_note_on_bfloat16(model, arguments))
-    told = tuple(filter(None, notes))
+    told: tuple[str, ...] = tuple(filter(None, notes))
     for note in told:
         say(note)
     set_seed(seed)
@@ -196,12 +198,19 @@ def prepare(
     if any(technique.runs_model for technique in recipe.techniques):
         move_ahead(model, arguments)
     model = _attach(recipe, model, task.model_inputs(data, processor) if reads_data else None, processor)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        if parameter.dtype == torch.float16:
             raise SettingError(
                 f"{name} would train in float16, whose range is too small for updates; set model.dtype to float32 or "
                 "bfloat16, or train.fp16 with a float32 model."
             )
+    if count := sum(p.numel() for p in trained.values() if p.dtype == torch.bfloat16):
+        told += (
+            f"{count:,} numbers train in bfloat16, where an update below about 1/256 of a number is rounded away: with "
+            "small learning rates, set model.dtype to float32 and train.bf16 to true.",
+        )
+        say(told[-1])
     try:
         trainer = task.trainer(
             model=model,
@@ -322,11 +331,24 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
     }
+    given = dict(settings.train)
+    if given.get("metric_for_best_model", "") is None:  # `metric_for_best_model:` with nothing after it
+        del given["metric_for_best_model"]
     if "validation" in data and settings.train.get("eval_strategy") != "no":
         strategy = settings.train.get("eval_strategy", "epoch")
         defaults |= {"eval_strategy": strategy, "save_strategy": strategy, "metric_for_best_model": task.metric}
-        if settings.train.get("metric_for_best_model", task.metric).removeprefix("eval_") == task.metric:
-            defaults["greater_is_better"] = task.higher_is_better  # of others transformers tells by the name
+        best = given.get("metric_for_best_model", task.metric).removeprefix("eval_")
+        logged = [name for name in task.measures if name not in task.derived]
+        if best not in logged and not any(best.startswith(each.name) for each in settings.build_recipe().techniques):
+            raise SettingError(
+                f"train.metric_for_best_model must be one of {', '.join(logged)}, which {task.name} evaluates by, or "
+                f"what a technique of the recipe measures; got {best!r}."
+            )
+        higher = task.higher_is_better if best == task.metric else not best.endswith("loss")
+        defaults["greater_is_better"] = higher
+        if given.get("lr_scheduler_type") in LOOKING_AT_QUALITY:  # which else take less for better, whatever it is
+            mode = "max" if given.get("greater_is_better", higher) else "min"
+            given["lr_scheduler_kwargs"] = {"mode": mode, **(given.get("lr_scheduler_kwargs") or {})}
         if settings.train.get("save_strategy", strategy) == strategy:
             defaults["load_best_model_at_end"] = True
             steps = settings.train.get("eval_steps") or settings.train.get("logging_steps", defaults["logging_steps"])
@@ -341,7 +363,7 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         raise SettingError("early_stopping_patience needs a validation split; name one as data.validation.")
     defaults |= task.argument_defaults()
     arguments = settings.training_arguments(
-        **{**defaults, **settings.train, "output_dir": settings.output_dir, "eval_on_start": False}
+        **{**defaults, **given, "output_dir": settings.output_dir, "eval_on_start": False}
     )
     refuse_copies(arguments)
     return arguments

@@ -152,6 +152,14 @@ class RecipeTrainerMixin(Trainer):
         inputs: dict[str, Any] = self._prepare_inputs(collate([rows[int(index)] for index in chosen]))
         return inputs
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, with all rows: dataloader_drop_last is for training."""
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As in Trainer, once the techniques have had their look at whole gradients."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -346,6 +354,7 @@ class _RecipeTrainerCallback(RecipeCallback):
 
     def __init__(self, trainer: RecipeTrainerMixin):
         self.trainer = trainer
+        self._saves_after_epoch = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -355,6 +364,21 @@ class _RecipeTrainerCallback(RecipeCallback):
         self.attached.model_loss_is_used |= self.trainer.leaves_loss_to_model
         if self.trainer.resumed_from is not None:
             self.trainer.resume_running_loss(self.trainer.resumed_from)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put a checkpoint at the end of an epoch off until what belongs to that end is done, such as an evaluation: a
+        run that is resumed from it begins with the next epoch.
+        """
+        if control.should_save and float(state.epoch or 0.5).is_integer():
+            control.should_save, self._saves_after_epoch = False, True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last step of an epoch."""
+        super().on_epoch_end(args, state, control, **kwargs)
+        if self._saves_after_epoch:
+            control.should_save, self._saves_after_epoch = True, False
 
 
 class RecipeTrainer(RecipeTrainerMixin, Trainer):
