@@ -582,7 +582,7 @@ def test_what_cannot_be_pruned_is_refused_by_name(
     [
         (SketchTune(groups=2, calibrate=False), "replaces it or chooses numbers of it by their place"),
         (Speft(count=50, score="magnitude", target_modules=["up_proj"]), "chooses numbers of it by their place"),
-        (LoraFA(), "light_peft and lora_fa cannot be combined"),
+        (LoraFA(), "lora_fa and light_peft cannot be combined"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers.models.bert.modeling_bert import BertOutput
 
 from shoestring.cli import main
-from shoestring.training import checkpoints
+from shoestring.training import RunSettings, checkpoints, train
 from shoestring.training.output import LOCK
 
 
@@ -208,13 +208,22 @@ class TestOutputFolder:
         assert main(["train", str(path), "--overwrite"]) == 0
         assert json.loads((path.with_suffix("") / "report.json").read_text())["losses"] == losses
 
-    def test_a_run_that_comes_to_nothing_before_its_first_step_leaves_the_old_one(self, run_file, capsys):
+    def test_a_run_that_comes_to_nothing_before_its_first_step_leaves_the_old_one(self, run_file, capsys, monkeypatch):
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
         path = run_file("twice")
         folder = finished(path)
         before = files(folder)
         zeroth = [{"lora": {"r": 2, "target_modules": ["query"]}}, "bilevel_zofo"]
         run_file("twice", recipe=zeroth)  # which is told in the first step that it needs held-out rows
         assert "give a validation split" in fails(capsys, path, "--overwrite")
+        assert files(folder) == before
+        settings = RunSettings.load(run_file("twice"))
+        with monkeypatch.context() as patch:
+            patch.setattr("shoestring.training.trainer.RecipeTrainer.training_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, overwrite=True)
         assert files(folder) == before
         fresh = run_file("fresh", recipe=zeroth)
         assert "give a validation split" in fails(capsys, fresh)

@@ -39,7 +39,7 @@ def test_a_processor_without_bfloat16_is_told_of(run_file, monkeypatch, changes,
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     said = []
     prepare(RunSettings.load(run_file("run"), changes), say=said.append)
-    notes = [text for text in said if "bfloat16" in text]
+    notes = [text for text in said if "AVX-512" in text]
     assert [way in note for note in notes] == ([] if way is None else [True])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import RunFailed, SettingError
+from ..errors import SettingError
 from .checkpoints import BESIDE, checkpoints_in
 
 REPORT, SETTINGS, FINAL, LOCK = "report.json", "run.yaml", "final", ".lock"
@@ -98,7 +98,7 @@ def new_run(folder: Path) -> Iterator[Callable[[], None]]:
 
     try:
         yield begin
-    except (SettingError, RunFailed):
+    except BaseException:
         if not begun:
             for path in _of_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
