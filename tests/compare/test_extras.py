@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from shoestring.compare.extras import Forgetting, Generation, Latency, LmEval
 from shoestring.compare.extras.generation import _is_same
+from shoestring.compare.extras.lm_eval import _task_manager
 from shoestring.errors import SettingError
 from shoestring.recipe import Recipe
 from shoestring.training.run import Ready, prepare
@@ -272,5 +273,9 @@ def test_several_filters_of_answers_are_told_apart_and_the_task_says_which_way_i
         ("tiny_answers_exact_match_whole", "lower")  # the task's word, which is not the harness's
     ]
     assert set(extra.after(run)) == {"tiny_answers_exact_match_whole"}
+    (harness_task / "tiny_group.yaml").write_text(yaml.safe_dump({"group": "tiny_group", "task": ["tiny_answers"]}))
+    _task_manager.cache_clear()
+    (of_group,) = LmEval(metrics=["exact_match"], **some | {"tasks": ["tiny_group"]}).measures
+    assert of_group.better == "lower"
     ways = {each.label: each.better for each in LmEval(tasks=["wikitext"], metrics=["bits_per_byte", "mine"]).measures}
     assert ways == {"bits_per_byte of wikitext": "lower", "mine of wikitext": None}

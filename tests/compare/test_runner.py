@@ -326,7 +326,7 @@ def test_losses_differ_as_they_are_shown_and_on_equal_batches_alone(
 
     results = results_of({"lora": lora, "full": {"recipe": [], "train": {"learning_rate": 0.05}}}, [0, 1])
     assert [result.shoestring.weights for result in results] == [[7, 7, 7, 3]] * 4
-    assert len({result.shoestring.rows for result in results}) == 1
+    assert len({(result.shoestring.rows, result.shoestring.batches) for result in results}) == 1
     compared = compare_results(Asked("suite", "causal-lm", "tiny", ("lora", "full"), "loss", "lora"), results)
     found = {recipe.name: recipe for recipe in compared.recipes}
     shown = found["full"].values["loss"].mean - found["lora"].values["loss"].mean
@@ -334,7 +334,7 @@ def test_losses_differ_as_they_are_shown_and_on_equal_batches_alone(
     of_batches = [np.subtract(results[k].shoestring.scores, results[k + 2].shoestring.scores).mean() for k in (0, 1)]
     assert np.mean(of_batches) != pytest.approx(shown, rel=1e-3)
     others = [*results_of({"short": lora}, [0], length=6), *results_of({"even": lora}, [0], batch=6)]
-    assert len({results[0].shoestring.rows, *(result.shoestring.rows for result in others)}) == 3
+    assert len({results[0].shoestring.batches, *(result.shoestring.batches for result in others)}) == 3
     assert others[1].shoestring.weights == []
 
 

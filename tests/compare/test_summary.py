@@ -203,7 +203,29 @@ def test_scores_of_other_rows_are_not_paired() -> None:
     assert found["same"].difference.mean == 1.0
     assert found["same"].notes == ()
     assert found["other"].difference is None
-    assert found["other"].notes == ("held-out rows of 1 of 1 seeds are not those of lora",)
+    assert found["other"].notes == ("held-out rows of 1 of 1 seeds, or their batches, are not those of lora",)
+
+
+def test_scores_of_other_batches_are_not_paired_and_qualities_of_whole_runs_are() -> None:
+    asked = replace(ASKED, task="causal-lm", names=("lora", "other"))
+    results = [
+        made_result(
+            name,
+            seed,
+            task="causal-lm",
+            values={"loss": 1.0, "perplexity": 2.0 + seed},
+            scores=[-1.0] * 3,
+            batches=name,
+        )
+        for name in ("lora", "other")
+        for seed in (0, 1)
+    ]
+    found = {quality: compare_results(replace(asked, quality=quality), results) for quality in ("loss", "perplexity")}
+    of_loss, of_perplexity = (found[quality].recipes[1] for quality in ("loss", "perplexity"))
+    assert of_loss.difference is None
+    assert "or their batches" in of_loss.notes[0]
+    assert of_perplexity.difference.mean == 0
+    assert of_perplexity.notes == ()
 
 
 def test_another_model_is_said_and_its_memory_weighed_against_its_own() -> None:

@@ -225,6 +225,11 @@ class TestOutputFolder:
             with pytest.raises(KeyboardInterrupt):
                 train(settings, overwrite=True)
         assert files(folder) == before
+        (folder / ".replaced").mkdir()  # as a kill before the first step leaves it
+        for path in (folder / "report.json", folder / "final"):
+            path.rename(folder / ".replaced" / path.name)
+        assert "has finished" in fails(capsys, run_file("twice"), "--resume")
+        assert files(folder) == before
         fresh = run_file("fresh", recipe=zeroth)
         assert "give a validation split" in fails(capsys, fresh)
         assert not fresh.with_suffix("").exists()

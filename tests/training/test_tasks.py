@@ -8,7 +8,12 @@ import torch
 from datasets import load_dataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from shoestring.cli import main
 from shoestring.errors import RunFailed, SettingError
@@ -262,6 +267,8 @@ def test_a_template_of_ones_own_is_there_from_the_beginning_and_in_what_is_merge
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template == template.read_text()
     assert tokenizer.eos_token == "good"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.eos_token_id == merged.generation_config.eos_token_id[0] == tokenizer.eos_token_id
     with pytest.raises(SettingError, match=r"train\.chat_template_path must be a file .*, got 'other/model'"):
         ready(path, "train.chat_template_path=other/model")
     with pytest.raises(SettingError, match=r"train\.eos_token must be a token that .* has, got '<none>'"):

@@ -40,10 +40,17 @@ def test_the_best_model_is_that_of_the_metric_asked_for(
 @pytest.mark.parametrize("metric", ["f1", "perplexity", "id3_numbers"])
 def test_what_is_not_evaluated_chooses_no_model(run_file: Callable[..., Path], metric: str) -> None:
     train = {"metric_for_best_model": metric}
-    with pytest.raises(SettingError, match=f"must be one of loss, mean_token_accuracy, .* got '{metric}'"):
+    with pytest.raises(SettingError, match=f"must be one of loss, mean_token_accuracy, .* measures '{metric}'"):
         made(run_file("run", task="causal-lm", train=train))
-    chosen = made(run_file("one", task="causal-lm", recipe=["id3"], train={"metric_for_best_model": "id3_numbers"}))
-    assert chosen.greater_is_better
+
+
+@pytest.mark.parametrize(("technique", "metric"), [("id3", "id3_numbers"), ("density_loss", "density")])
+def test_what_a_technique_measures_may_choose_the_model(
+    run_file: Callable[..., Path], technique: str, metric: str
+) -> None:
+    train = {"metric_for_best_model": metric, "greater_is_better": False}
+    chosen = made(run_file("one", task="causal-lm", recipe=[technique], train=train))
+    assert (chosen.metric_for_best_model, chosen.greater_is_better) == (metric, False)
 
 
 def test_a_metric_that_is_left_empty_is_the_tasks(run_file: Callable[..., Path]) -> None:
@@ -60,6 +67,8 @@ def test_schedules_that_look_at_quality_know_which_way_is_better(
     assert made(run_file("run", train=train)).lr_scheduler_kwargs == {"mode": mode}
     train["lr_scheduler_kwargs"] = {"patience": 3}
     assert made(run_file("two", train=train)).lr_scheduler_kwargs == {"mode": mode, "patience": 3}
+    train["lr_scheduler_kwargs"] = '{"patience": 3}'
+    assert made(run_file("three", train=train)).lr_scheduler_kwargs == {"mode": mode, "patience": 3}
 
 
 def test_evaluations_by_the_steps_of_logging_have_checkpoints_too(run_file: Callable[..., Path]) -> None:

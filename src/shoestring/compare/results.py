@@ -76,7 +76,7 @@ class Own(BaseModel):
     values: figures by measure. quality: measures by split. memory: bytes by part at the peak of a step. losses: (step,
     loss). curve: (step, seconds of training, quality) of evaluations on the way. scores: of the held-out rows or
     batches in their order, higher is better; paired tests need them. weights: rows in each batch; empty where all have
-    as many. rows: of which rows they are, in short.
+    as many. rows, batches: of which rows they are, in short, and where they are of batches, of which.
     notes: what is to be said of the figures.
     """
 
@@ -98,6 +98,7 @@ class Own(BaseModel):
     scores: list[float] = Field(default_factory=list)
     weights: list[int] = Field(default_factory=list)
     rows: str = ""
+    batches: str = ""
     notes: list[str] = Field(default_factory=list)
     checksum: str = ""
 

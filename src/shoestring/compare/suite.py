@@ -353,7 +353,7 @@ def _fits(run: RunSettings, file: _SuiteFile, extras: list[Extra], marked: Marke
             refused = True
             yield marked.place(("measure",)), f"measure.{extra.name}: {error}"
     if file.quality is not None and not refused:
-        measures = {name: quality_measure(name) for name in task.measures}
+        measures = {name: quality_measure(name) for name in task.measures_of(run)}
         measures |= {measure.name: measure for extra in extras for measure in extra.measures}
         if file.quality not in measures:
             known = did_you_mean(file.quality, measures)
@@ -398,7 +398,7 @@ def _digest(value: Any) -> str:
 def _sources(settings: RunSettings, extras: list[Extra]) -> list[str]:
     data = settings.data
     named = (settings.model.name, data.train, data.validation, data.test, *(extra.source for extra in extras))
-    fields = [value for value in settings.train.values() if isinstance(value, str) and Path(value).is_file()]
+    fields = [value for value in settings.train.values() if isinstance(value, str) and os.path.isfile(value)]
     return [*(source for source in named if source is not None), *fields]  # such as a chat template
 
 

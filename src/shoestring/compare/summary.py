@@ -243,17 +243,22 @@ def _with_differences(
     def scores(one: Own) -> list[float]:
         return one.scores if of_rows else [one.values.get(asked.quality, math.nan)]
 
+    def alike(one: Own, other: Own) -> bool:
+        same_batches = one.batches == other.batches or not (one.batches and other.batches)  # older results name none
+        return one.rows == other.rows and (same_batches or not of_rows)
+
     theirs = by_seed(baseline)
 
     def compared(recipe: Compared) -> Compared:
         ours = by_seed(recipe.name)
         both = [seed for seed in ours if seed in theirs]
-        same = [seed for seed in both if ours[seed].rows == theirs[seed].rows]
+        same = [seed for seed in both if alike(ours[seed], theirs[seed])]
         if recipe.name == baseline or not both:
             return recipe
         notes = recipe.notes
         if len(same) < len(both):
-            notes += (f"held-out rows of {len(both) - len(same)} of {len(ours)} seeds are not those of {baseline}",)
+            odd = f"{len(both) - len(same)} of {len(ours)} seeds"
+            notes += (f"held-out rows of {odd}, or their batches, are not those of {baseline}",)
         found = same and paired_difference(
             {seed: scores(ours[seed]) for seed in same},
             {seed: scores(theirs[seed]) for seed in same},
@@ -263,7 +268,7 @@ def _with_differences(
             return replace(recipe, notes=notes)
         if sign < 0:
             found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
-        if len(same) < len(ours):
+        if len(both) < len(ours):
             notes += (f"its difference is of {len(same)} of {len(ours)} seeds, those that {baseline} has as well",)
         return replace(recipe, difference=found, notes=notes)
 

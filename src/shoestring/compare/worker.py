@@ -404,14 +404,11 @@ def _tokens_in(batch: Mapping[str, Any]) -> bytes:
     return b"".join(texts) or repr(find_batch_size(batch)).encode()
 
 
-def _rows_in_short(ready: Ready, split: str, scored: bytes) -> str:
-    """A digest of the rows of a split; of pictures and sounds in it what they are, and not where their files lie.
-
-    scored: what else makes a score, if that is of a batch.
-    """
+def _rows_in_short(ready: Ready, split: str) -> str:
+    """A digest of the rows of a split; of pictures and sounds in it what they are, and not where their files lie."""
     if split not in ready.data:
         return ""
-    digest = hashlib.sha256(scored)
+    digest = hashlib.sha256()
     for batch in ready.data[split].with_format("arrow").iter(1000):
         for name in sorted(batch.column_names):
             values = batch[name].to_pylist()
@@ -432,7 +429,6 @@ def _result(
 ) -> Result:
     """The run in the fields of its file."""
     scores, weights = watch.scores.get(split, []), watch.weights.get(split, [])
-    scored = watch.scored[split].digest() if weights else b""
     own = Own(
         schema_version=SCHEMA_VERSION,
         task=settings.task,
@@ -449,7 +445,8 @@ def _result(
         curve=[point for point in watch.curve if math.isfinite(point[2])],
         scores=scores if all(map(math.isfinite, scores)) else [],
         weights=weights if len(set(weights)) > 1 else [],
-        rows=_rows_in_short(ready, split, scored),
+        rows=_rows_in_short(ready, split),
+        batches=watch.scored[split].hexdigest()[:16] if weights else "",
         notes=notes,
     )
     last = report.losses[-1][1] if report.losses else None

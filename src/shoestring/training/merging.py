@@ -122,7 +122,6 @@ def merge(
     probe = _probe(task, data, model, processor)
     whole = model
     if settings.model.quantization is not None or form != model.dtype:
-        set_seed(seed)
         whole, _ = TASKS[settings.task](_in_full(settings, form)).load(data)
         take_over(whole, model)
     base, own = logits_of(model, probe), set(whole.state_dict())

@@ -29,6 +29,7 @@ def output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[No
     made = not folder.exists()
     with held(folder, "run"):
         try:
+            _put_back(folder)
             ours = _of_a_run(folder)
             if ours and not (resume or overwrite):
                 raise SettingError(
@@ -80,33 +81,43 @@ def held(folder: Path, user: str) -> Iterator[None]:
 def new_run(folder: Path) -> Iterator[Callable[[], None]]:
     """Make room for a new run; yields what throws the old one away, to be called once a first step was made.
 
-    What the old run left is put aside; where the new one comes to nothing before that step, it is put back, and what
-    has been written since is removed. Other files stay.
+    What the old run left is put aside; where the new one comes to nothing before that step, it is put back, at the next
+    run in the folder if the process was killed. Other files stay.
     """
-    aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, gone = folder / ASIDE, folder / f"{ASIDE}-gone"
+    shutil.rmtree(gone, ignore_errors=True)
     old = _of_a_run(folder)
-    for path in old:
-        aside.mkdir(exist_ok=True)
-        path.rename(aside / path.name)
     begun = False
 
     def begin() -> None:
         nonlocal begun
         begun = True
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            aside.rename(gone)  # at once, so that half of a run is never put back
+            shutil.rmtree(gone, ignore_errors=True)
 
     try:
+        for path in old:
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
         yield begin
     except BaseException:
         if not begun:
-            for path in _of_a_run(folder):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for path in old:
-                (aside / path.name).rename(path)
+            if folder / SETTINGS not in old:
+                (folder / SETTINGS).unlink(missing_ok=True)
+            _put_back(folder)
         raise
-    finally:
-        begin()
+    begin()
+
+
+def _put_back(folder: Path) -> None:
+    """Have the run again that was put aside, in place of what another one has written before its first step."""
+    aside = folder / ASIDE
+    for path in aside.iterdir() if aside.exists() else ():
+        (folder / path.name).unlink(missing_ok=True)
+        path.rename(folder / path.name)
+    if aside.exists():
+        aside.rmdir()
 
 
 def _of_a_run(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -32,7 +33,7 @@ from .. import __version__
 from ..errors import RunFailed, SettingError, out_of_memory
 from ..memory import KeptReport, MemoryReport
 from ..recipe import Attached, Recipe, attached_to
-from ..technique import plain
+from ..technique import Technique, plain
 from ..whole_files import write_text
 from . import checkpoints, output
 from .callback import refuse_copies
@@ -339,16 +340,18 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
         defaults |= {"eval_strategy": strategy, "save_strategy": strategy, "metric_for_best_model": task.metric}
         best = given.get("metric_for_best_model", task.metric).removeprefix("eval_")
         logged = [name for name in task.measures if name not in task.derived]
-        if best not in logged and not any(best.startswith(each.name) for each in settings.build_recipe().techniques):
+        techniques = settings.build_recipe().techniques
+        if best not in logged and all(type(each).measured is Technique.measured for each in techniques):
             raise SettingError(
-                f"train.metric_for_best_model must be one of {', '.join(logged)}, which {task.name} evaluates by, or "
-                f"what a technique of the recipe measures; got {best!r}."
+                f"train.metric_for_best_model must be one of {', '.join(logged)}, which {task.name} evaluates by: no "
+                f"technique of the recipe measures {best!r}."
             )
         higher = task.higher_is_better if best == task.metric else not best.endswith("loss")
         defaults["greater_is_better"] = higher
         if given.get("lr_scheduler_type") in LOOKING_AT_QUALITY:  # which else take less for better, whatever it is
             mode = "max" if given.get("greater_is_better", higher) else "min"
-            given["lr_scheduler_kwargs"] = {"mode": mode, **(given.get("lr_scheduler_kwargs") or {})}
+            own = given.get("lr_scheduler_kwargs") or {}
+            given["lr_scheduler_kwargs"] = {"mode": mode, **(json.loads(own) if isinstance(own, str) else own)}
         if settings.train.get("save_strategy", strategy) == strategy:
             defaults["load_best_model_at_end"] = True
             steps = settings.train.get("eval_steps") or settings.train.get("logging_steps", defaults["logging_steps"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -50,9 +50,7 @@ class LmEval(Extra):
         from lm_eval.api.registry import is_higher_better
 
         metric = metric.partition(",")[0]
-        entry = _task_manager(self.include_path).task_index.get(task)
-        told = [each for each in ((entry and entry.cfg) or {}).get("metric_list") or () if each.get("metric") == metric]
-        higher = next((each["higher_is_better"] for each in told if "higher_is_better" in each), None)
+        higher = next(_told(_task_manager(self.include_path).task_index, task, metric), None)
         if higher is None:
             higher = is_higher_better(metric)
         return None if higher is None else "higher" if higher else "lower"
@@ -135,6 +133,18 @@ def _task_manager(include_path: str | None) -> Any:
 def _name(task: str, metric: str) -> str:
     """A name that filters of reports can read."""
     return re.sub(r"\W+", "_", f"{task}_{metric}")
+
+
+def _told(index: Mapping[str, Any], task: Any, metric: str) -> Iterator[bool]:
+    """What the files of a task, or of those in a group or under a tag, say of whether more of a metric is better."""
+    entry = index.get(task.get("task", "") if isinstance(task, dict) else task)
+    told = (entry and entry.cfg) or {}
+    for each in told.get("metric_list") or ():
+        if each.get("metric") == metric and "higher_is_better" in each:
+            yield bool(each["higher_is_better"])
+    inside = told["task"] if isinstance(told.get("task"), list) else []
+    for inner in inside + (sorted(entry.tags) if entry and entry.kind.name == "TAG" else []):
+        yield from _told(index, inner, metric)
 
 
 def _filters(task: Any) -> list[str]:

@@ -46,7 +46,7 @@ class Task(ABC):
     name: how run files call it.
     peft_task_type: what peft calls it, so that heads are trained and saved with adapters; "" where it has no word.
     metric: the measure a best model is chosen by, as Trainer logs it; higher_is_better says which way.
-    measures: all that `quality` gives of every model; derived: those of them that the trainer does not log.
+    measures: all that `quality` may give of any model; derived: those of them that the trainer does not log.
     scores_rows: whether `scores` gives one for each row, and not one for a batch.
     """
 
@@ -76,6 +76,11 @@ class Task(ABC):
         from transformers import TrainingArguments
 
         return TrainingArguments
+
+    @classmethod
+    def measures_of(cls, settings: RunSettings) -> tuple[str, ...]:
+        """Those of `measures` that a run gives."""
+        return cls.measures
 
     def argument_defaults(self) -> dict[str, Any]:
         """Arguments of the trainer that differ from its own defaults for this task."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import Trainer, TrainingArguments
 
+    from ..settings import RunSettings
+
 
 class CausalLM(Task):
     """Reads data.messages (chats), or data.prompt and data.completion, or data.text: the first of them the data has.
@@ -33,6 +35,12 @@ class CausalLM(Task):
     higher_is_better = False
     measures = ("loss", "perplexity", "mean_token_accuracy")
     derived = frozenset({"perplexity"})
+
+    @classmethod
+    def measures_of(cls, settings: RunSettings) -> tuple[str, ...]:
+        train = settings.train
+        plain = train.get("loss_type") != "dft" and not train.get("label_smoothing_factor")  # the loss: mean of -log p
+        return cls.measures if plain else tuple(name for name in cls.measures if name != "perplexity")
 
     @classmethod
     def auto_class(cls) -> Any:
@@ -79,7 +87,7 @@ class CausalLM(Task):
 
     def load(self, data: DatasetDict) -> tuple[Any, Any]:
         model, tokenizer = load_pretrained(self.settings.model, self.auto_class())
-        self._set_up(tokenizer)
+        self._set_up(model, tokenizer)
         chats = self.data.chat or "messages" in self._columns(data["train"]).values()
         if chats and tokenizer.chat_template is None:
             raise SettingError(
@@ -90,13 +98,13 @@ class CausalLM(Task):
         check_length(self.data.max_length, self.limit)
         return model, tokenizer
 
-    def _set_up(self, tokenizer: Any) -> None:
-        """Give the tokenizer the chat template and the end of a text that `train` names, as TRL does later.
+    def _set_up(self, model: Any, tokenizer: Any) -> None:
+        """Give tokenizer and model the chat template and the end of a text that `train` names, as TRL does later.
 
         Raises SettingError for what is no file of a template, and for a token that is not in the vocabulary.
         """
         if (template := self.settings.train.get("chat_template_path")) is not None:
-            path = Path(template).expanduser()
+            path = Path(template)
             if path.suffix not in (".jinja", ".j2") or not path.is_file():
                 raise SettingError(
                     f"train.chat_template_path must be a file .jinja or .j2, got {template!r}; tokens that "
@@ -107,6 +115,11 @@ class CausalLM(Task):
             if end not in tokenizer.get_vocab():
                 raise SettingError(f"train.eos_token must be a token that {self.settings.model.name} has, got {end!r}.")
             tokenizer.eos_token = end
+            model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+            known = model.generation_config.eos_token_id
+            known = [] if known is None else known if isinstance(known, list) else [known]
+            others = [token for token in known if token != tokenizer.eos_token_id]
+            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *others]
 
     def prepare(self, data: DatasetDict, model: Any, processor: Any) -> DatasetDict:
         for split, dataset in data.items():
@@ -139,7 +152,7 @@ class CausalLM(Task):
     def _encoder(self, processor: Any) -> Callable[..., dict[str, list[int]]]:
         """What makes a row's ids and labels, as TRL does, and cuts them."""
         train, template = self.settings.train, None
-        end = train.get("eos_token") or processor.eos_token or ""
+        end = processor.eos_token or ""
         prompts_count = train.get("completion_only_loss") is False
         answers_alone = train.get("assistant_only_loss", False)
         if answers_alone:
@@ -206,9 +219,8 @@ class CausalLM(Task):
             found["mean_token_accuracy"] = accuracy
         if "loss" not in found:
             raise RunFailed(self._nothing_counts(prefix))
-        train = self.settings.train
-        if train.get("loss_type", "nll") != "nll" or train.get("label_smoothing_factor"):
-            return found  # the loss is no mean of -log p then
+        if "perplexity" not in self.measures_of(self.settings):
+            return found
         return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
 
 
