@@ -97,6 +97,9 @@ def test_a_suite_runs_and_says_what_each_recipe_cost(suite_file: Callable[..., P
     assert sum(lora.memory.values()) == lora.values["peak_bytes"].values[0]
     assert [step for step, _ in lora.losses[0]] == [1, 2, 3]
     assert len(lora.curve[0]) == 2  # after step 2, and at the end
+    for recipe in (full, lora):  # steps that the ledger watched take their time, too
+        ends = [recipe.curve[seed][-1][0] for seed in recipe.seeds]
+        assert ends == pytest.approx(recipe.values["all_steps_seconds"].values)
     assert "seconds_to_target" in lora.values
     assert full.difference is not None
     assert found.missing == 0

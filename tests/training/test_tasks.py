@@ -278,9 +278,9 @@ def test_a_template_of_ones_own_is_there_from_the_beginning_and_in_what_is_merge
 def test_weights_that_train_in_bfloat16_are_told_of(run_file, tiny_decoder_folder):
     model = {"name": str(tiny_decoder_folder), "dtype": "bfloat16"}
     told = ready(run_file("one", task="causal-lm", model=model, recipe=["norm_tuning"])).notes
-    assert any("numbers train in bfloat16, where an update below about 1/256" in note for note in told)
+    assert any("Weights train in bfloat16, where an update below about 1/256" in note for note in told)
     adapters = ready(run_file("two", task="causal-lm", model=model)).notes
-    assert not any("numbers train in bfloat16" in note for note in adapters)
+    assert not any("Weights train in bfloat16" in note for note in adapters)
 
 
 class TestHeldOutForValidation:

@@ -111,7 +111,7 @@ class LoraFAOfParts(LoraFAOptimizer):
         whole = [{key: group[key] for key in BY_PARAMETER} for group in self.param_groups]
         try:
             for group in self.param_groups:
-                pairs = [(name, p) for name, p in zip(group["names"], group["params"], strict=True)]
+                pairs = list(zip(group["names"], group["params"], strict=True))
                 idle = {name[:-1] for name, p in pairs if name.endswith(".lora_B") and p.grad is None}
                 left = [place for place, (name, _) in enumerate(pairs) if name[:-1] not in idle]
                 group.update({key: [group[key][place] for place in left] for key in BY_PARAMETER})

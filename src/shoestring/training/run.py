@@ -206,10 +206,10 @@ def prepare(
                 f"{name} would train in float16, whose range is too small for updates; set model.dtype to float32 or "
                 "bfloat16, or train.fp16 with a float32 model."
             )
-    if count := sum(p.numel() for p in trained.values() if p.dtype == torch.bfloat16):
+    if any(parameter.dtype == torch.bfloat16 for parameter in trained.values()):
         told += (
-            f"{count:,} numbers train in bfloat16, where an update below about 1/256 of a number is rounded away: with "
-            "small learning rates, set model.dtype to float32 and train.bf16 to true.",
+            "Weights train in bfloat16, where an update below about 1/256 of a number is rounded away: with small "
+            "learning rates, set model.dtype to float32 and train.bf16 to true.",
         )
         say(told[-1])
     try:
