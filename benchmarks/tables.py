@@ -212,6 +212,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "longer trainings of weight adapters": lambda: quality("adapters.json", ON_TEXTS, longer=True),
     "suite encoder": lambda: fronts("encoder", ["recompute", "embedding_pruning"]),
     "suite encoder in short": lambda: fronts("encoder"),
+    "suite decoder": lambda: fronts(
+        "decoder", ["token_windows", "qlora", "dora", "norm_tuning", "token_tune", "bilevel_zofo"]
+    ),
     "suite image": lambda: fronts("image", ["spt", "low_bit_activations"]),
     "suite pretraining": lambda: fronts("pretraining"),
     "suite choices": lambda: fronts("choices", ["t-few"]),
