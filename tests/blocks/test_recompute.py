@@ -7,12 +7,13 @@ import torch
 import transformers as t
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
-from stock_models import DEBERTA, MODELS, OWN_ATTENTION, WORDS, attention_is, batch_for, gradients, made
+from stock_models import DEBERTA, MODELS, OWN_ATTENTION, TEXT, WORDS, attention_is, batch_for, gradients, made
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from shoestring import Ledger, Recipe
 from shoestring.blocks import Recompute, TokenTune, find_stacks
+from shoestring.blocks.base import running_passes
 from shoestring.errors import SettingError
 
 VARIANTS = {"all": {}, "attention kept": {"keep": "attention"}, "every second": {"every": 2}}
@@ -55,6 +56,47 @@ def test_no_bit_changes_where_less_is_run_again(name, settings):
 def test_blocks_that_return_tuples(name, settings):
     model = made(name, dropout=True)
     assert_changes_nothing(model, batch_for(name, model), **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"segments": 1}], ids=["all", "segments"])
+def test_blocks_that_run_several_times(settings):
+    model = t.AlbertForTokenClassification(t.AlbertConfig(**TEXT, embedding_size=16, num_hidden_groups=1, num_labels=5))
+    ids = torch.randint(3, WORDS, (2, 7), generator=torch.Generator().manual_seed(0))
+    assert_changes_nothing(model.train(), {"input_ids": ids, "labels": ids % 5}, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"segments": 2}], ids=["all", "segments"])
+def test_a_forward_that_the_keyboard_ended_leaves_nothing_behind(settings):
+    model = made("llama")
+    batch = batch_for("llama", model)
+
+    def end(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt(attached: nn.Module) -> None:
+        handle = find_stacks(model)[0].blocks[-1].mlp.register_forward_pre_hook(end)
+        with pytest.raises(KeyboardInterrupt):
+            attached(**batch)
+        handle.remove()
+
+    with Recipe(Recompute(**settings))(model) as attached:
+        attached(**batch).loss.backward()
+        expected = gradients(attached)
+        interrupt(attached)
+        attached(**batch).loss.backward()
+        found = gradients(attached)
+        interrupt(attached)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert not running_passes()
+    assert model.config.use_cache
+    assert model.eval().generate(batch["input_ids"][2:], max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+def test_passes_of_two_techniques_both_end():
+    model = made("llama")
+    with Recipe(TokenTune(keep_fraction=0.5), Recompute())(model) as attached:
+        attached(**batch_for("llama", model)).loss.backward()
+        assert not running_passes()
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused():

@@ -37,6 +37,7 @@ from transformers.initialization import no_init_weights
 
 from shoestring import Ledger, Recipe
 from shoestring.activations import LowBitActivations
+from shoestring.adapters import BottleneckConfig
 from shoestring.blocks import Recompute, TokenTune, find_stacks, token_tune
 from shoestring.blocks.token_selection import Selection
 from shoestring.errors import RunFailed, SettingError
@@ -753,3 +754,26 @@ def test_blocks_that_return_lists_run(technique):
     expected = model(input_ids=ids, labels=ids).loss
     with Recipe(technique)(model) as attached:
         torch.testing.assert_close(attached(input_ids=ids, labels=ids).loss, expected)
+
+
+def test_adapters_that_read_what_enters_the_block_read_it_for_both_streams():
+    found = {}
+    for form in ("streams", "rows"):
+        torch.manual_seed(0)
+        model = t.PhiForCausalLM(t.PhiConfig(**TEXT)).double()  # attention and MLP side by side, after one norm
+        adapter = BottleneckConfig(form="parallel", r=3, init_weights=False)
+        with tuned(model.train(), adapter, keep_fraction=0.4, form=form, seed=1) as (attached, _):
+            attached(**batch_for("llama", model)).loss.backward()
+            found[form] = gradients(attached)
+    assert apart(found["streams"], found["rows"]) < 1e-9
+
+
+@pytest.mark.parametrize("form", ["streams", "rows"])
+def test_blocks_that_run_several_times_are_refused_where_labels_are_of_tokens(form):
+    settings = {**TEXT, "embedding_size": 16, "num_hidden_groups": 1}
+    batch = {"input_ids": torch.randint(3, WORDS, (2, 7)), "labels": torch.randint(0, 2, (2, 7))}
+    with (
+        Recipe(TokenTune(form=form))(t.AlbertForTokenClassification(t.AlbertConfig(**settings)).train()) as attached,
+        pytest.raises(SettingError, match=r"runs albert\.encoder\.albert_layer_groups several times"),
+    ):
+        attached(**batch)

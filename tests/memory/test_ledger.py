@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from shoestring.memory import PARTS, Ledger, MemoryReport
+from shoestring.memory.report import replay
 
 FLOAT = 4
 ROWS = 11
@@ -791,3 +792,29 @@ def test_the_table_and_the_dictionary_hold_the_report():
     assert report.to_dict()["at_peak"]["saved_for_backward"] == HIDDEN
     assert [row[0] for row in report.table()] == [*PARTS, "total"]
     assert report.table()[-1][1] == sum(row[1] for row in report.table()[:-1]) == report.peak_bytes
+
+
+def test_what_is_let_go_counts_in_no_phase():
+    peak = replay(
+        [("weights", 8)],
+        [
+            ("temporary", 10, "forward"),
+            ("gradients", 4, "backward"),
+            ("temporary", -1, "other"),
+            ("inputs", 1, "other"),
+        ],
+    )
+    assert peak.phase == "backward"
+    assert peak.by_phase == {"forward": 18, "backward": 22, "other": 22}
+    assert dict(peak.moments)["other"]["temporary"] == 9
+    assert replay([], [("temporary", 10, "forward"), ("temporary", -1, "other")]).by_phase == {"forward": 10}
+
+
+def test_moments_without_gradients_are_kept_beside_the_highest():
+    log = [("temporary", 9, "backward"), ("temporary", -9, "other"), ("gradients", 20, "backward")]
+    assert [
+        (phase, parts["temporary"], parts["gradients"]) for phase, parts in replay([("weights", 8)], log).moments
+    ] == [
+        ("backward", 0, 20),
+        ("backward", 9, 0),
+    ]

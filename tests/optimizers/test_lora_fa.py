@@ -5,7 +5,16 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaModel, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from shoestring import Recipe
 from shoestring.errors import SettingError
@@ -250,7 +259,7 @@ def test_another_optimizer_in_the_run_is_said_to_have_no_effect(tmp_path):
         ),
         (
             AdaLoraConfig(target_modules=["query"], total_step=9, init_r=3, target_r=2),
-            r"works on LoRA of linear layers, but .*query is a layer of the class SVDLinear",
+            r"lora_fa and adalora cannot be combined: adalora changes which numbers trained parameters hold",
         ),
     ],
     ids=["dora", "embedding", "adalora"],
@@ -258,6 +267,14 @@ def test_another_optimizer_in_the_run_is_said_to_have_no_effect(tmp_path):
 def test_other_kinds_of_lora_are_refused(config, message):
     with pytest.raises(SettingError, match=message):
         Recipe(config, LoraFA()).apply(classifier())
+
+
+def test_lora_of_several_experts_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 61}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
+    experts = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(SettingError, match=r"works on LoRA of linear layers, but .*experts is of 3 experts"):
+        Recipe(experts, LoraFA()).apply(MixtralForCausalLM(config))
 
 
 def test_recipes_without_lora_are_refused():

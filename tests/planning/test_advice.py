@@ -102,6 +102,12 @@ def test_changes_that_help_alone_are_told_with_the_exact_ones_first(made_up: Run
     assert json.loads(json.dumps(advice.to_dict()))["changes"][1]["title"] == "recompute"
 
 
+def test_single_rows_are_no_way_out_where_the_loss_is_of_all_of_a_batch(made_up: RunSettings):
+    pairs = made_up.model_copy(update={"recipe": [LORA, {"metric_learning": {"uniformity": 0.0}}]})
+    titles = [[change.title for change in advise(each, memory_for(KEPT * 0.35)).changes] for each in (made_up, pairs)]
+    assert ["train.per_device_train_batch_size" in " ".join(each) for each in titles] == [True, False]
+
+
 def test_changes_are_put_together_where_none_is_enough_and_none_is_spare(made_up: RunSettings):
     (change,) = advise(made_up, memory_for(KEPT * 0.08)).changes
     assert change.title == "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=4 + recompute"

@@ -331,6 +331,25 @@ def test_shards_are_told_as_a_rule():
     assert one.parts["weights"] == -(-alone.parts["weights"] // 4)
 
 
+@pytest.mark.parametrize(("kind", "divides_gradients"), [("fsdp2", True), ("zero1", False), ("zero2", True)])
+def test_shards_may_have_their_peak_where_a_process_alone_has_not(kind, divides_gradients):
+    sizes = {"batch": 1, "length": 3}  # few activations beside the gradients of all weights
+    alone, one = (of_llama(**sizes, shards=shards) for shards in (None, Sharding(kind, 1000)))
+    kept = run_one_step(work_of_model(llama(), [], **sizes)).memory.largest["saved_for_backward"]
+    assert alone.parts["saved_for_backward"] == 0  # backward has ended
+    assert one.parts["saved_for_backward"] == (pytest.approx(kept, rel=0.01) if divides_gradients else 0)
+    assert one.peak_bytes == sum(one.parts.values()) == max(one.by_step.values()) == one.by_step[one.peak_step]
+
+
+def test_paged_state_of_shards_is_that_of_one_process():
+    wide = llama(vocab_size=9000)
+    alone, one, copies = (
+        predict_model(wide, batch=1, length=3, train={"optim": "paged_adamw_8bit"}, shards=shards)
+        for shards in (None, Sharding("zero1", 4), Sharding("ddp", 4))
+    )
+    assert alone.paged_bytes == copies.paged_bytes == 4 * one.paged_bytes > 0
+
+
 def test_shards_that_are_none_are_refused():
     with pytest.raises(SettingError, match="Did you mean 'fsdp2'"):
         Sharding("fsdp", 2)  # type: ignore[arg-type]
@@ -511,3 +530,47 @@ def test_a_run_is_planned_from_a_file_a_mapping_or_settings_and_an_attention_for
     fused = plan({**run, "model": {"name": str(tmp_path), "attn_implementation": "flash_attention_2"}}, batch=2)
     assert fused.parts == one.parts
     assert fused.by_rule == ("attention flash_attention_2: keeps as much as torch's fused attention",)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2},
+        {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
+        {"assistant_only_loss": True},
+    ],
+    ids=lambda train: next(iter(train)),
+)
+def test_what_shapes_no_step_does_not_end_a_prediction(tmp_path: Path, train: dict[str, Any]):
+    llama().save_pretrained(tmp_path)
+    run = {"model": str(tmp_path), "task": "causal-lm", "data": {"train": "none.jsonl", "max_length": 8}}
+    assert plan({**run, "train": train}, batch=2).parts == plan(run, batch=2).parts
+
+
+def test_what_a_trainer_refuses_is_told_as_a_mistake():
+    with pytest.raises(SettingError, match=r"The trainer refuses these settings: .*adamw_of_none"):
+        of_llama(train={"optim": "adamw_of_none"})
+
+
+def test_an_optimizer_that_a_technique_brings_has_no_state_by_rule():
+    without, with_eight_bits = (
+        of_llama([LORA, "zeroth_order"], train=train) for train in ({}, {"optim": "adamw_8bit"})
+    )
+    assert with_eight_bits.by_rule == ()
+    assert with_eight_bits.parts == without.parts
+
+
+def test_times_go_by_the_precision_of_the_run():
+    sixteen = of_llama(train={"fp16": True}, count_operations=True)
+    other = of_llama(train={"bf16": True}, count_operations=True)
+    assert sixteen.parts == other.parts
+    assert "float16" in sixteen.operations.flops["forward"]
+    assert "bfloat16" not in sixteen.operations.flops["forward"]
+    assert sixteen.operations.total_flops == other.operations.total_flops
+    assert sixteen.time_on("T4").at_float32_peak == ()
+    assert other.time_on("T4").at_float32_peak == ("bfloat16",)
+    assert [of_llama(train=train, count_operations=True).time_on("H100").tf32 for train in ({}, {"tf32": True})] == [
+        False,
+        True,
+    ]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,11 @@ from shoestring import Recipe, load
 from shoestring.adapters import HUTConfig
 from shoestring.errors import SettingError
 from shoestring.memory import Ledger
+from shoestring.optimizers import BilevelZOFO
 from shoestring.pruning import EmbeddingPruning
 from shoestring.pruning.used_ids import used_ids
 from shoestring.recipe import attached_to
+from shoestring.technique import Moment
 from shoestring.testing.assets import need
 
 V, D = 61, 24
@@ -509,14 +512,21 @@ class TestTiedHead:
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
     def test_one_that_begins_to_train_later_is_refused_at_the_next_step(self):
-        from shoestring.technique import Moment
-
         with pytest.warns(UserWarning, match="saves no memory"):
             model = Recipe(EmbeddingPruning(keep_ids=KEPT), small_lora(llama)).apply(llama(tied=True))
         attached_to(model).event("on_step_begin", Moment(model))
         model.get_output_embeddings().weight.requires_grad_(True)
         with pytest.raises(SettingError, match="which trains"):
             attached_to(model).event("on_step_begin", Moment(model))
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_one_that_moves_without_gradients_is_refused(self, tied):
+        recipe = Recipe(EmbeddingPruning(keep_ids=KEPT), small_lora(llama), BilevelZOFO())
+        with pytest.warns(UserWarning, match="saves no memory") if tied else nullcontext():
+            attached = attached_to(recipe.apply(llama(tied=tied)))
+        moment = Moment(attached.model)
+        with pytest.raises(SettingError, match="which bilevel_zofo moves") if tied else nullcontext():
+            attached.techniques[0].on_step_begin(moment)
 
     @pytest.mark.parametrize("build", [lambda: llama(tied=True), lambda: t5(tied=True), masked_lm])
     def test_a_restricted_softmax_is_the_loss_over_the_kept_ids(self, build):

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -23,6 +24,8 @@ from transformers import (
 
 from packaged import reviews
 from shoestring import Recipe, assets, load
+from shoestring.adapters import HUTConfig, TLoRA, TLoRAConfig
+from shoestring.adapters.base import AdaptedLinear
 from shoestring.errors import SettingError
 from shoestring.planning.prediction import work_of_model
 from shoestring.planning.rehearsal import rehearse, run_one_step
@@ -585,3 +588,33 @@ def test_a_packaged_model_trains_on_packaged_data():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+# beside adapters that read the weight, or write into it
+
+
+@pytest.mark.parametrize("adapter", [HUTConfig(r=2), TLoRAConfig(r=2)])
+def test_tables_learn_under_adapters_that_make_a_new_weight(adapter, monkeypatch):
+    monkeypatch.setattr(TLoRA, "prefers_tokens", lambda self, num_tokens: False)
+    adapter.target_modules, adapter.init_weights = ["up_proj"], False
+    model = decoder().double()
+    with Recipe(sketch_of(target_modules=["up_proj"]), adapter)(model) as attached:
+        layer = next(m for m in attached.modules() if isinstance(m, AdaptedLinear))
+        x, tables = random(2, 5, 24, seed=1), layer.base_layer.tables
+        (found,) = torch.autograd.grad(layer(x).square().sum(), [tables])
+        weight = next(iter(layer.adapters.values())).new_weight(layer.base_layer.weight)
+        (expected,) = torch.autograd.grad((x @ weight.T).square().sum(), [tables])
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_what_would_be_merged_into_a_sketch_is_not_lost_in_silence(safe: bool):
+    recipe = Recipe(sketch_of(target_modules=["up_proj"]), LoraConfig(r=2, target_modules=["up_proj"]))
+    with recipe(decoder()) as attached, pytest.raises(SettingError, match="takes no other weight"):
+        attached.merge_and_unload(safe_merge=safe)
+
+
+def test_starts_that_take_a_part_of_the_weight_are_refused():
+    adapter = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights="pissa")
+    with pytest.raises(SettingError, match="as init_lora_weights: pissa does"):
+        Recipe(sketch_of(target_modules=["up_proj"]), adapter).apply(decoder())

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, VBLoRAConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig, VBLoRAConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
@@ -482,6 +482,8 @@ def test_models_without_adapters_in_blocks_or_with_shared_ones_are_refused():
         Recipe(IST())
     with pytest.raises(SettingError, match=r"ist finds no block of .* with adapters that train"):
         applied(lora(target_modules=["lm_head"]), IST(), model=deep(tie_word_embeddings=False))
+    with pytest.raises(SettingError, match=r"ist leaves blocks .* take lora in place of adalora"):
+        applied(AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj"]), IST())
     with pytest.raises(SettingError, match=r"ist lets blocks rest one by one, but .* (shares|trains for all)"):
         applied(VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=2, target_modules=["q_proj", "v_proj"]), IST())
 

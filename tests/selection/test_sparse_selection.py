@@ -1,6 +1,7 @@
 """The base of methods that train single numbers of weights: gradients, memory, undo, files."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,13 +11,14 @@ from peft import LoraConfig
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from shoestring import Ledger, Recipe, load
+from shoestring.adapters import HUTConfig, PaCAConfig, TLoRAConfig
 from shoestring.errors import SettingError
 from shoestring.fakes import Valueless, without_values
 from shoestring.recipe import attached_to
-from shoestring.selection import ID3, SPT, Speft, Unfreeze
+from shoestring.selection import ID3, SPT, SparseGrad, Speft, Unfreeze
 from shoestring.selection.sparse import FILE, HOLDER, SparseSelection, top_places
 from shoestring.technique import TECHNIQUES, Moment
-from shoestring.testing.tiny_models import CLASSIFIER, classifier, decoder
+from shoestring.testing.tiny_models import CLASSIFIER, DECODER, classifier, decoder
 from shoestring.whole_files import read_tensors, write_tensors
 
 BATCH = {"input_ids": torch.arange(26).view(2, 13), "labels": torch.tensor([0, 2])}
@@ -299,3 +301,17 @@ def test_the_largest_scores_are_found_over_all_weights_and_of_equal_ones_the_fir
         top_places(scores, 7)
     with pytest.raises(ValueError, match="hold NaN"):
         top_places({"a": torch.tensor([float("nan")])}, 1)
+
+
+@pytest.mark.parametrize(
+    "technique", [Speft(density=0.1, score="magnitude"), SparseGrad(density=0.1, calibration_rows=3)]
+)
+@pytest.mark.parametrize("adapter", [PaCAConfig, HUTConfig, TLoRAConfig])
+def test_numbers_of_layers_that_an_adapter_does_not_call_are_refused(adapter, technique):
+    config = adapter(r=2, target_modules=["up_proj"])
+    with pytest.raises(SettingError, match=rf"{technique.name} .*up_proj: {adapter.method.name} of the same recipe"):
+        Recipe(config, technique).apply(decoder(), data=DECODER.data())
+    elsewhere = dataclasses.replace(technique, exclude_modules=["up_proj"])
+    with Recipe(config, elsewhere)(decoder(), data=DECODER.data()) as model:
+        model.train()(**DECODER.batch()).loss.backward()
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

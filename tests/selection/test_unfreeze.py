@@ -19,12 +19,13 @@ from transformers import (
 )
 
 from shoestring import Recipe, recipes
+from shoestring.adapters import HUTConfig, L4QConfig, PaCAConfig, S2FTConfig
 from shoestring.errors import SettingError
 from shoestring.objectives import MaskedAutoencoder
 from shoestring.planning import predict_model
 from shoestring.recipe import attached_to
 from shoestring.selection import Unfreeze
-from shoestring.testing.tiny_models import seeded
+from shoestring.testing.tiny_models import CLASSIFIER, classifier, seeded
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 15, "patch_size": 5}
 DECODER = {"decoder_width": 16, "decoder_blocks": 1, "decoder_heads": 2}
@@ -238,3 +239,19 @@ def test_a_model_without_blocks_is_refused_unless_none_are_asked_for():
 def test_a_rank_of_zero_is_refused():
     with pytest.raises(ValueError, match="`r` should be a positive integer value but the value passed is 0"):
         explora(rank=0).apply(vit())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        HUTConfig(r=2, target_modules=["query", "value"]),
+        PaCAConfig(r=2, target_modules=["query", "value"]),
+        L4QConfig(r=2, group_size=4, target_modules=["query", "value"]),
+        S2FTConfig(o_ratio=1.0, down_ratio=1.0),
+    ],
+    ids=lambda config: config.method.name,
+)
+def test_weights_that_an_adapter_reads_train_in_blocks_that_train(adapter):
+    with Recipe(adapter, Unfreeze(blocks=[-1]))(classifier()) as attached:
+        attached(**CLASSIFIER.batch()).loss.backward()
+        assert [name for name, p in attached.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -264,6 +264,11 @@ class TestOutputFolder:
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert "trained by one process so far" in fails(capsys, run_file("two"))
 
+    def test_several_gpus_are_refused_before_anything_is_loaded(self, run_file, capsys, monkeypatch):
+        monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+        path = run_file("two", data={"train": "not there.csv"})
+        assert "2 GPUs are visible to one process" in fails(capsys, path)
+
     def test_nothing_to_resume_is_told(self, run_file, capsys):
         assert "There is no run in" in fails(capsys, run_file("none"), "--resume")
 

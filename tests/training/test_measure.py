@@ -95,3 +95,9 @@ def test_why_tensors_are_kept_sums_to_what_is_kept(run_file, capsys):
     shown = capsys.readouterr().out
     assert "Kept though no trained weight needs it" in shown
     assert "Kept and needed" in shown
+
+
+def test_a_schedule_that_goes_by_evaluations_is_none_of_two_steps(run_file, review_csv):
+    train = {"max_steps": 9, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 3}
+    path = run_file("run", data={"train": str(review_csv), "validation_share": 0.25}, train=train)
+    assert measure(RunSettings.load(path), say=lambda text: None).peak_bytes > 0

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from shoestring.recipe import Moment, Phase, Technique
 from shoestring.technique import register_technique
 from shoestring.training import checkpoints
-from shoestring.training.run import train
+from shoestring.training.run import prepare, train
 from shoestring.training.settings import RunSettings
 
 LORA = {"lora": {"r": 2, "target_modules": ["query", "value"], "lora_dropout": 0.2}}
@@ -41,7 +41,7 @@ RECIPES = {
     ],
     # which blocks train hangs on scores, and on draws that go on where they were
     "blocks_rest": [LORA, {"ist": {"active_layers": 1, "suppressed_layers": 1, "num_draws": 2, "period": 2}}],
-    # what trains is found in the data once more
+    # what trains was found in the data
     "routed": [{"spt": {"budget": 300, "calibration_rows": 8, "r": 1}}],
     "full": [],
     # steps and offsets begin to learn at a step of their own
@@ -325,6 +325,22 @@ def test_early_stopping_added_at_a_resume_counts_from_there(run_file, tmp_path, 
     path = run_file("run", early_stopping_patience=2, **settings)
     report = train(RunSettings.load(path), resume=True)
     assert report.steps == 6  # no better than at step 2, at 4 and 6
+
+
+def test_what_was_chosen_by_data_is_not_chosen_anew(run_file, monkeypatch):
+    """On another machine, or a GPU whose sums are not the same twice, another choice might come of it."""
+    settings = RunSettings.load(run_file("run", recipe=RECIPES["routed"]))
+    train(settings)
+    checkpoint = Path(settings.output_dir) / "checkpoint-2"
+
+    def choose(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("routes are searched once more")
+
+    monkeypatch.setattr("shoestring.selection.spt.gradient_scores", choose)
+    (spt,) = prepare(settings, checkpoint=checkpoint).attached.techniques
+    assert json.loads((checkpoint / "routing.json").read_text()).keys() == spt.routes.keys()
+    with pytest.raises(AssertionError, match="searched once more"):
+        prepare(settings)
 
 
 def command(*arguments: str) -> list[str]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
-from ..technique import Events, Moment, Phase, Technique, settings_of, sum_of
+from ..technique import NUMBERS_HELD, Events, Moment, Phase, Technique, settings_of, sum_of
 from ..whole_files import check_names, read_tensors, write_tensors
 from ..wrappers import innermost
 from .placement import task_head
@@ -47,6 +47,9 @@ class PeftTechnique(Technique):
         self.name = method_name(config.peft_type)  # type: ignore[misc]
         self.adapter_name = "default"
         self._names_head = False
+        tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+        if hasattr(tuners.get(config.peft_type), "update_and_allocate"):  # which masks numbers
+            self.varies = frozenset({NUMBERS_HELD})  # type: ignore[misc]
         if config.is_prompt_learning:
             self.phase = Phase.PROMPT  # type: ignore[misc]
             self.alone_in_phase = True  # type: ignore[misc]
@@ -107,10 +110,10 @@ class PeftTechnique(Technique):
 
         Of that peft saves what it gives, from which its weights cannot be had back.
         """
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{self.name}-") as beside, self._ranks_uncut():
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=f".{self.name}-") as beside, self._ranks_uncut():
             self.wrapped.save_pretrained(beside, selected_adapters=[self.adapter_name])
             written = Path(beside) if self.adapter_name == "default" else Path(beside) / self.adapter_name
-            folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(written.iterdir()):
                 file.replace(folder / file.name)
         if (encoder := self._prompt_encoder) is not None:

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from types import MappingProxyType
@@ -240,9 +241,18 @@ class Adapter(nn.Module):
     def update(self) -> str:
         """Which of the three updates the method overrides."""
         for kind in ("new_output", "new_weight", "delta_weight"):
-            if getattr(type(self), kind) is not getattr(Adapter, kind):
+            if not self._has_default(kind):
                 return kind
         return "none"
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether it may compute with the weight of its layer, which is then not called."""
+        always_through = not self._has_default("through") and self._has_default("prefers_tokens")
+        return not self._has_default("linear") or (self.update == "new_weight" and not always_through)
+
+    def _has_default(self, function: str) -> bool:
+        return getattr(type(self), function) is getattr(Adapter, function)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -394,9 +404,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().state_dict()  # before saving, bitsandbytes turns the order back, in place
 
     def weight_out_in(self) -> Tensor:
-        """The base layer's weight as [out, in], dequantised where the base is quantised."""
-        weight = self.get_base_weight()
-        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        """The base layer's weight as [out, in], dequantised where the base is quantised; it may train, too."""
+        layer = self.get_base_layer()
+        weight: Tensor = layer.weight if self.quantization_backend is None else self.get_base_weight()  # type: ignore[assignment]
+        return weight.T if isinstance(layer, Conv1D) else weight
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """As in peft; for layers without a `weight`, such as layer scales, those of their first parameter."""
@@ -521,8 +532,8 @@ class AdaptedLinear(AdaptedLayer):
         if self.quantization_backend is None:
             x = x.to(base.weight.dtype)  # type: ignore[arg-type]
         parameters: list[Tensor] = [p for adapter in adapters for p in adapter_parameters(adapter)]
-        if base.weight.requires_grad:
-            parameters.append(base.weight)  # type: ignore[arg-type]
+        # the weight if it trains, or what it is made of
+        parameters += [p for name, p in base.named_parameters() if p.requires_grad and name != "bias"]
         y = linear_with_rebuilt_weight(x, make, parameters)
         return y if base.bias is None else y + base.bias.to(y.dtype)  # type: ignore[operator]
 
@@ -647,6 +658,28 @@ class AdaptedLinear(AdaptedLayer):
 def adapter_parameters(adapter: Adapter) -> list[Tensor]:
     """Every tensor of the adapter that may need a gradient, those it shares with other layers included."""
     return [*adapter.parameters(), *(p for module in adapter.shared_state for p in module.parameters())]
+
+
+@contextmanager
+def taps_kept(module: nn.Module) -> Iterator[None]:
+    """Run `module` in the middle of a forward of it: what its adapters have tapped so far is theirs again after."""
+    tapped = [(each, each.tapped) for each in module.modules() if isinstance(each, Adapter)]
+    try:
+        yield
+    finally:
+        for adapter, held in tapped:
+            adapter.tapped = held
+
+
+def adapters_reading_weights(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers that adapters may read the weights of without calling them, each with the name of the method."""
+    return {
+        module.base_layer: adapter.name
+        for module in model.modules()
+        if isinstance(module, AdaptedLinear) and module.get_base_layer() is module.base_layer
+        for adapter in module.adapters.values()
+        if isinstance(adapter, Adapter) and adapter.reads_weight
+    }
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:

@@ -209,6 +209,7 @@ class L4Q(Adapter):
         {
             "check_starts_as_the_pretrained_model": "it starts as the pretrained weight rounded to nearest",
             "check_gradients_are_those_of_the_output": "rounding has no derivative; gradients go straight through it",
+            "check_weights_of_the_layers_train_too": "their gradients go straight through rounding, too",
             "check_four_bit_base": "it rounds the weight itself, and a quantised one is rounded already",
         }
     )

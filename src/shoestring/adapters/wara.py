@@ -84,6 +84,7 @@ class GridWaRA(Adapter):
         {
             "check_any_shape_of_batch": "single tokens have no place on a grid",
             "check_gradients_are_those_of_the_output": "the check takes three tokens, which are no grid",
+            "check_weights_of_the_layers_train_too": "the check takes three tokens, which are no grid",
         }
     )
 

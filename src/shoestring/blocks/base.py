@@ -54,6 +54,7 @@ class Pass:
 
     model: the one called. inputs: its arguments by name. state: whatever the technique keeps for this pass.
     calls: of blocks that wait for the last of their stack, by the stack's name. undo: left when the forward ends.
+    ended: the forward has, so that what runs now is recomputed in backward.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Pass:
     state: Any = None
     calls: dict[str, list[BlockCall]] = field(default_factory=dict)
     undo: ExitStack = field(default_factory=ExitStack)
+    ended: bool = False
 
 
 class BlockTechnique(Technique):
@@ -134,6 +136,7 @@ class BlockTechnique(Technique):
             for module in dict.fromkeys(beginnings):
                 undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
+            undo.callback(self._leave)
             yield model
 
     def _refuse_reader(self, name: str) -> Callable[..., None]:
@@ -151,6 +154,8 @@ class BlockTechnique(Technique):
         return refuse
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.current is not None and self.current.model is model:
+            self._leave()  # torch calls no hook after KeyboardInterrupt
         if self.current is not None or (self.training_only and not (model.training and torch.is_grad_enabled())):
             return None
         current = Pass(model, {**_named(model, args), **kwargs})
@@ -160,17 +165,23 @@ class BlockTechnique(Technique):
             self.begin(current)
             if self.handles_attention:
                 undo.enter_context(masks_by_rows())
-            token = _PASSES.set({**_PASSES.get(), id(self): current})
-            undo.callback(_PASSES.reset, token)
+            _PASSES.set({**_PASSES.get(), id(self): current})
             current.undo = undo.pop_all()
         return (), current.inputs
 
     def _after(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any = None) -> Any:
         if (current := self.current) is None or current.model is not model:
             return None
-        current.undo.close()
-        current.calls.clear()
+        self._leave()
         return None if outputs is None else self.end(current, outputs)
+
+    def _leave(self) -> None:
+        """End the pass that is running, if one is."""
+        if (current := self.current) is not None:
+            _PASSES.set({technique: other for technique, other in _PASSES.get().items() if technique != id(self)})
+            current.undo.close()
+            current.calls.clear()
+            current.ended = True
 
     def _block(
         self, stack: Stack, index: int, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -211,7 +222,7 @@ class BlockTechnique(Technique):
                         f"{stack.name} ran {len(calls)} of its {len(stack)} blocks; set layerdrop of the model to 0, "
                         f"{self.name} needs all of them."
                     )
-                new = self.run_stack(stack, calls)
+                new = self.run_stack(stack, current.calls.pop(stack.name))  # as ALBERT, a model may run it again
         beside = noted.beside if biases is None else biases
         return new if beside is None else (new, *beside)
 

@@ -15,7 +15,7 @@ Differs  f counts the first and last token, which are kept in it. Heads that poo
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import taps_kept
 from ..draws import undrawn
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
@@ -57,6 +58,7 @@ class _State:
     scores: Tensor | None = None  # of the last stack's tokens, where they were not drawn at once
     compact: str | None = None  # the stack whose outputs are the selected rows only, gathered like the labels
     lengthen: bool = False  # its owner wants as many rows as went in, and shortens them after it
+    compacted: bool = False  # that stack has run
 
 
 class _AttentionIsDone(Exception):
@@ -260,6 +262,12 @@ class TokenTune(BlockTechnique):
             allowed = self._allowed(current.inputs, stack, call.hidden)
             scores = state.scores if stack is self.stacks[-1] else None
             state.selections[stack.name] = self._draw(stack, allowed, scores=scores)
+        if state.compacted and stack.name == state.compact and not current.ended:
+            raise SettingError(
+                f"This model runs {stack.name} several times, of which token_tune would take the first for the last; "
+                "leave token_tune out where labels are of tokens."
+            )
+        state.compacted |= stack.name == state.compact and call.index == len(stack) - 1
         selection = state.selections[stack.name]
         if selection.order.shape[1] != call.hidden.shape[1]:
             raise SettingError(
@@ -341,9 +349,10 @@ class _Streams:
         self.others = key, value
         if torch.is_autocast_enabled(query.device.type):
             torch.clear_autocast_cache()  # weights cast without gradient must not serve the stream with gradient
-        with torch.enable_grad(), handled_by(self._attend_selected):
+        block, ends_here = self.stack.blocks[self.call.index], self.is_last and self.state.compact == self.stack.name
+        with torch.enable_grad(), handled_by(self._attend_selected), nullcontext() if ends_here else taps_kept(block):
             self.new = self.call(self.selected, **self._taken(self.selection.kept))
-        if self.is_last and self.state.compact == self.stack.name:
+        if ends_here:
             raise _AttentionIsDone
         key, value = self.everyone
         return attend(

@@ -189,6 +189,7 @@ class Ledger:
             peak_phase=peak.phase,
             at_peak=peak.parts,
             by_phase=peak.by_phase,
+            moments=peak.moments,
             saved_bytes=sum(saved.values()),
             largest=peak.largest,
             trainable_bytes=self._trainable_bytes,

@@ -67,6 +67,15 @@ class Operations:
 
     __rmul__ = __mul__
 
+    def renamed(self, dtype: str, other: str) -> "Operations":
+        """With what is counted for one dtype counted for another, which has no counts of its own."""
+        names = {dtype: other}
+        flops, moved = (
+            {phase: {names.get(name, name): count for name, count in counts.items()} for phase, counts in all_.items()}
+            for all_ in (self.flops, self.moved_bytes)
+        )
+        return Operations(flops, moved)
+
     @property
     def total_flops(self) -> float:
         """Floating point operations of all phases and dtypes."""

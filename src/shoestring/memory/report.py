@@ -24,7 +24,8 @@ class MemoryReport:
     peak_phase: what was running then.
     at_peak: the peak by part; the values sum to `peak_bytes`. Logits and what has their width are a part of their own,
         kept for backward or not.
-    by_phase: the largest sum in each phase.
+    by_phase: the largest sum in each phase in which memory was taken.
+    moments: of each of these phases the parts when their sum was largest, and when it was without gradients and states.
     saved_bytes: kept for backward when it began, without weights, inputs and outputs; the most over several forwards.
     largest: each part's own maximum over time, not all at the same moment.
     trainable_bytes, frozen_bytes: parameters that train; all other weights, with buffers and quantization constants.
@@ -36,6 +37,7 @@ class MemoryReport:
     peak_phase: Phase
     at_peak: dict[str, int]
     by_phase: dict[Phase, int]
+    moments: list[tuple[Phase, dict[str, int]]]
     saved_bytes: int
     largest: dict[str, int]
     trainable_bytes: int
@@ -56,12 +58,20 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes by part at the highest total, the phase it was in, the highest total of each, and each part's maximum."""
+    """Bytes by part at the highest total, its phase, two moments of each phase, and each part's maximum."""
 
     parts: dict[str, int]
     phase: Phase
-    by_phase: dict[Phase, int]
+    moments: list[tuple[Phase, dict[str, int]]]
     largest: dict[str, int]
+
+    @property
+    def by_phase(self) -> dict[Phase, int]:
+        """The largest sum in each phase."""
+        found: dict[Phase, int] = {}
+        for phase, parts in self.moments:
+            found[phase] = max(found.get(phase, 0), sum(parts.values()))
+        return found
 
 
 def replay(existing: Iterable[tuple[str, int]], log: Iterable[tuple[str, int, Phase]]) -> Peak:
@@ -76,12 +86,15 @@ def replay(existing: Iterable[tuple[str, int]], log: Iterable[tuple[str, int, Ph
     peak = total = sum(now.values())
     parts, largest = dict(now), dict(now)
     peak_phase: Phase = "other"
-    by_phase: dict[Phase, int] = {}
+    highest: dict[tuple[Phase, bool], tuple[int, dict[str, int]]] = {}  # with all parts, and without some
     for part, change, phase in log:
         total += change
         now[part] += change
         largest[part] = max(largest[part], now[part])
-        by_phase[phase] = max(by_phase.get(phase, 0), total)
+        if change > 0:  # what is let go was taken in another phase
+            for whole, size in ((True, total), (False, total - now["gradients"] - now["optimizer_state"])):
+                if (phase, whole) not in highest or size > highest[phase, whole][0]:
+                    highest[phase, whole] = size, dict(now)
         if total > peak:
             peak, parts, peak_phase = total, dict(now), phase
-    return Peak(parts, peak_phase, by_phase, largest)
+    return Peak(parts, peak_phase, [(phase, at) for (phase, _), (_, at) in highest.items()], largest)

@@ -88,6 +88,7 @@ class BALora(Technique):
     phase: ClassVar[Phase] = Phase.OBJECTIVE
     needs: ClassVar[frozenset[Phase]] = frozenset({Phase.ADAPTER})
     claims: ClassVar[frozenset[str]] = frozenset({"the output head"})
+    loss_over_batch: ClassVar[bool] = True
 
     consistency: float | None = None
     diversity: float | None = None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -252,14 +253,17 @@ class LazyLogits:
         self.vocabulary = weight.shape[0]
         self.device = hidden.device
         self.dtype = linear_dtype(hidden)
+        self._family = WeakSet([self])  # and all that was made of it
 
     def release(self) -> None:
-        """Let go of the tensors; the shape stays known."""
-        self.hidden = torch.empty_like(self.hidden, device="meta")
-        self.weight = self.bias = None
+        """Let go of the tensors, as all do that were made of it; shapes stay known."""
+        for logits in self._family:
+            logits.hidden = torch.empty_like(logits.hidden, device="meta")
+            logits.weight = logits.bias = None
 
     def _with(self, *steps: Step, hidden: Tensor | None = None) -> LazyLogits:
         new = copy.copy(self)
+        self._family.add(new)
         new.hidden = self.hidden if hidden is None else hidden
         new.steps = (*self.steps, *steps)
         return new

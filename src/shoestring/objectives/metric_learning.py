@@ -63,6 +63,7 @@ class MetricLearning(Technique):
     name: ClassVar[str] = "metric_learning"
     phase: ClassVar[Phase] = Phase.OBJECTIVE
     claims: ClassVar[frozenset[str]] = frozenset({"the output head"})
+    loss_over_batch: ClassVar[bool] = True
 
     alignment: float = 0.1
     uniformity: float = 0.5

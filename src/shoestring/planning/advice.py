@@ -296,8 +296,8 @@ def _technique_step(name: str, order: int, why: str, options: dict[str, Any], ex
 
 
 def _smaller_batches(settings: RunSettings, now: Prediction) -> _Step | None:
-    """One row at a time, the rest by accumulation."""
-    if now.batch == 1:
+    """One row at a time, the rest by accumulation, where the loss of rows is the sum of each one's."""
+    if now.batch == 1 or any(technique.loss_over_batch for technique in settings.build_recipe().techniques):
         return None
 
     def apply(changed: RunSettings) -> RunSettings:
@@ -314,7 +314,8 @@ def _smaller_batches(settings: RunSettings, now: Prediction) -> _Step | None:
 
 
 def _eight_bit_optimizer(settings: RunSettings, now: Prediction) -> _Step | None:
-    if optimizers.by_rule(settings.train.get("optim")) or now.parts["optimizer_state"] < now.peak_bytes // 50:
+    in_use = optimizers.by_rule(settings.train.get("optim")) or settings.build_recipe().brings_optimizer
+    if in_use or now.parts["optimizer_state"] < now.peak_bytes // 50:
         return None
 
     def apply(changed: RunSettings) -> RunSettings:

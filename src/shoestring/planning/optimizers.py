@@ -9,8 +9,11 @@ Rule     Blocks of 256 numbers share one float32 scale; tensors below 4,096 numb
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from ..recipe import Recipe
 from ..training.low_bit_optimizers import SMALLEST_QUANTISED, package_of
 
 SMALLEST_PAGED = 100_000
@@ -61,6 +64,16 @@ class StateRule:
     def paged_bytes_of(self, numbers: int) -> int:
         """What of that state may leave the device."""
         return self.bytes_of(numbers) if self.paged and numbers >= SMALLEST_PAGED else 0
+
+
+def rule_of_run(train: Mapping[str, Any], recipe: Recipe) -> StateRule | None:
+    """The rule for the state of a run's optimizer; None where it is rehearsed, as is one that a technique brings.
+
+    train: fields of TrainingArguments.
+    """
+    if recipe.brings_optimizer:
+        return None
+    return by_rule(train.get("optim"), on_cpu=bool(train.get("use_cpu")))
 
 
 def by_rule(optim: object, *, on_cpu: bool = False) -> StateRule | None:

@@ -34,7 +34,7 @@ from ..recipe import Recipe
 from ..training.models import check_length
 from ..training.quantised import Quantization, check_adapters
 from ..training.tasks import TASKS, Task
-from ..training.trainer import RecipeTrainer
+from ..training.trainer import RecipeTrainer, refusals_told
 from . import models, optimizers, sharding
 from .rehearsal import Rehearsed, Work, rehearse
 
@@ -67,7 +67,8 @@ class Prediction:
     paged_bytes: optimizer state that may leave the device.
     cuda_bytes: the range in which the device's own count will lie, context and slack included.
     by_rule: what of this was not rehearsed but follows a rule.
-    operations: of a whole step with all its micro-batches, where they were counted.
+    operations: of a whole step with all its micro-batches, where they were counted. tf32: whether float32 products run
+        as tf32 on a GPU that has it.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Prediction:
     total_parameters: int
     by_rule: tuple[str, ...]
     operations: Operations | None = None
+    tf32: bool = False
 
     @property
     def cuda_bytes(self) -> tuple[int, int]:
@@ -102,7 +104,7 @@ class Prediction:
         """
         if self.operations is None:
             raise ValueError("The operations of this prediction were not counted; predict with count_operations=True.")
-        return seconds(self.operations, device)
+        return seconds(self.operations, device, tf32=self.tf32)
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain JSON values."""
@@ -154,11 +156,10 @@ def predict(
 
     Raises SettingError if the model is unknown, the run cannot be predicted, or its sizes are out of range.
     """
-    rule = optimizers.by_rule(settings.train.get("optim"), on_cpu=bool(settings.train.get("use_cpu")))
     work, sizes = work_of(settings, batch, length, depth)
     found = rehearse(work, count_operations=count_operations)
     _, rules = models.rehearsed_attention(settings.model.attn_implementation)
-    return prediction_of(settings.model.name, work.recipe, sizes, found, rule, shards, rules)
+    return prediction_of(settings.model.name, work.recipe, sizes, found, settings.train, shards, rules)
 
 
 def predict_model(
@@ -181,10 +182,7 @@ def predict_model(
 
     Raises SettingError as `predict` does.
     """
-    train = dict(train or {})
-    rule = optimizers.by_rule(train.get("optim"), on_cpu=bool(train.get("use_cpu")))
-    if rule is not None:
-        train["optim"] = "sgd"
+    train = train or {}
     config = models.configuration(model) if isinstance(model, str) else model
     work = work_of_model(
         config,
@@ -199,7 +197,7 @@ def predict_model(
     found = rehearse(work, count_operations=count_operations)
     sizes = (batch, length, int(train.get("gradient_accumulation_steps", 1)))
     name = model if isinstance(model, str) else str(config.name_or_path or config.model_type)
-    return prediction_of(name, work.recipe, sizes, found, rule, shards)
+    return prediction_of(name, work.recipe, sizes, found, train, shards)
 
 
 def work_of(
@@ -213,7 +211,7 @@ def work_of(
     task.limit = limit = models.longest(config)
     recipe = settings.build_recipe()
     task.set_up_recipe(recipe)
-    arguments = _arguments(settings, task)
+    arguments = _arguments(settings, task, recipe)
     batch = arguments["per_device_train_batch_size"] if batch is None else batch
     side = _side_of_images(settings) if task.takes_images else None
     length = length or settings.data.max_length or task.argument_defaults().get("max_length") or limit or (side and 1)
@@ -225,15 +223,15 @@ def work_of(
     attention, _ = models.rehearsed_attention(settings.model.attn_implementation)
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        return without_printing(
-            task.trainer(
+        with refusals_told():
+            trainer = task.trainer(
                 model=model,
                 args=task.arguments_class()(**{**arguments, "output_dir": folder}),
                 train_dataset=Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]}),
                 processing_class=two_words(),
                 callbacks=list(callbacks),
             )
-        )
+        return without_printing(trainer)
 
     work = Work(
         recipe,
@@ -273,10 +271,10 @@ def work_of_model(
     check_adapters(quantization, recipe.techniques)
 
     def make_trainer(model: Any, folder: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        arguments = TrainingArguments(**{**(train or {}), **ONE_STEP, "output_dir": folder})
-        return without_printing(
-            RecipeTrainer(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks))
-        )
+        with refusals_told():
+            arguments = TrainingArguments(**{**_of_one_step(train or {}, recipe), "output_dir": folder})
+            trainer = RecipeTrainer(model=model, args=arguments, train_dataset=[0], callbacks=list(callbacks))
+        return without_printing(trainer)
 
     return Work(
         recipe,
@@ -297,39 +295,43 @@ def prediction_of(
     recipe: Recipe,
     sizes: tuple[int, int, int],
     found: Rehearsed,
-    rule: optimizers.StateRule | None = None,
+    train: Mapping[str, Any],
     shards: sharding.Sharding | None = None,
     told: tuple[str, ...] = (),
 ) -> Prediction:
     """What was rehearsed, and what follows by rule, as one prediction.
 
-    sizes: rows of a micro-batch, tokens of a sequence, micro-batches of a step. told: other rules that were used.
+    sizes: rows of a micro-batch, tokens of a sequence, micro-batches of a step. train: fields of TrainingArguments.
+    told: other rules that were used.
     """
-    report = found.memory
-    parts = {part: report.at_peak.get(part, 0) for part in PARTS}
-    parts["adapters"] = found.adapter_bytes
-    parts["weights"] -= found.adapter_bytes
-    by_step: dict[str, int] = {"load": report.at_peak["weights"] + found.largest_weight_bytes}
-    by_step |= {str(phase): size for phase, size in report.by_phase.items()}
+    moments: list[tuple[str, dict[str, int]]] = []
+    for phase, measured in found.memory.moments:
+        parts = {part: measured.get(part, 0) for part in PARTS}
+        parts["adapters"] = found.adapter_bytes
+        parts["weights"] -= found.adapter_bytes
+        moments.append((phase, parts))
     rules, paged = list(told), 0
-    if rule is not None:
+    if (rule := optimizers.rule_of_run(train, recipe)) is not None:
         trained = [(rule, size) for size in found.trained_sizes]
         trained += [(rule.of_embeddings, size) for size in found.embedding_sizes]
         state = sum(each.bytes_of(size) for each, size in trained)
         paged = sum(each.paged_bytes_of(size) for each, size in trained)
-        parts["optimizer_state"] += state - paged
-        by_step = {step: size + (step != "load") * (state - paged) for step, size in by_step.items()}
+        for _, parts in moments:
+            parts["optimizer_state"] += state - paged
         rules.append(rule.text)
     if shards is not None:
-        before = sum(parts.values())
-        parts = shards.divided(parts, found.units, report.largest["gradients"])
-        change = sum(parts.values()) - before
-        by_step = {step: max(size + change, 0) for step, size in by_step.items() if step != "load"}
+        gradients = found.memory.largest["gradients"]
+        moments = [(step, shards.divided(parts, found.units, gradients)) for step, parts in moments]
+        paged = shards.share_of_state(paged)
         rules.append(shards.text)
-    peak_step = max(by_step, key=by_step.__getitem__)
-    if peak_step == "load":
-        load = by_step["load"] - sum(parts[part] for part in ("weights", "adapters"))
-        parts = {part: parts[part] if part in ("weights", "adapters") else 0 for part in PARTS} | {"temporary": load}
+    else:
+        weights = found.memory.at_peak["weights"] - found.adapter_bytes
+        loaded = {"weights": weights, "adapters": found.adapter_bytes, "temporary": found.largest_weight_bytes}
+        moments.insert(0, ("load", dict.fromkeys(PARTS, 0) | loaded))
+    by_step: dict[str, int] = {}
+    for step, parts in moments:
+        by_step[step] = max(by_step.get(step, 0), sum(parts.values()))
+    peak_step, at_peak = max(moments, key=lambda moment: sum(moment[1].values()))
     return Prediction(
         model=model,
         recipe=recipe.to_list(),
@@ -337,19 +339,31 @@ def prediction_of(
         length=sizes[1],
         accumulation=sizes[2],
         processes=shards.processes if shards else 1,
-        peak_bytes=sum(parts.values()),
+        peak_bytes=by_step[peak_step],
         peak_step=peak_step,
-        parts=parts,
+        parts=at_peak,
         by_step=by_step,
         paged_bytes=paged,
         trained_parameters=found.trained_parameters,
         total_parameters=found.total_parameters,
         by_rule=tuple(rules),
-        operations=found.operations,
+        operations=_in_precision(found.operations, train),
+        tf32=bool(train.get("tf32")),
     )
 
 
-ONLY_AROUND_TRAINING = ("eval_", "save_", "load_best_model", "push_to", "hub_", "report_to", "logging_", "log_")
+ONLY_AROUND_TRAINING = (
+    "eval_",
+    "save_",
+    "load_best_model",
+    "push_to",
+    "hub_",
+    "report_to",
+    "logging_",
+    "log_",
+    "lr_scheduler",
+    "dataloader_",
+)
 NEEDS_DEVICES = ("fsdp", "deepspeed", "ddp_", "tf32", "fp16", "torch_compile", "use_cpu")
 ONE_STEP: Mapping[str, Any] = {
     "max_steps": 1,
@@ -360,23 +374,35 @@ ONE_STEP: Mapping[str, Any] = {
     "logging_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
-    "dataloader_num_workers": 0,
 }
 
 
-def _arguments(settings: RunSettings, task: Task) -> dict[str, Any]:
-    """What shapes one step of the trainer, as it can be rehearsed on any machine."""
+def _of_one_step(train: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Fields of TrainingArguments that shape one step, as it can be rehearsed on any machine."""
     left_out = (*ONLY_AROUND_TRAINING, *NEEDS_DEVICES)
-    train = {name: value for name, value in settings.train.items() if not name.startswith(left_out)}
-    if optimizers.by_rule(train.get("optim")):
-        train["optim"] = "sgd"  # which has no state: that is added by rule
-    sixteen = settings.train.get("bf16") or settings.train.get("fp16")  # of one size
-    defaults: dict[str, Any] = {"gradient_checkpointing": False, "bf16": bool(sixteen), "label_names": ["labels"]}
+    kept = {name: value for name, value in train.items() if not name.startswith(left_out)}
+    if optimizers.rule_of_run(train, recipe):
+        kept["optim"] = "sgd"  # which has no state: that is added by rule
+    if train.get("fp16"):
+        kept["bf16"] = True  # of the same size, and any processor has it
+    return {**kept, **ONE_STEP}
+
+
+def _in_precision(operations: Operations | None, train: Mapping[str, Any]) -> Operations | None:
+    """What was counted in bfloat16 as the run computes it: in float16, with fp16."""
+    if operations is None or not train.get("fp16"):
+        return operations
+    return operations.renamed("bfloat16", "float16")
+
+
+def _arguments(settings: RunSettings, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """What shapes one step of the task's trainer."""
     arguments: dict[str, Any] = {
-        **defaults,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "label_names": ["labels"],
         **task.argument_defaults(),
-        **train,
-        **ONE_STEP,
+        **_of_one_step(settings.train, recipe),
         **task.rehearsal_arguments(),
     }
     blank = task.arguments_class()(output_dir=settings.output_dir, use_cpu=True)

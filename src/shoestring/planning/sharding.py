@@ -6,7 +6,8 @@ Rules    With n processes, weights W, gradients G, optimizer state S, blocks of 
          zero3, fsdp2   (W + G + S)/n, and at the peak two blocks and what is outside of blocks, gathered
          Activations, logits and temporaries are those of the process's own micro-batch.
 Source   Rajbhandari et al., ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, arXiv:2304.11277
-Leaves   Buffers of the communication library, and prefetching beyond one block.
+Leaves   Buffers of the communication library, and prefetching beyond one block. The peak is looked for where each phase
+         of a step holds most, with and without gradients and states; a moment between them may hold more.
 """
 
 from collections.abc import Mapping
@@ -50,22 +51,25 @@ class Sharding:
     def divided(self, parts: Mapping[str, int], units: Units, gradients: int) -> dict[str, int]:
         """The parts of one process, from those of a process that holds everything.
 
-        parts: at the peak. gradients: bytes of all of them, which need not be there at the peak.
+        parts: at one moment. gradients: bytes of all of them, which need not be there then.
         """
-
-        def share(size: int, wanted: bool) -> int:
-            return -(-size // self.processes) if wanted else size
-
         new = dict(parts)
         if self.processes == 1:
             return new
         whole = self.kind in ("fsdp2", "zero3")
         for part in ("weights", "adapters"):
-            new[part] = share(new[part], whole)
-        new["gradients"] = share(new["gradients"], whole or self.kind == "zero2")
-        new["optimizer_state"] = share(new["optimizer_state"], self.kind != "ddp")
+            new[part] = self._share(new[part], whole)
+        new["gradients"] = self._share(new["gradients"], whole or self.kind == "zero2")
+        new["optimizer_state"] = self.share_of_state(new["optimizer_state"])
         if whole:
             new["temporary"] += 2 * units.largest_block + units.outside
         elif self.kind == "ddp":
             new["temporary"] += gradients
         return new
+
+    def share_of_state(self, size: int) -> int:
+        """What one process holds of so many bytes of optimizer state."""
+        return self._share(size, self.kind != "ddp")
+
+    def _share(self, size: int, divided: bool) -> int:
+        return -(-size // self.processes) if divided else size

@@ -75,9 +75,11 @@ class EmbeddingPruning(Technique):
         self._processor: Any = None
         self._saved_ids: Tensor | None = None
         self._rows: list[KeptRows] = []
+        self._others: tuple[Technique, ...] = ()
 
     def check_recipe(self, others: Sequence[Technique]) -> None:
         """Refuse what reads or trains the embedding by the ids of the full table."""
+        self._others = tuple(others)
         for other in others:
             config = getattr(other, "config", None)
             if other.phase == Phase.PROMPT:
@@ -151,6 +153,7 @@ class EmbeddingPruning(Technique):
     def on_step_begin(self, moment: Moment) -> None:
         """Refuse a tied head that has begun to train, and optimizer state that belongs to other rows."""
         self._refuse_trained_tie()
+        self._refuse_moved_tie(moment.model)
         saved, self._saved_ids = self._saved_ids, None
         resumed = moment.optimizer is not None and self._table in moment.optimizer.state
         if resumed and saved is not None and not torch.equal(saved.cpu(), self._kept):
@@ -265,6 +268,18 @@ class EmbeddingPruning(Technique):
                 "fewer rows is another loss. Freeze the embedding (as adapters do), accept that loss with "
                 "restricted_softmax: true, or take out embedding_pruning."
             )
+
+    def _refuse_moved_tie(self, model: nn.Module) -> None:
+        """Beside a head that keeps the table, the input side is a copy of some rows: moved apart, one would be lost."""
+        if self._head is None:
+            return
+        tied = {id(self._table), *(id(getattr(module, key)) for rows in self._rows for module, key in rows.holders)}
+        for other in self._others:
+            if not tied.isdisjoint(map(id, other.trained_without_gradient(model))):
+                raise SettingError(
+                    f"embedding_pruning: the output head shares the embedding's weight, which {other.name} moves. "
+                    "Leave both out there by exclude_modules, or take out embedding_pruning."
+                )
 
 
 class _Names:

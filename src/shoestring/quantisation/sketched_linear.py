@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..fakes import has_values
 from ..precision import autocast_dtype, autocast_off, wide_dtype
 from .packed_model import packed_layer
@@ -97,6 +98,25 @@ def sketched_linear(
         return y if bias is None else y + bias.to(y.dtype)
 
 
+class _Shown(Tensor):
+    """A weight that was made to be read: what is written into it would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations give plain tensors
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor."""
+        data: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise SettingError(
+            "A sketch takes no other weight, so that nothing can be merged into it, and no adapter can start from a "
+            "part of it, as init_lora_weights: pissa does. Take sketchtune away first, by Recipe.remove(model)."
+        )
+
+
 @packed_layer("sketch")
 class SketchedLinear(nn.Linear):
     """An `nn.Linear` with tables and codes in place of its weight.
@@ -162,7 +182,8 @@ class SketchedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight that the sketch stands for, dense, for code that asks for it; gradients go to the tables."""
         places = unpack(self.codes, self.bits, self.in_features).unflatten(1, (self.groups, -1)).long()
-        return _weight(self.tables, places).to(self.dtype)
+        weight = _weight(self.tables, places).to(self.dtype)
+        return weight.as_subclass(_Shown) if type(weight) is Tensor else weight
 
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """x W^T + b."""

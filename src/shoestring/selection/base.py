@@ -5,7 +5,7 @@ train, and puts everything back on exit, trained values aside. A recipe saves wh
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..adapters.base import adapters_reading_weights
 from ..adapters.placement import freeze_but_head, task_head
 from ..errors import SettingError
 from ..technique import Phase, Technique
@@ -77,6 +78,23 @@ class Selection(Technique, ABC):
             other.phase in ADDED_WEIGHTS_TRAIN or (isinstance(other, Selection) and other._attached)
             for other in self._others
         )
+
+
+def refuse_layers_not_called(technique: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that an adapter reads the weight of without calling them, so that what hangs on them is left out.
+
+    layers: by their names, or those of their weights.
+
+    Raises SettingError naming both.
+    """
+    readers = adapters_reading_weights(model)
+    for name, layer in layers.items():
+        if layer in readers:
+            plain = name.removesuffix(".weight").removesuffix(".base_layer")
+            raise SettingError(
+                f"{technique} cannot train numbers of {plain}: {readers[layer]} of the same recipe computes with its "
+                "weight and does not call the layer. Leave the layer out of one of them, here by exclude_modules."
+            )
 
 
 def check_trainable(technique: str, chosen: dict[str, nn.Parameter]) -> None:

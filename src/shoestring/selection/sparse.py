@@ -5,7 +5,8 @@ Update   values = W[places]; a step of the optimizer changes values, which are t
 Shapes   W of any shape, places [n] in the flat W, values [n] in float32 or wider
 Costs    8 n bytes for places and values in float32, 8 n for AdamW's moments; a weight's input is kept for backward, as
          in any layer that trains; one dense gradient at a time. Forward is that of the plain model
-Limits   weights that are read by other modules than those that hold them are not seen (nn.MultiheadAttention)
+Limits   weights that are read by other modules than those that hold them are not seen (nn.MultiheadAttention); layers
+         whose weight an adapter of this package reads without calling them are refused
 
 The weight itself stays frozen, so that trainers, optimizers and checks meet `values` alone. Where a module's forward
 reads its weight it gets a view of it whose backward ends in `values`.
@@ -31,7 +32,7 @@ from ..resizing import replace_data
 from ..targets import Names, targeted
 from ..technique import Moment
 from ..whole_files import check_names, read_tensors, write_tensors
-from .base import Selection, check_trainable, named_parameters
+from .base import Selection, check_trainable, named_parameters, refuse_layers_not_called
 
 FILE = "selected.safetensors"
 HOLDER = "selected"  # the module that holds the entries, on the model
@@ -201,6 +202,10 @@ class SparseSelection(Selection):
         """Empty splits mean that what was chosen is about to be loaded."""
         self.values_follow = self.values_follow or not splits
 
+    def see_saved(self, folder: Path) -> None:
+        """What was chosen is about to be loaded."""
+        self.values_follow = True
+
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No whole parameter."""
         return {}
@@ -213,6 +218,7 @@ class SparseSelection(Selection):
             found = self.candidates(model)
             weights = {name: parameter for name, (_, parameter) in found.items()}
             check_trainable(self.name, weights)
+            refuse_layers_not_called(self.name, model, {n: m for n, (holders, _) in found.items() for m, _ in holders})
             for parameter in weights.values():
                 parameter.requires_grad_(False)
             none = {name: torch.empty(0, dtype=torch.int64) for name in weights}

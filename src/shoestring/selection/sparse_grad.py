@@ -45,7 +45,7 @@ from ..resizing import replace_data
 from ..targets import Names, targeted
 from ..technique import register_technique
 from ..whole_files import read_tensors, write_tensors
-from .base import Selection, pretrained_modules, settings_error
+from .base import Selection, pretrained_modules, refuse_layers_not_called, settings_error
 
 FILE = "rotated.safetensors"
 HOLDER = "rotated"  # the module that holds bases and numbers, on the model
@@ -156,6 +156,10 @@ class SparseGrad(Calibrated, Selection):
         self._bases: dict[str, Basis] = {}
         self._undo = ExitStack()
 
+    def see_saved(self, folder: Path) -> None:
+        """What was found is about to be loaded."""
+        self.values_follow = True
+
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No parameter of the model."""
         return {}
@@ -166,6 +170,7 @@ class SparseGrad(Calibrated, Selection):
         with super().attach(model), ExitStack() as undo:
             self._undo = undo
             layers = self._layers(model)
+            refuse_layers_not_called(self.name, model, {name: layer for name, (_, layer) in layers.items()})
             self._bases = {}
             undo.callback(self.numbers.clear)
             for name, (kind, layer) in layers.items():

@@ -14,6 +14,7 @@ tiny, of odd sizes, and built from fixed seeds.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.base import Adapter, AdapterConfig, adapter_parameters
+from ..adapters.base import AdaptedLayer, Adapter, AdapterConfig, adapter_parameters
 from ..fakes import without_values
 from ..memory import Ledger, MemoryReport
 from ..recipe import Recipe, attached_to, load
@@ -219,11 +220,11 @@ def check_gradients_are_those_of_the_output(config_class: type[AdapterConfig], m
     model = adapted(config_class, make_settings, two_layers(torch.float64)).double()
     x = batch(torch.float64)[:1, :3].clone().requires_grad_(True)
     inputs = {"input": x, **trainable(model)}
-    weights = torch.randn_like(model(x))
-    gradients = torch.autograd.grad((model(x) * weights).sum(), list(inputs.values()))
+    score = partial(_scored, model, x, torch.randn_like(model(x)))
+    gradients = torch.autograd.grad(score(), list(inputs.values()))
     for (name, value), gradient in zip(inputs.items(), gradients, strict=True):
         direction = torch.randn_like(value)
-        expected = _difference(lambda: (model(x) * weights).sum(), value, direction)
+        expected = _difference(score, value, direction)
         assert_close((gradient * direction).sum(), expected, f"the gradient for {name}", rtol=1e-4, atol=1e-5)
 
 
@@ -237,6 +238,30 @@ def _difference(function: Callable[[], Tensor], value: Tensor, direction: Tensor
         ends.append(function())
     value.copy_(before)
     return (ends[0] - ends[1]) / (2 * size)
+
+
+def check_weights_of_the_layers_train_too(config_class: type[AdapterConfig], make_settings: MakeSettings) -> None:
+    """In double precision, a layer's weight that trains has its gradient, beside an adapter and under a frozen one."""
+    model = adapted(config_class, make_settings, two_layers(torch.float64)).double()
+    own = list(trainable(model).values())
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    weights = {name: layer.get_base_layer().get_parameter("weight").requires_grad_() for name, layer in layers.items()}
+    for x in (batch(torch.float64), batch(torch.float64)[:1, :3]):  # few tokens may go another way than many
+        score = partial(_scored, model, x, torch.randn_like(model(x)))
+        for beside in (True, False):
+            for parameter in own:
+                parameter.requires_grad_(beside)
+            found = torch.autograd.grad(score(), list(weights.values()), allow_unused=True)
+            for (name, weight), gradient in zip(weights.items(), found, strict=True):
+                assert gradient is not None, f"{name}: its weight trains and has no gradient"
+                direction = torch.randn_like(weight)
+                expected = _difference(score, weight, direction)
+                assert_close((gradient * direction).sum(), expected, f"the gradient of {name}", rtol=1e-4, atol=1e-4)
+
+
+def _scored(model: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+    score: Tensor = (model(x) * weights).sum()
+    return score
 
 
 def check_any_shape_of_batch(config_class: type[AdapterConfig], make_settings: MakeSettings) -> None:

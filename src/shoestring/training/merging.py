@@ -382,7 +382,7 @@ def _error_of_packing(layer: LayerError, merged: nn.Module, packed: nn.Module) -
     if (backend := resolve_quantization_backend(here, **get_quantization_kwargs(packed))) is None:
         return layer
     wanted = there.get_parameter("weight").detach().float()
-    values = backend.get_base_weight(here).float()
+    values = backend.get_base_weight(here).float().to(wanted.device)  # some are packed on the GPU, wherever they were
     values = values.T if isinstance(there, Conv1D) else values
     return LayerError(layer.name, layer.change, _share(values - wanted, wanted))
 

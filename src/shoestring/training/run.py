@@ -44,6 +44,7 @@ from .observe import AtFirstStep, StepMemory, StepShape, StepTimes, StopWhenAske
 from .quantised import numbers_in
 from .report import Report, median
 from .tasks import TASKS, Task
+from .trainer import refusals_told
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -102,7 +103,9 @@ def train(
             say(f"Going on from {checkpoint}." if checkpoint else f"{folder} holds no checkpoint yet; starting over.")
         memory, stop = StepMemory(), StopWhenAsked()
         times = StepTimes(memory)
-        ready = prepare(settings, say=say, callbacks=[stop, memory, times, GradientCheck(), *callbacks])
+        watching = [stop, memory, times, GradientCheck(), *callbacks]
+        started = settings.train.get("eval_on_start")  # evaluates what the checkpoint then replaces
+        ready = prepare(settings, say=say, callbacks=watching, checkpoint=None if started else checkpoint)
         on_ready(ready)
         try:
             if not resume:
@@ -170,16 +173,22 @@ def _predicted(
 
 
 def prepare(
-    settings: RunSettings, *, say: Callable[[str], None] = lambda text: None, callbacks: Sequence[TrainerCallback] = ()
+    settings: RunSettings,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: Path | None = None,
 ) -> Ready:
     """Load data and model, attach the recipe and make the trainer; nothing is trained or written.
+
+    checkpoint: what the trainer will restore, so that techniques need not start or choose by data what it holds.
 
     Raises SettingError naming what does not fit together.
     """
     task = TASKS[settings.task](settings)
     recipe = settings.build_recipe()
     task.set_up_recipe(recipe)
-    notes = [_try_optimizer(settings)]
+    notes = [_try_machine(settings)]
     seed = int(settings.train.get("seed", 42))
     say(f"Loading data {settings.data.train}")
     data = load_splits(settings.data, seed)
@@ -198,7 +207,7 @@ def prepare(
     reads_data = any(technique.reads_data for technique in recipe.techniques)
     if any(technique.runs_model for technique in recipe.techniques):
         move_ahead(model, arguments)
-    model = _attach(recipe, model, task.model_inputs(data, processor) if reads_data else None, processor)
+    model = _attach(recipe, model, task.model_inputs(data, processor) if reads_data else None, processor, checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         if parameter.dtype == torch.float16:
@@ -213,30 +222,33 @@ def prepare(
         )
         say(told[-1])
     try:
-        trainer = task.trainer(
-            model=model,
-            args=arguments,
-            train_dataset=data["train"],
-            eval_dataset=data.get("validation"),
-            processing_class=processor,
-            callbacks=list(callbacks),
-            run_identity=identity(settings),
-        )
-        if settings.early_stopping_patience is not None:
-            trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
-    except (ValueError, TypeError, ImportError) as error:
+        with refusals_told():
+            trainer = task.trainer(
+                model=model,
+                args=arguments,
+                train_dataset=data["train"],
+                eval_dataset=data.get("validation"),
+                processing_class=processor,
+                callbacks=list(callbacks),
+                run_identity=identity(settings),
+            )
+            if settings.early_stopping_patience is not None:
+                trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    except SettingError:
         Recipe.remove(model)
-        raise SettingError(f"The trainer refuses these settings: {error}") from error
+        raise
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     return Ready(settings, task, data, attached_to(model), trainer, told)
 
 
-def _try_optimizer(settings: RunSettings) -> str | None:
-    """Refuse an optimizer that does not run here, before anything is loaded; give what to know of it."""
+def _try_machine(settings: RunSettings) -> str | None:
+    """Refuse an optimizer or GPUs that do not run here, before anything is loaded; give what to know of the first."""
     chosen = {name: settings.train[name] for name in ("optim", "optim_args") if name in settings.train}
     use_cpu = settings.train.get("use_cpu", not torch.cuda.is_available())
     arguments = TrainingArguments(output_dir=settings.output_dir, use_cpu=use_cpu, **chosen)
+    if not (settings.train.get("deepspeed") or settings.train.get("fsdp")):  # which share GPUs out by themselves
+        refuse_copies(arguments)
     check_optimizer(arguments)
     return note_on(arguments)
 
@@ -297,6 +309,8 @@ def shortened(settings: RunSettings, max_steps: int, folder: str) -> RunSettings
         "push_to_hub": False,
     }
     train = {key: value for key, value in settings.train.items() if key != "load_best_model_at_end"} | short
+    if train.get("lr_scheduler_type") in LOOKING_AT_QUALITY:  # of which nothing is seen in so few steps
+        train = {key: value for key, value in train.items() if not key.startswith("lr_scheduler")}
     return settings.model_copy(update={"output_dir": folder, "train": train, "early_stopping_patience": None})
 
 
@@ -365,11 +379,9 @@ def training_arguments(settings: RunSettings, task: Task, data: DatasetDict) -> 
     elif settings.early_stopping_patience is not None:
         raise SettingError("early_stopping_patience needs a validation split; name one as data.validation.")
     defaults |= task.argument_defaults()
-    arguments = settings.training_arguments(
+    return settings.training_arguments(
         **{**defaults, **given, "output_dir": settings.output_dir, "eval_on_start": False}
     )
-    refuse_copies(arguments)
-    return arguments
 
 
 def evaluate(ready: Ready, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
@@ -427,9 +439,9 @@ def move_ahead(model: Any, arguments: TrainingArguments) -> None:
         model.to(arguments.device)
 
 
-def _attach(recipe: Recipe, model: Any, data: DatasetDict | None, processor: Any) -> Any:
+def _attach(recipe: Recipe, model: Any, data: DatasetDict | None, processor: Any, saved: Path | None) -> Any:
     try:
-        return recipe.apply(model, data, processor)
+        return Attached(recipe, model, data, processor, saved).model
     except (ValueError, TypeError, NotImplementedError) as error:
         raise SettingError(f"The recipe does not fit the model: {error}") from error
 

@@ -6,7 +6,8 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from .callback import RecipeCallback
 from .quantised import trained_dtypes_kept
 
 RUNNING_LOSS = "running_loss.json"
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """Around the making of a trainer and its arguments: raises SettingError for what they do not take."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingError(f"The trainer refuses these settings: {error}") from error
 
 
 class RecipeTrainerMixin(Trainer):

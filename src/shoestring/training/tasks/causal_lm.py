@@ -62,7 +62,8 @@ class CausalLM(Task):
         return {"max_length": self.data.max_length or min(1024, self.limit or 1024)}
 
     def rehearsal_arguments(self) -> dict[str, Any]:
-        return {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        words = dict.fromkeys(("eos_token", "pad_token", "chat_template_path"))  # of a tokenizer that is not there
+        return {"dataset_kwargs": {"skip_prepare_dataset": True}, "assistant_only_loss": False, **words}
 
     def _columns(self, dataset: Dataset) -> dict[str, str]:
         """The columns that are read, with the names TRL knows them by."""
