@@ -777,3 +777,21 @@ def test_blocks_that_run_several_times_are_refused_where_labels_are_of_tokens(fo
         pytest.raises(SettingError, match=r"runs albert\.encoder\.albert_layer_groups several times"),
     ):
         attached(**batch)
+
+
+def test_a_forward_that_the_keyboard_ended_is_not_gone_on_with():
+    model = made("llama")
+    batch = batch_for("llama", model)
+    shorter = {name: tensor[:2, :7] for name, tensor in batch.items()}
+
+    def end(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    with tuned(model, keep_fraction=0.5) as (attached, states):
+        handle = find_stacks(model)[0].blocks[-1].register_forward_pre_hook(end)
+        with pytest.raises(KeyboardInterrupt):
+            attached(**batch)
+        handle.remove()
+        attached(**shorter).loss.backward()
+        (selection,) = states[-1].selections.values()
+        assert selection.order.shape == (2, 7)
