@@ -119,7 +119,7 @@ class Events:
         return False
 
     def see_saved(self, folder: Path) -> None:
-        """Before attaching, where `restore` will follow: look at what was saved into `folder`."""
+        """Before attaching, where `restore` will follow: look at what was saved, or leave it to come."""
 
     def on_attached(self, model: nn.Module) -> None:
         """All techniques of the recipe are attached; refuse what they made of the model, where it does not fit."""
