@@ -1,4 +1,4 @@
-"""What every test runs under: no network, a fixed number of threads, and shape annotations that are checked."""
+"""What every test runs under: no network, fixed seeds and threads, and shape annotations that are checked."""
 
 import gc
 import os
@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jaxtyping
 import pytest
 import torch
+from transformers import set_seed
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,18 @@ def what_is_there_is_not_searched_for_garbage() -> None:
     """Ledgers and trainers collect garbage often, which takes a second where all imports are searched each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixtures_draw_the_same_whatever_ran_before() -> None:
+    """What fixtures of a module draw depends on no other module."""
+    set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def tests_draw_the_same_whatever_ran_before() -> None:
+    """What a test draws depends on no other test, so that a failure comes again when it is run alone."""
+    set_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

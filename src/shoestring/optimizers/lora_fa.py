@@ -174,7 +174,7 @@ def _refuse_other_kinds(name: str, layer: LoraLayer) -> None:
         kind = f"a layer with the LoRA variant {type(next(iter(layer.lora_variant.values()))).__name__}"
     elif (experts := getattr(layer, "num_experts", 1)) > 1:
         kind = f"of {experts} experts, whose B A is no product of the whole"
-    elif any(not isinstance(a, nn.Linear) for a in layer.lora_A.values()) or hasattr(layer, "lora_E"):
+    elif any(not isinstance(a, nn.Linear) for a in layer.lora_A.values()):
         kind = f"a layer of the class {type(layer).__name__}"
     if kind is not None:
         raise SettingError(
