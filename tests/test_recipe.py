@@ -449,6 +449,21 @@ class TestSaving:
         with pytest.raises(SettingError, match=r"as \[1\], which is \[24\] in the base model here"):
             load(decoder(), tmp_path)
 
+    def test_statistics_of_another_shape_are_refused_before_anything_is_copied(self, tmp_path):
+        def model() -> nn.Module:
+            return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+        trained = Recipe(Unfreeze(blocks=[], modules=["0", "1"])).apply(model())
+        trained.train()(torch.randn(5, 3))
+        attached_to(trained).save(tmp_path)
+        file = tmp_path / "trained.safetensors"
+        save_file({**load_file(file), "1.running_mean": torch.ones(1)}, file)
+        other = model()
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        with pytest.raises(SettingError, match=r"1\.running_mean as \[1\], which is \[4\] in the base model here"):
+            load(other, tmp_path)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
     def test_a_folder_without_a_recipe_is_refused(self, tmp_path):
         with pytest.raises(SettingError, match=r"holds no recipe.yaml"):
             load(decoder(), tmp_path)

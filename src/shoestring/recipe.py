@@ -349,20 +349,22 @@ class Attached:
             )
         if (folder / TRAINED_FILE).exists() or _read_about(folder).get("base_weights"):
             tensors, _ = read_tensors(folder / TRAINED_FILE)
+            statistics = self._statistics.now()
+            for name, tensor in tensors.items():  # all are looked at before the first is copied
+                if name not in statistics and name not in self._base_parameters:
+                    raise SettingError(f"{folder / TRAINED_FILE} holds {name!r}, which the base model does not have.")
+                now = statistics[name] if name in statistics else self._to_saved(self._base_parameters[name])
+                if tensor.shape != now.shape:
+                    raise SettingError(
+                        f"{folder / TRAINED_FILE} holds {name} as {list(tensor.shape)}, which is {list(now.shape)} in "
+                        "the base model here: it was trained on another model."
+                    )
             self._statistics.put(tensors)
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in self._statistics.now()}
-            if unknown := sorted(set(tensors) - set(self._base_parameters)):
-                raise SettingError(f"{folder / TRAINED_FILE} holds {unknown[0]!r}, which the base model does not have.")
             with torch.no_grad():
-                for name, tensor in tensors.items():
-                    parameter = self._base_parameters[name]
+                for name in tensors.keys() - statistics.keys():
+                    parameter, tensor = self._base_parameters[name], tensors[name]
                     for technique in self.techniques:
                         tensor = technique.from_saved(parameter, tensor)
-                    if tensor.shape != parameter.shape:
-                        raise SettingError(
-                            f"{folder / TRAINED_FILE} holds {name} as {list(tensor.shape)}, which is "
-                            f"{list(parameter.shape)} in the base model here: it was trained on another model."
-                        )
                     parameter.copy_(tensor)
         try:
             state = json.loads((folder / STATE_FILE).read_text())

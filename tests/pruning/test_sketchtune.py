@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import DeloraConfig, LoraConfig, OFTConfig, PeftConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -608,8 +608,10 @@ def test_tables_learn_under_adapters_that_make_a_new_weight(adapter, monkeypatch
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_what_would_be_merged_into_a_sketch_is_not_lost_in_silence(safe: bool):
-    recipe = Recipe(sketch_of(target_modules=["up_proj"]), LoraConfig(r=2, target_modules=["up_proj"]))
+@pytest.mark.parametrize("adapter", [LoraConfig(r=2), OFTConfig(r=2, oft_block_size=0), DeloraConfig(r=2)])
+def test_what_would_be_merged_into_a_sketch_is_not_lost_in_silence(adapter: PeftConfig, safe: bool):
+    adapter.target_modules = ["up_proj"]
+    recipe = Recipe(sketch_of(target_modules=["up_proj"]), adapter)
     with recipe(decoder()) as attached, pytest.raises(SettingError, match="takes no other weight"):
         attached.merge_and_unload(safe_merge=safe)
 

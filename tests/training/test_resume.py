@@ -19,13 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from shoestring.quantisation.calibration import Calibrated
 from shoestring.recipe import Moment, Phase, Technique
 from shoestring.technique import register_technique
 from shoestring.training import checkpoints
-from shoestring.training.run import prepare, train
+from shoestring.training.run import Ready, prepare, train
 from shoestring.training.settings import RunSettings
 
 LORA = {"lora": {"r": 2, "target_modules": ["query", "value"], "lora_dropout": 0.2}}
+LORA_OF_A_DECODER = {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}}
+BILEVEL = {"bilevel_zofo": {}}
 BUDGET = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 8, "deltaT": 1}
 RECIPES = {
     "lora": [LORA],
@@ -83,6 +86,13 @@ class DriftingPull(Technique):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.target, self.steps_seen = state["target"].clone(), state["steps_seen"]
+
+
+def fails(reason: str) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(reason)
+
+    return fail
 
 
 def die() -> None:
@@ -246,10 +256,11 @@ def test_resume_with_losses_logged_over_several_steps(run_file, child, tmp_path)
 @pytest.mark.parametrize(
     "recipe",
     [
-        [{"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}}],
+        [LORA_OF_A_DECODER],
+        [{"speft": {"density": 0.05, "calibration_rows": 8}}, {"zeroth_order": {}}],
         [{"prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}}],
     ],
-    ids=["lora", "projected_prefix"],
+    ids=["lora", "single_numbers", "projected_prefix"],
 )
 def test_resume_of_causal_lm_through_trl(run_file, child, tmp_path, recipe):
     uninterrupted(run_file("whole", task="causal-lm", recipe=recipe, train=STEPS))
@@ -327,20 +338,47 @@ def test_early_stopping_added_at_a_resume_counts_from_there(run_file, tmp_path, 
     assert report.steps == 6  # no better than at step 2, at 4 and 6
 
 
-def test_what_was_chosen_by_data_is_not_chosen_anew(run_file, monkeypatch):
+CHOSEN_BY_DATA = {
+    "spt": [{"spt": {"budget": 300, "calibration_rows": 8, "r": 1}}],
+    "speft": [{"speft": {"count": 50, "calibration_rows": 8}}],
+    "speft_beside_bilevel": [LORA_OF_A_DECODER, {"speft": {"count": 50, "calibration_rows": 8}}, BILEVEL],
+    "sparse_grad": [{"sparse_grad": {"density": 0.05, "calibration_rows": 8}}],
+    "sketchtune": [{"sketchtune": {"groups": 1, "bits": 2, "calibration_rows": 8}}],
+}
+
+
+@pytest.mark.parametrize("recipe", CHOSEN_BY_DATA.values(), ids=CHOSEN_BY_DATA)
+def test_what_was_chosen_by_data_is_there_at_a_resume_and_not_chosen_anew(run_file, monkeypatch, prompt_jsonl, recipe):
     """On another machine, or a GPU whose sums are not the same twice, another choice might come of it."""
-    settings = RunSettings.load(run_file("run", recipe=RECIPES["routed"]))
-    train(settings)
-    checkpoint = Path(settings.output_dir) / "checkpoint-2"
+    data = {"validation": str(prompt_jsonl)}
+    settings = RunSettings.load(run_file("run", task="causal-lm", data=data, recipe=recipe, train=STEPS))
+    trained: list[dict[str, torch.Size]] = []
 
-    def choose(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("routes are searched once more")
+    def note(ready: Ready) -> None:
+        trained.append({name: p.shape for name, p in ready.attached.model.named_parameters() if p.requires_grad})
 
-    monkeypatch.setattr("shoestring.selection.spt.gradient_scores", choose)
-    (spt,) = prepare(settings, checkpoint=checkpoint).attached.techniques
-    assert json.loads((checkpoint / "routing.json").read_text()).keys() == spt.routes.keys()
-    with pytest.raises(AssertionError, match="searched once more"):
+    train(settings, on_ready=note)
+    monkeypatch.setattr(Calibrated, "rows_drawn", fails("data is looked at"))
+    ready = prepare(settings, checkpoint=Path(settings.output_dir) / "checkpoint-8")
+    note(ready)
+    assert trained[0] == trained[1]
+    assert ready.trainer.create_optimizer() is not None  # where all that trains has its group
+    with pytest.raises(AssertionError, match="data is looked at"):
         prepare(settings)
+
+
+def test_the_quality_before_training_is_evaluated_once(run_file, child, tmp_path, review_csv):
+    settings = {"data": {"validation": str(review_csv)}, "train": {**STEPS, "eval_on_start": True}}
+    uninterrupted(run_file("whole", **settings))
+    path = run_file("killed", **settings)
+    assert child(path, ("step", 5)) == -signal.SIGKILL
+    said: list[str] = []
+    train(RunSettings.load(path), resume=True, say=said.append)
+    assert said.count("Evaluating on validation") == 1
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "report.json").unlink()
+    settings["data"]["test"] = str(review_csv)
+    assert "test, before" in train(RunSettings.load(run_file("killed", **settings)), resume=True).quality
 
 
 def command(*arguments: str) -> list[str]:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,11 @@ class Calibrated(Events):
         rows = training_rows(splits, self._method, "calibration_rows", self.calibration_rows)
         drawn = random.Random(self.calibration_seed).sample(range(len(rows)), self.calibration_rows)
         self._rows = [rows[index] for index in sorted(drawn)]
+
+    def see_saved(self, folder: Path) -> None:
+        """What was calibrated is about to be loaded."""
+        super().see_saved(folder)
+        self.values_follow = True
 
     @property
     def runs_model(self) -> bool:

@@ -13,7 +13,7 @@ Differs  the authors' kernels add to the tables by atomics; here sums have one o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,23 +98,47 @@ def sketched_linear(
         return y if bias is None else y + bias.to(y.dtype)
 
 
-class _Shown(Tensor):
-    """A weight that was made to be read: what is written into it would be lost."""
+WRITES_IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
+WRITES_NO_VALUES = frozenset({"requires_grad_", "detach_"})
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations give plain tensors
+
+class _Shown(Tensor):
+    """A weight that was made to be read: what is written into it, or into its data, would be lost.
+
+    tables: those that it was made of.
+    """
+
+    tables: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Operations give plain tensors; those that write into one that is shown are refused."""
+        name = getattr(function, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name not in WRITES_NO_VALUES
+        if (in_place or name in WRITES_IN_PLACE) and isinstance(args[0], cls):
+            raise _not_written()
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
 
     @property
     def data(self) -> Tensor:
-        """As of any tensor."""
+        """As of any tensor, to be read."""
         data: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        return data
+        return data.as_subclass(_Shown)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise SettingError(
-            "A sketch takes no other weight, so that nothing can be merged into it, and no adapter can start from a "
-            "part of it, as init_lora_weights: pissa does. Take sketchtune away first, by Recipe.remove(model)."
-        )
+        raise _not_written()
+
+
+def _not_written() -> SettingError:
+    return SettingError(
+        "A sketch takes no other weight, so that nothing can be merged into it, and no adapter can start from a part "
+        "of it, as init_lora_weights: pissa does. Leave adapters unmerged beside sketches, as shoestring.load gives "
+        "them, or adapt other layers."
+    )
 
 
 @packed_layer("sketch")
@@ -179,11 +203,20 @@ class SketchedLinear(nn.Linear):
         self.filled = True
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weight that the sketch stands for, dense, for code that asks for it; gradients go to the tables."""
         places = unpack(self.codes, self.bits, self.in_features).unflatten(1, (self.groups, -1)).long()
         weight = _weight(self.tables, places).to(self.dtype)
-        return weight.as_subclass(_Shown) if type(weight) is Tensor else weight
+        if type(weight) is not Tensor:
+            return weight
+        shown = weight.as_subclass(_Shown)
+        shown.tables = self.tables
+        return shown
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if getattr(value, "tables", None) is not self.tables:  # peft puts back what it was shown
+            raise _not_written()
 
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """x W^T + b."""

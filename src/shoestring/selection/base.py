@@ -5,7 +5,7 @@ train, and puts everything back on exit, trained values aside. A recipe saves wh
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -80,15 +80,15 @@ class Selection(Technique, ABC):
         )
 
 
-def refuse_layers_not_called(technique: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def refuse_layers_not_called(technique: str, model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse layers that an adapter reads the weight of without calling them, so that what hangs on them is left out.
 
-    layers: by their names, or those of their weights.
+    layers: with their names, or those of their weights, which layers may share.
 
     Raises SettingError naming both.
     """
     readers = adapters_reading_weights(model)
-    for name, layer in layers.items():
+    for name, layer in layers:
         if layer in readers:
             plain = name.removesuffix(".weight").removesuffix(".base_layer")
             raise SettingError(

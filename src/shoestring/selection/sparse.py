@@ -185,6 +185,7 @@ class SparseSelection(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.entries: dict[str, Entries] = {}
+        self._saved_in: Path | None = None
         self._undo = ExitStack()
 
     @abstractmethod
@@ -203,8 +204,9 @@ class SparseSelection(Selection):
         self.values_follow = self.values_follow or not splits
 
     def see_saved(self, folder: Path) -> None:
-        """What was chosen is about to be loaded."""
-        self.values_follow = True
+        """Choose what was chosen when it was saved."""
+        super().see_saved(folder)
+        self._saved_in, self.values_follow = folder, True
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No whole parameter."""
@@ -218,17 +220,24 @@ class SparseSelection(Selection):
             found = self.candidates(model)
             weights = {name: parameter for name, (_, parameter) in found.items()}
             check_trainable(self.name, weights)
-            refuse_layers_not_called(self.name, model, {n: m for n, (holders, _) in found.items() for m, _ in holders})
+            held = [(name, module) for name, (holders, _) in found.items() for module, _ in holders]
+            refuse_layers_not_called(self.name, model, held)
             for parameter in weights.values():
                 parameter.requires_grad_(False)
-            none = {name: torch.empty(0, dtype=torch.int64) for name in weights}
-            chosen = none | ({} if self.values_follow else self.places(model, weights))
+            chosen = self._choose(model, weights)
             self.entries = {name: self.make_entries(name, weights[name], places) for name, places in chosen.items()}
             undo.callback(self.entries.clear)
             self._show_to_modules(undo, {name: holders for name, (holders, _) in found.items()})
             model.add_module(HOLDER, nn.ModuleList(self.entries.values()))
             undo.callback(model._modules.pop, HOLDER)
             yield model
+
+    def _choose(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Int[Tensor, " n"]]:
+        """The places in every weight: those that were saved, where they follow, or those that the method chooses."""
+        none = {name: torch.empty(0, dtype=torch.int64) for name in weights}
+        if self._saved_in is not None:
+            return none | {name: places for name, (places, _) in _read(self._saved_in, weights).items()}
+        return none | ({} if self.values_follow else self.places(model, weights))
 
     def candidates(self, model: nn.Module) -> dict[str, tuple[list[tuple[nn.Module, str]], nn.Parameter]]:
         """The weights to choose from, by name, each with all modules that hold it; none that trains whole anyway.
@@ -324,33 +333,41 @@ class SparseSelection(Selection):
 
         Raises SettingError if the file is missing or damaged, or was made of another model.
         """
-        file = folder / FILE
-        tensors, texts = read_tensors(file)
-        check_names(file, {*tensors, *texts}, ("places", "values", "weights", "format"))
-        about: dict[str, list[int]] = json.loads(texts["weights"])
-        if odd := sorted(about.keys() ^ self.entries.keys()):
-            raise SettingError(f"{file} was made of another model or other targets: {odd[0]} is in one only.")
-        counts = [count for count, *_ in about.values()]
-        if not len(tensors["places"]) == len(tensors["values"]) == sum(counts):
-            raise SettingError(
-                f"{file} is damaged: it has {len(tensors['places'])} places and {len(tensors['values'])} values, and "
-                f"counts of {sum(counts)}."
-            )
-        parts = zip(tensors["places"].split(counts), tensors["values"].split(counts), strict=True)
-        found = dict(zip(about, parts, strict=True))
-        for name, entries in self.entries.items():
-            places, saved, shape = found[name][0], tuple(about[name][1:]), tuple(entries.weight[0].shape)
-            if saved != shape:
-                raise SettingError(
-                    f"{file} was made of another model: {name} had the shape {saved} there, and has {shape} here."
-                )
-            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < entries.weight[0].numel():
-                raise SettingError(
-                    f"{file} has places beyond the {entries.weight[0].numel()} numbers of {name}: it was made of "
-                    "another model."
-                )
+        found = _read(folder, {name: entries.weight[0] for name, entries in self.entries.items()})
         for name, entries in self.entries.items():
             entries.replace(*found[name])
+
+
+def _read(folder: Path, weights: Mapping[str, nn.Parameter]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The places and values of each weight that were saved.
+
+    Raises SettingError if the file is missing or damaged, or was made of another model.
+    """
+    file = folder / FILE
+    tensors, texts = read_tensors(file)
+    check_names(file, {*tensors, *texts}, ("places", "values", "weights", "format"))
+    about: dict[str, list[int]] = json.loads(texts["weights"])
+    if odd := sorted(about.keys() ^ weights.keys()):
+        raise SettingError(f"{file} was made of another model or other targets: {odd[0]} is in one only.")
+    counts = [count for count, *_ in about.values()]
+    if not len(tensors["places"]) == len(tensors["values"]) == sum(counts):
+        raise SettingError(
+            f"{file} is damaged: it has {len(tensors['places'])} places and {len(tensors['values'])} values, and "
+            f"counts of {sum(counts)}."
+        )
+    parts = zip(tensors["places"].split(counts), tensors["values"].split(counts), strict=True)
+    found = dict(zip(about, parts, strict=True))
+    for name, weight in weights.items():
+        places, saved, shape = found[name][0], tuple(about[name][1:]), tuple(weight.shape)
+        if saved != shape:
+            raise SettingError(
+                f"{file} was made of another model: {name} had the shape {saved} there, and has {shape} here."
+            )
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < weight.numel():
+            raise SettingError(
+                f"{file} has places beyond the {weight.numel()} numbers of {name}: it was made of another model."
+            )
+    return found
 
 
 def top_places(scores: Mapping[str, Tensor], count: int) -> dict[str, Int[Tensor, " n"]]:

@@ -154,11 +154,13 @@ class SparseGrad(Calibrated, Selection):
             raise settings_error(self.name, "rotate", "both or narrow", self.rotate)
         self.numbers: dict[str, Numbers] = {}
         self._bases: dict[str, Basis] = {}
+        self._saved_in: Path | None = None
         self._undo = ExitStack()
 
     def see_saved(self, folder: Path) -> None:
-        """What was found is about to be loaded."""
-        self.values_follow = True
+        """Take what was found when it was saved."""
+        super().see_saved(folder)
+        self._saved_in = folder
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """No parameter of the model."""
@@ -170,7 +172,7 @@ class SparseGrad(Calibrated, Selection):
         with super().attach(model), ExitStack() as undo:
             self._undo = undo
             layers = self._layers(model)
-            refuse_layers_not_called(self.name, model, {name: layer for name, (_, layer) in layers.items()})
+            refuse_layers_not_called(self.name, model, [(name, layer) for name, (_, layer) in layers.items()])
             self._bases = {}
             undo.callback(self.numbers.clear)
             for name, (kind, layer) in layers.items():
@@ -178,6 +180,8 @@ class SparseGrad(Calibrated, Selection):
                 self.numbers[name] = Numbers(name, layer, basis)
             if not all(has_values(p) for p in model.parameters()):
                 self._take_anything()
+            elif self._saved_in is not None:
+                self.restore(model, self._saved_in)
             elif not self.values_follow:
                 self._choose(model, layers)
             for name, (_, layer) in layers.items():

@@ -131,7 +131,8 @@ class SPT(Calibrated, SparseSelection):
 
     def see_saved(self, folder: Path) -> None:
         """Take the routing from the files, whatever data there is."""
-        self._saved, self.values_follow = read_routing(folder), True
+        super().see_saved(folder)
+        self._saved = read_routing(folder)
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from ..errors import SettingError
 from .checkpoints import BESIDE, checkpoints_in
 
 REPORT, SETTINGS, FINAL, LOCK = "report.json", "run.yaml", "final", ".lock"
+BEFORE = "before.json"  # the quality before training, for a run that goes on
 ASIDE = ".replaced"  # a run whose place a new one takes
 
 
@@ -103,8 +104,8 @@ def new_run(folder: Path) -> Iterator[Callable[[], None]]:
         yield begin
     except BaseException:
         if not begun:
-            if folder / SETTINGS not in old:
-                (folder / SETTINGS).unlink(missing_ok=True)
+            for path in {folder / SETTINGS, folder / BEFORE} - set(old):
+                path.unlink(missing_ok=True)
             _put_back(folder)
         raise
     begin()
@@ -113,7 +114,10 @@ def new_run(folder: Path) -> Iterator[Callable[[], None]]:
 def _put_back(folder: Path) -> None:
     """Have the run again that was put aside, in place of what another one has written before its first step."""
     aside = folder / ASIDE
-    for path in aside.iterdir() if aside.exists() else ():
+    put_aside = list(aside.iterdir()) if aside.exists() else []
+    if put_aside:
+        (folder / BEFORE).unlink(missing_ok=True)  # the old run's was the first to be put aside, if it had one
+    for path in put_aside:
         (folder / path.name).unlink(missing_ok=True)
         path.rename(folder / path.name)
     if aside.exists():
@@ -121,5 +125,5 @@ def _put_back(folder: Path) -> None:
 
 
 def _of_a_run(folder: Path) -> list[Path]:
-    names = (REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", BESIDE)
+    names = (BEFORE, REPORT, SETTINGS, FINAL, f".{FINAL}-in-progress", BESIDE)
     return [path for path in map(folder.joinpath, names) if path.exists()] + checkpoints_in(folder)

@@ -104,18 +104,19 @@ def train(
         memory, stop = StepMemory(), StopWhenAsked()
         times = StepTimes(memory)
         watching = [stop, memory, times, GradientCheck(), *callbacks]
-        started = settings.train.get("eval_on_start")  # evaluates what the checkpoint then replaces
-        ready = prepare(settings, say=say, callbacks=watching, checkpoint=None if started else checkpoint)
+        before = _quality_before(folder, settings) if checkpoint else {}
+        to_evaluate = settings.train.get("eval_on_start", False) and not before  # what the checkpoint then replaces
+        ready = prepare(settings, say=say, callbacks=watching, checkpoint=None if to_evaluate else checkpoint)
         on_ready(ready)
         try:
             if not resume:
                 ready.trainer.add_callback(AtFirstStep(stack.enter_context(output.new_run(folder))))
             shutil.rmtree(folder / checkpoints.BESIDE, ignore_errors=True)
             write_text(folder / output.SETTINGS, settings.to_yaml())
-            before = {}
-            if settings.train.get("eval_on_start"):
+            if to_evaluate:
                 with _no_weights_cast(ready.trainer.args):
                     before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
+                write_text(folder / output.BEFORE, json.dumps({"test": settings.data.test, "quality": before}))
                 set_seed(ready.trainer.args.seed)
             with stop.listening():
                 result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -153,6 +154,15 @@ def train(
             raise _failure(error, folder) from error
         finally:
             memory.abandon()
+
+
+def _quality_before(folder: Path, settings: RunSettings) -> dict[str, dict[str, float]]:
+    """What was evaluated before the first step of the run in a folder; empty if nothing was, or on other test data."""
+    try:
+        found = json.loads((folder / output.BEFORE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(found["quality"]) if found["test"] == settings.data.test else {}
 
 
 def _predicted(
