@@ -208,7 +208,9 @@ class TestOutputFolder:
         assert main(["train", str(path), "--overwrite"]) == 0
         assert json.loads((path.with_suffix("") / "report.json").read_text())["losses"] == losses
 
-    def test_a_run_that_comes_to_nothing_before_its_first_step_leaves_the_old_one(self, run_file, capsys, monkeypatch):
+    def test_a_run_that_comes_to_nothing_before_its_first_step_leaves_the_old_one(
+        self, run_file, capsys, monkeypatch, review_csv
+    ):
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
 
@@ -219,15 +221,18 @@ class TestOutputFolder:
         run_file("twice", recipe=zeroth)  # which is told in the first step that it needs held-out rows
         assert "give a validation split" in fails(capsys, path, "--overwrite")
         assert files(folder) == before
-        settings = RunSettings.load(run_file("twice"))
+        evaluated = {"data": {"validation": str(review_csv)}, "train": {"eval_on_start": True}}
         with monkeypatch.context() as patch:
             patch.setattr("shoestring.training.trainer.RecipeTrainer.training_step", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                train(settings, overwrite=True)
+            for name in ("twice", "new"):
+                with pytest.raises(KeyboardInterrupt):
+                    train(RunSettings.load(run_file(name, **evaluated)), overwrite=True)
         assert files(folder) == before
+        assert not (folder.parent / "new").exists()
         (folder / ".replaced").mkdir()  # as a kill before the first step leaves it
         for path in (folder / "report.json", folder / "final"):
             path.rename(folder / ".replaced" / path.name)
+        (folder / "before.json").touch()
         assert "has finished" in fails(capsys, run_file("twice"), "--resume")
         assert files(folder) == before
         fresh = run_file("fresh", recipe=zeroth)
