@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import SettingError
 from ..memory import configurations
+from ..positions import positions_in, positions_of
 from ..training.models import KNOWN, freeze_mask_token, options_for_images, source_of
 from ..training.quantised import Quantization, quantization_config
 from ..wrappers import innermost
@@ -161,8 +162,13 @@ def make_batch(model: nn.Module, rows: int, length: int, side: int | None = None
 
 def longest(config: PretrainedConfig) -> int | None:
     """The most tokens the model takes; None where its configuration does not say."""
-    text: Any = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None)
+    from transformers import AutoModel
+
+    stated = positions_in(config)
+    if stated is None or type(config) not in AutoModel._model_mapping:
+        return stated
+    with torch.device("meta"):  # a few of its blocks, for the table of positions before them
+        return positions_of(AutoModel.from_config(at_depth(config, period(config))))
 
 
 def depth_of(config: PretrainedConfig) -> int:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..errors import SettingError
 from ..modes import in_eval_mode
+from ..positions import positions_of
 from ..real_tokens import NO_LABEL
 from ..technique import Events
 from ..wrappers import innermost
@@ -256,9 +257,9 @@ def inputs_of(
             f"Calibration row {index} has none of the inputs of {type(inner).__name__}, only {', '.join(row)}; give "
             f"tokenised rows, with {getattr(inner, 'main_input_name', next(iter(accepted)))}."
         )
-    lengths = [max_tokens, getattr(config, "max_position_embeddings", None)]
+    lengths = [max_tokens, positions_of(inner)]
     columns = _without_padding(columns, two_sides)
-    columns = _cut(columns, min((n for n in lengths if isinstance(n, int) and n > 0), default=None))
+    columns = _cut(columns, min((n for n in lengths if n), default=None))
     if empty := [name for name, column in columns.items() if not column.numel()]:
         raise SettingError(f"{empty[0]} of calibration row {index} is empty or all padding; give other rows.")
     floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.placement import task_head
 from ..errors import SettingError
+from ..positions import positions_of
 from .data import PACKAGED
 from .quantised import keep_training_layout, quantization_config
 
@@ -165,10 +166,8 @@ def options_for_images(model: Any, height: int, width: int) -> dict[str, Any]:
 
 def max_positions(model: Any, tokenizer: Any) -> int | None:
     """The most tokens the model takes, special ones included; None where it says nothing."""
-    config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
-    positions = getattr(config, "max_position_embeddings", None)
-    known = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None and 0 < n < 10**7]
-    return min(known, default=None)
+    limits = positions_of(model), getattr(tokenizer, "model_max_length", None)
+    return min((n for n in limits if n is not None and 0 < n < 10**7), default=None)
 
 
 def check_length(length: int | None, positions: int | None) -> None:
