@@ -237,14 +237,18 @@ class Attached:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters with optimizer options of their own, over all techniques.
 
-        Raises SettingError if two techniques claim one parameter.
+        Raises SettingError if two techniques claim one parameter, or all of a group that gives way.
         """
         groups = [group for technique in self.techniques for group in technique.parameter_groups(self.model)]
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        firm = {id(p) for group in groups if not group.get("gives_way") for p in group["params"]}
         seen: set[int] = set()
         for group in groups:
-            group["params"] = list(group["params"])
-            twice = [p for p in group["params"] if id(p) in seen]
-            if twice:
+            wanted = group["params"]
+            if group.pop("gives_way", False):
+                group["params"] = [p for p in wanted if id(p) not in firm]
+            lost = wanted and not group["params"]
+            if lost or any(id(p) in seen for p in group["params"]):
                 raise SettingError(
                     "Two techniques of the recipe give one parameter optimizer options; keep one of them."
                 )

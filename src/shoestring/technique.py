@@ -159,7 +159,9 @@ class Events:
         """Parameters with optimizer options of their own, `[{"params": [...], "lr": 1e-4}]`.
 
         "lr_factor" in place of "lr" is times the run's learning rate. "like": for parameters that are not the model's,
-        as many of the model's, whose options they have where the group has none of its own.
+        as many of the model's, whose options they have where the group has none of its own. "gives_way": true where
+        parameters stay with other techniques that give them options. "at_start": names of what was in the group before
+        anything was taken out of the model, so that the optimizer of a resumed run has as many groups.
         """
         return []
 

@@ -150,6 +150,7 @@ def test_the_planner_counts_as_much_as_without(tmp_path):
         ({"names": ["x"], "lr": "1e-4"}, "must be a number of at least 0, got '1e-4'"),
         ({"names": ["x"], "lr_factor": True}, "must be a number of at least 0, got True"),
         ({"names": ["x"], "params": 1}, "params is not for users to set"),
+        ({"names": ["x"], "gives_way": True}, "gives_way is not for users to set"),
     ],
 )
 def test_groups_that_cannot_be_right_are_refused(group, message):

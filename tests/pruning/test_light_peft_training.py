@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from shoestring import Recipe, assets, load
 from shoestring.adapters import BottleneckConfig
+from shoestring.errors import SettingError
 from shoestring.memory.ledger import Ledger
+from shoestring.optimizers import ParameterGroups
 from shoestring.pruning import LightPEFT, load_pruned, save_pruned
 from shoestring.pruning.light_peft import Plan
 from shoestring.recipe import attached_to
@@ -25,9 +27,9 @@ SETTINGS: dict[str, Any] = {"estimation_steps": 3, "channel_multiple": 4, "mask_
 ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 
-def trainer(folder: Path, adapter: Any, seed: int = 1, **settings: Any) -> RecipeTrainer:
+def trainer(folder: Path, adapter: Any, seed: int = 1, beside: Any = (), **settings: Any) -> RecipeTrainer:
     with seeded(seed):
-        model = Recipe(adapter, LightPEFT(**SETTINGS)).apply(CLASSIFIER.make(dropout=0.1))
+        model = Recipe(adapter, LightPEFT(**SETTINGS), *beside).apply(CLASSIFIER.make(dropout=0.1))
     arguments = TrainingArguments(
         str(folder),
         max_steps=6,
@@ -70,6 +72,35 @@ def test_a_run_that_is_resumed_ends_bit_for_bit_as_without_it(adapter: Any, tmp_
         assert [group["params"] for group in states["param_groups"]] == [
             group["params"] for group in states_too["param_groups"]
         ]
+
+
+@pytest.mark.parametrize("names", [["query"], r".*query.*|.*classifier.*bias"], ids=["all", "all that decays"])
+def test_a_run_is_resumed_where_all_of_a_group_of_the_optimizer_was_pruned(names: Any, tmp_path: Path):
+    # what does not learn adds nothing, and is pruned first; the masks are in a group of light_peft's
+    beside = [ParameterGroups([{"names": names, "lr": 0.0}])]
+    whole = trainer(tmp_path, CLASSIFIER.lora(task_type="SEQ_CLS"), beside=beside, weight_decay=0.1)
+    whole.train()
+    wanted = dict(whole.model.named_parameters())
+    assert not [name for name in wanted if "query" in name and "lora" in name]
+    for at in (2, 3, 5):
+        again = trainer(tmp_path, CLASSIFIER.lora(task_type="SEQ_CLS"), seed=2, beside=beside, weight_decay=0.1)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        assert all(torch.equal(p, wanted[name]) for name, p in again.model.named_parameters())
+        states = [each.optimizer.state_dict()["param_groups"] for each in (whole, again)]
+        assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("names", [".*", ["layer.0"]])
+def test_groups_by_names_leave_masks_in_their_own(names: Any, tmp_path: Path):
+    beside = [ParameterGroups([{"names": names, "lr": 0.5}])]
+    run = trainer(tmp_path, CLASSIFIER.lora(), beside=beside)
+    rates = {id(p): group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
+    trained = {name: rates[id(p)] for name, p in run.model.named_parameters() if p.requires_grad}
+    assert {rate for name, rate in trained.items() if "mask" in name} == {5 * 0.02}
+    assert {rate for name, rate in trained.items() if "layer.0" in name and "mask" not in name} == {0.5}
+    only_masks = trainer(tmp_path, CLASSIFIER.lora(), beside=[ParameterGroups([{"names": ".*mask", "lr": 0.5}])])
+    with pytest.raises(SettingError, match="Two techniques of the recipe give one parameter optimizer options"):
+        only_masks.create_optimizer()
 
 
 @pytest.mark.parametrize("delay", [0, 3])

@@ -22,6 +22,7 @@ from ..technique import Phase, Technique, register_technique
 from ..wrappers import innermost
 
 SELECTS = ("names", "kind")
+NO_OPTIONS = frozenset({"params", "initial_lr", "like", "at_start", "gives_way"})
 KINDS = ("adapters", "biases", "embeddings", "head", "norms")
 
 
@@ -37,9 +38,9 @@ class ParameterGroups(Technique):
         lr: a learning rate; lr_factor: in its place, one times the run's. The run's schedule acts on both.
         weight_decay, betas, eps and the like: whatever the run's optimizer has.
 
-    A group without weight_decay has the run's, biases and norms without any. Raises SettingError for settings out of
-    range; when the optimizer is made, for a group that nothing is in, a parameter in two, and an option that the
-    optimizer does not have.
+    A group without weight_decay has the run's, biases and norms without any. What other techniques give options is in
+    no group. Raises SettingError for settings out of range; on attaching, for a group that nothing is in and a
+    parameter in two; when the optimizer is made, for an option that it does not have.
     """
 
     name: ClassVar[str] = "parameter_groups"
@@ -54,23 +55,30 @@ class ParameterGroups(Technique):
             raise SettingError("groups of parameter_groups must hold at least one group, got none.")
         for index, group in enumerate(self.groups):
             _check(f"groups[{index}] of parameter_groups", group)
+        self._at_start: list[list[str]] = []  # names
 
     def on_attached(self, model: nn.Module) -> None:
-        """Refuse groups that do not fit the model before anything is trained."""
-        self.parameter_groups(model)
+        """Refuse groups that do not fit the model before anything is trained, and before a resumed run prunes it.
+
+        Raises SettingError if nothing that trains is in a group, or one parameter is in two.
+        """
+        made = self.parameter_groups(model)
+        for index, group in enumerate(made):
+            if not group["params"]:
+                raise SettingError(_nothing_in(index, self.groups[index], model))
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._at_start = [[names[id(p)] for p in group["params"]] for group in made]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The parameters of each group with its options.
 
-        Raises SettingError if nothing that trains is in a group, or one parameter is in two.
+        Raises SettingError if one parameter is in two.
         """
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         of_parameter: dict[str, int] = {}
-        made = []
+        made: list[dict[str, Any]] = []
         for index, group in enumerate(self.groups):
             names = _chosen(model, trained, group)
-            if not names:
-                raise SettingError(_nothing_in(index, group, model, trained))
             if twice := [name for name in names if name in of_parameter]:
                 raise SettingError(
                     f"{twice[0]} is in groups[{of_parameter[twice[0]]}] and in groups[{index}] of parameter_groups: "
@@ -78,7 +86,9 @@ class ParameterGroups(Technique):
                 )
             of_parameter.update(dict.fromkeys(names, index))
             options = {key: value for key, value in group.items() if key not in SELECTS}
-            made.append({"params": [trained[name] for name in names], **options})
+            made.append({"params": [trained[name] for name in names], "gives_way": True, **options})
+        for group, at_start in zip(made, self._at_start, strict=False):
+            group["at_start"] = at_start
         return made
 
 
@@ -102,8 +112,8 @@ def _check(where: str, group: Mapping[str, Any]) -> None:
         raise SettingError(
             f"{where} sets nothing; give lr, lr_factor, weight_decay or another option, or leave it out."
         )
-    if {"params", "initial_lr"} & options:
-        raise SettingError(f"{where}: {sorted({'params', 'initial_lr'} & options)[0]} is not for users to set.")
+    if ours := sorted(NO_OPTIONS & options):
+        raise SettingError(f"{where}: {ours[0]} is not for users to set.")
     if {"lr", "lr_factor"} <= options:
         raise SettingError(f"{where} has lr and lr_factor; keep one of them.")
     for key in ("lr", "lr_factor", "weight_decay"):
@@ -149,11 +159,11 @@ def _ids(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _nothing_in(index: int, group: Mapping[str, Any], model: nn.Module, trained: Mapping[str, nn.Parameter]) -> str:
+def _nothing_in(index: int, group: Mapping[str, Any], model: nn.Module) -> str:
     """What to say of a group without parameters."""
     what = f"kind {group['kind']}" if "kind" in group else f"names {group['names']!r}"
     where = f"groups[{index}] of parameter_groups, {what},"
     if frozen := _chosen(model, dict(model.named_parameters()), group):
         return f"{where} fits frozen parameters only, {frozen[0]} first: give options to what trains."
-    shown = ", ".join(list(trained)[:3])
+    shown = ", ".join([name for name, p in model.named_parameters() if p.requires_grad][:3])
     return f"{where} fits no parameter of {type(model).__name__}. What trains is called {shown} and so on."

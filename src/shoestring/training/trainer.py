@@ -69,6 +69,7 @@ class RecipeTrainerMixin(Trainer):
         self.add_callback(_RecipeTrainerCallback(self))
         self._saving_in: Path | None = None
         self._held_out: Any = None  # a loader of the evaluation rows
+        self._spared_at_start = set(self._without_decay(self.model).values())
         self.resumed_from: Path | None = None
 
     @property
@@ -212,18 +213,28 @@ class RecipeTrainerMixin(Trainer):
         return optimizer
 
     def _with_decay(self, model: nn.Module | None, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """A group with the run's weight decay where it says nothing of it, parted as Trainer parts parameters."""
+        """A group with the run's weight decay where it says nothing of it, parted as Trainer parts parameters.
+
+        A part that had parameters when the trainer was made stays without: a resumed run prunes only then.
+        """
+        group = dict(group)
+        at_start = set(group.pop("at_start", ()))
         if "weight_decay" in group:
             return [group]
-        model = self.model if model is None else model
-        names = set(self.get_decay_parameter_names(model))
-        spared = {id(p) for name, p in model.named_parameters() if name not in names}
+        spared = self._without_decay(model)
+        was_there = at_start - self._spared_at_start, at_start & self._spared_at_start
         parts = [
             {**group, "params": [p for p in group["params"] if id(p) not in spared]},
             {**group, "params": [p for p in group["params"] if id(p) in spared], "weight_decay": 0.0},
         ]
         parts[0]["weight_decay"] = self.args.weight_decay
-        return [part for part in parts if part["params"]]
+        return [part for part, before in zip(parts, was_there, strict=True) if part["params"] or before]
+
+    def _without_decay(self, model: nn.Module | None) -> dict[int, str]:
+        """The names of the parameters that Trainer spares weight decay, by identity."""
+        model = self.model if model is None else model
+        names = set(self.get_decay_parameter_names(model))
+        return {id(p): name for name, p in model.named_parameters() if name not in names}
 
     def _decay_groups(self, model: nn.Module | None, others: set[int]) -> list[dict[str, Any]]:
         """What trains, without the parameters of the ids `others`, parted by weight decay as Trainer parts it."""
