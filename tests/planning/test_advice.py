@@ -1,6 +1,7 @@
 """Advice: what is told to fit does fit, the best comes first, and limits are where they are said to be."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,23 @@ def test_a_run_that_fits_is_left_alone_and_its_limits_are_told(made_up: RunSetti
     assert advice.largest_length == 192  # in steps of 64
 
 
+@pytest.mark.parametrize(
+    ("length", "fits_until", "expected"),
+    [(100, 110, 100), (100, 130, 128), (32, 40, 32), (32, 70, 64), (80, 70, 64), (80, 40, None), (96, 10**4, 500)],
+)
+def test_the_largest_length_is_no_less_than_the_runs_own_and_the_models(
+    made_up: RunSettings, tmp_path: Path, length: int, fits_until: int, expected: int | None
+):
+    settings = run(tmp_path, 2, [LORA], max_position_embeddings=500)
+    assert advise(settings, memory_for(4 * fits_until * ROW), length=length).largest_length == expected
+
+
+def test_models_that_state_no_longest_length_have_one_that_fits(made_up: RunSettings):
+    settings = made_up.model_copy(update={"model": made_up.model.model_copy(update={"name": "known:t5-small"})})
+    assert advise(settings, memory_for(4 * 1000 * ROW)).largest_length == 960
+    assert advise(settings, memory_for(10**6 * ROW)).largest_length == advice_module.MOST_TOKENS // 4
+
+
 def test_changes_that_help_alone_are_told_with_the_exact_ones_first(made_up: RunSettings):
     advice = advise(made_up, memory_for(KEPT * 0.35))
     assert not advice.fits
@@ -127,6 +145,36 @@ def test_where_nothing_fits_the_smallest_footprint_and_what_is_missing_are_told(
 def test_memory_below_the_weights_is_refused(made_up: RunSettings):
     with pytest.raises(SettingError, match=r"below the weights of .* alone, 1,000,000,000 bytes"):
         advise(made_up, WEIGHTS)
+
+
+def with_lighter_weights(settings: RunSettings, prediction: Prediction) -> Prediction:
+    """The same in the dtype and the quantisation of the settings; float32 has 4 bytes a number."""
+    model = settings.model
+    share = 0.25 if model.quantization else 0.5 if model.dtype == "bfloat16" else 1.0
+    light = {"weights": int(share * prediction.parts["weights"])}
+    peak = prediction.peak_bytes - prediction.parts["weights"] + light["weights"]
+    parts = {**prediction.parts, **light}
+    if settings.recipe == []:
+        parts["adapters"] = 0
+    steps = {**prediction.by_step, "backward": peak}
+    return replace(prediction, parts=parts, peak_bytes=peak, by_step=steps, total_parameters=WEIGHTS // 4)
+
+
+def test_memory_below_the_weights_is_refused_only_where_they_cannot_be_made_smaller(
+    made_up: RunSettings, monkeypatch: pytest.MonkeyPatch
+):
+    predict_all = search.predict
+    monkeypatch.setattr(search, "predict", lambda s, **given: with_lighter_weights(s, predict_all(s, **given)))
+    monkeypatch.setattr(advice_module, "TECHNIQUES", {})
+    monkeypatch.setattr("shoestring.planning.prediction.CUDA_CONTEXT", (0, 0))
+    advice = advise(made_up, int(0.95 * WEIGHTS), batch=1, length=64)
+    assert [change.title for change in advice.changes] == ["model.dtype=bfloat16", "model.quantization=nf4"]
+    smaller = r"bytes; 250,000,\d+ bytes with model.dtype=bfloat16 \+ model.quantization=nf4\.$"
+    with pytest.raises(SettingError, match=smaller):
+        advise(made_up, int(0.2 * WEIGHTS), batch=1, length=64)
+    whole = made_up.model_copy(update={"recipe": []})  # all weights train
+    with pytest.raises(SettingError, match=r"alone, 999,999,000 bytes\.$"):
+        advise(whole, int(0.95 * WEIGHTS), batch=1, length=64)
 
 
 def test_a_change_the_model_cannot_be_made_with_is_skipped_and_named(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from ..technique import TECHNIQUES
+from ..training.tasks import TASKS
 from . import models, optimizers
 from .prediction import Prediction
-from .search import Largest, Rehearsals, largest
+from .search import Rehearsals, largest
 
 if TYPE_CHECKING:
     from ..training.settings import RunSettings
@@ -50,7 +51,8 @@ class Advice:
     """What to do so that a run fits in so many bytes.
 
     fits: whether it does as it is. prediction: of the run as it is.
-    largest_batch, largest_length: that fit as the run is, the other left alone; None if none does.
+    largest_batch, largest_length: that fit as the run is, the other left alone; None if none does. Lengths are looked
+        for in steps of `LENGTH_STEP`, beside the run's own and the model's longest.
     changes: each makes the run fit by itself, the best first; empty where it fits, or where nothing helps.
     smallest: the least that was found, with `smallest_title` saying how.
     skipped: changes that the model could not be made with, each with the reason.
@@ -126,18 +128,19 @@ def advise(
 
     batch, length: as for `predict`. say: told what is being rehearsed.
 
-    Raises SettingError if the memory is below the weights alone, or as `predict`.
+    Raises SettingError if the memory is below the weights alone, however small they can be made, or as `predict`.
     """
     settings = _with_sizes(settings, batch, length)
     as_it_is = Rehearsals(settings, say)
     now = as_it_is.whole()
-    weights = now.parts["weights"] + now.parts["adapters"]
-    if memory <= weights:
-        smaller = "" if settings.model.quantization else "; model.quantization: nf4 makes those of most layers smaller"
-        raise SettingError(
-            f"The memory, {memory:,} bytes, is below the weights of {settings.model.name} alone, {weights:,} bytes"
-            f"{smaller}."
-        )
+    if memory <= _weights(now):
+        smaller = _with_smaller_weights(settings, now, say)
+        if smaller is None or memory <= _weights(smaller.guess):
+            how = f"; {_weights(smaller.guess):,} bytes with {_title(smaller.steps)}" if smaller else ""
+            raise SettingError(
+                f"The memory, {memory:,} bytes, is below the weights of {settings.model.name} alone, "
+                f"{_weights(now):,} bytes{how}."
+            )
 
     def fits(prediction: Prediction) -> bool:
         return _needed(prediction) <= memory
@@ -167,6 +170,20 @@ def _needed(prediction: Prediction) -> int:
     return prediction.cuda_bytes[1]
 
 
+def _weights(prediction: Prediction) -> int:
+    return prediction.parts["weights"] + prediction.parts["adapters"]
+
+
+def _with_smaller_weights(settings: RunSettings, now: Prediction, say: Callable[[str], None]) -> _Tried | None:
+    """The run with all changes of `SETTINGS` that make its weights smaller; None if none does."""
+    smallest: _Tried | None = None
+    for step in (step for make in SETTINGS if (step := make(settings, now)) is not None):
+        tried = _try((*(smallest.steps if smallest else ()), step), settings, say, lambda reason: None)
+        if tried is not None and _weights(tried.guess) < _weights(smallest.guess if smallest else now):
+            smallest = tried
+    return smallest
+
+
 def _with_sizes(settings: RunSettings, batch: int | None, length: int | None) -> RunSettings:
     update: dict[str, Any] = {}
     if batch is not None:
@@ -184,15 +201,23 @@ def _largest(rehearsals: Rehearsals, now: Prediction, memory: int) -> tuple[int 
 
     most = max(now.batch, MOST_TOKENS // now.length)
     rows = largest(lambda n: rehearsals.guess(batch=n), lambda n: rehearsals.whole(batch=n), excess, most)
+    batches, lengths = ([now.batch], [now.length]) if excess(now) <= 0 else ([], [])
+    batches += [rows.value] if rows else []
     settings = rehearsals.settings
-    longest = models.longest(models.configuration(settings.model.name, settings.model.revision)) or now.length
-    limit = min(longest, max(now.length, MOST_TOKENS // now.batch))
-    tokens: Largest | None = None
+    if TASKS[settings.task].takes_images:
+        return max(batches, default=None), None
+    limit = max(now.length, MOST_TOKENS // now.batch)
+    if longest := models.longest(models.configuration(settings.model.name, settings.model.revision)):
+        limit = min(limit, longest)
     if limit >= LENGTH_STEP:
         tokens = largest(
             lambda n: rehearsals.guess(length=n), lambda n: rehearsals.whole(length=n), excess, limit, LENGTH_STEP
         )
-    return rows.value if rows else None, tokens.value if tokens else None
+        lengths += [tokens.value] if tokens else []
+    between = 0 < limit - max(lengths, default=0) < LENGTH_STEP  # the last, which is no multiple of the step
+    if between and excess(rehearsals.guess(length=limit)) <= 0 and excess(rehearsals.whole(length=limit)) <= 0:
+        lengths.append(limit)
+    return max(batches, default=None), max(lengths, default=None)
 
 
 def _alone(
