@@ -530,6 +530,10 @@ def test_a_run_is_planned_from_a_file_a_mapping_or_settings_and_an_attention_for
     fused = plan({**run, "model": {"name": str(tmp_path), "attn_implementation": "flash_attention_2"}}, batch=2)
     assert fused.parts == one.parts
     assert fused.by_rule == ("attention flash_attention_2: keeps as much as torch's fused attention",)
+    liger = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
+    with_kernels = plan({**run, "train": liger}, batch=2)
+    assert with_kernels.parts == one.parts
+    assert with_kernels.by_rule == ("use_liger_kernel: rehearsed without its kernels, which keep less",)
 
 
 @pytest.mark.parametrize(

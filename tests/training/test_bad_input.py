@@ -269,10 +269,21 @@ class TestOutputFolder:
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert "trained by one process so far" in fails(capsys, run_file("two"))
 
-    def test_several_gpus_are_refused_before_anything_is_loaded(self, run_file, capsys, monkeypatch):
+    @pytest.mark.parametrize("fields", [{}, {"fsdp": "full_shard"}], ids=["copies", "fsdp"])
+    def test_several_gpus_are_refused_before_anything_is_loaded(self, run_file, capsys, monkeypatch, fields):
         monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
-        path = run_file("two", data={"train": "not there.csv"})
+        path = run_file("two", data={"train": "not there.csv"}, train=fields)
         assert "2 GPUs are visible to one process" in fails(capsys, path)
+
+    def test_several_gpus_are_left_to_deepspeed(self, run_file, capsys, monkeypatch):
+        monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+        path = run_file("two", data={"train": "not there.csv"}, train={"deepspeed": "stage2.json"})
+        assert "not there.csv" in fails(capsys, path)
+
+    def test_kernels_that_are_not_installed_are_refused_before_anything_is_loaded(self, run_file, capsys, monkeypatch):
+        monkeypatch.setattr("shoestring.training.run.is_liger_kernel_available", lambda: False)
+        path = run_file("kernels", data={"train": "not there.csv"}, train={"use_liger_kernel": True})
+        assert "train.use_liger_kernel needs the package liger-kernel" in fails(capsys, path)
 
     def test_nothing_to_resume_is_told(self, run_file, capsys):
         assert "There is no run in" in fails(capsys, run_file("none"), "--resume")

@@ -2,7 +2,7 @@
 
 Method   One step of the run is rehearsed without values (rehearsal.py) and its bytes counted. What cannot be rehearsed
          is by rule, and said so in `by_rule`: how states of 8-bit and paged optimizers, and shards of several
-         processes, are laid out.
+         processes, are laid out, and kernels that run on GPUs alone.
 CUDA     The bytes are those of tensors, as `torch.cuda.max_memory_allocated` counts them. What comes on top differs by
          driver and by the sizes asked for, so it is a range: the context, and blocks that the allocator holds unused.
 """
@@ -319,6 +319,8 @@ def prediction_of(
         for _, parts in moments:
             parts["optimizer_state"] += state - paged
         rules.append(rule.text)
+    if train.get(LIGER[0]):
+        rules.append(f"{LIGER[0]}: rehearsed without its kernels, which keep less")
     if shards is not None:
         gradients = found.memory.largest["gradients"]
         moments = [(step, shards.divided(parts, found.units, gradients)) for step, parts in moments]
@@ -364,7 +366,8 @@ ONLY_AROUND_TRAINING = (
     "lr_scheduler",
     "dataloader_",
 )
-NEEDS_DEVICES = ("fsdp", "deepspeed", "ddp_", "tf32", "fp16", "torch_compile", "use_cpu")
+LIGER = ("use_liger_kernel", "liger_kernel_config")
+NEEDS_DEVICES = ("fsdp", "deepspeed", "ddp_", "tf32", "fp16", "torch_compile", "use_cpu", *LIGER)
 ONE_STEP: Mapping[str, Any] = {
     "max_steps": 1,
     "num_train_epochs": 1,

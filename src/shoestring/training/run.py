@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import is_liger_kernel_available
 
 from .. import __version__
 from ..errors import RunFailed, SettingError, out_of_memory
@@ -253,12 +254,20 @@ def prepare(
 
 
 def _try_machine(settings: RunSettings) -> str | None:
-    """Refuse an optimizer or GPUs that do not run here, before anything is loaded; give what to know of the first."""
+    """Refuse an optimizer, kernels or GPUs that do not run here, before anything is loaded.
+
+    What to know of the optimizer, or None.
+    """
     chosen = {name: settings.train[name] for name in ("optim", "optim_args") if name in settings.train}
     use_cpu = settings.train.get("use_cpu", not torch.cuda.is_available())
     arguments = TrainingArguments(output_dir=settings.output_dir, use_cpu=use_cpu, **chosen)
-    if not (settings.train.get("deepspeed") or settings.train.get("fsdp")):  # which share GPUs out by themselves
+    if not settings.train.get("deepspeed"):  # which takes one GPU a process by itself
         refuse_copies(arguments)
+    if settings.train.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise SettingError(
+            "train.use_liger_kernel needs the package liger-kernel, which is not installed here: install it, or leave "
+            "the setting out."
+        )
     check_optimizer(arguments)
     return note_on(arguments)
 
