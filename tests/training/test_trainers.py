@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from datasets import Dataset
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -213,8 +213,17 @@ def test_a_plain_trainer_passes_on_events_saves_and_restores(trl, request, tmp_p
     assert losses(again) == losses(trainer)
 
 
-def test_a_plain_trainer_goes_back_to_all_of_the_best_model(classifier, tmp_path):
-    model = Recipe(lora(), S2LoRAConfig(r=2, target_modules=["key"]), NormTuning(), Recorder()).apply(classifier)
+def projected_prefix() -> PrefixTuningConfig:
+    return PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=8)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [lambda: (lora(), S2LoRAConfig(r=2, target_modules=["key"]), NormTuning()), lambda: (projected_prefix(),)],
+    ids=["adapters and norms", "projected prefix"],
+)
+def test_a_plain_trainer_goes_back_to_all_of_the_best_model(classifier, tmp_path, parts):
+    model = Recipe(*parts(), Recorder()).apply(classifier)
     recorder, seen = attached_to(model).techniques[-1], iter([0.5, 0.9, 0.1])
     times = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
@@ -235,8 +244,27 @@ def test_a_plain_trainer_goes_back_to_all_of_the_best_model(classifier, tmp_path
     trainer.train()
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     torch.testing.assert_close(found, after[1], rtol=0, atol=0)
-    assert not any(torch.equal(value, after[1][name]) for name, value in after[2].items() if "LayerNorm" in name)
+    moved = [name for name, value in after[2].items() if "LayerNorm" in name or "transform" in name]
+    assert moved
+    assert not any(torch.equal(after[2][name], after[1][name]) for name in moved)
     assert recorder.steps_seen == 2
+
+
+def test_a_plain_trainer_goes_on_with_a_projected_prefix(classifier, tmp_path):
+    def made() -> Trainer:
+        set_seed(1)
+        model = Recipe(projected_prefix()).apply(classifier)
+        settings = arguments(tmp_path, save_strategy="steps", save_steps=1)
+        return Trainer(model, TrainingArguments(**settings), train_dataset=sentences(), callbacks=[RecipeCallback()])
+
+    whole = made()
+    whole.train()
+    wanted = {n: p.detach().clone() for n, p in whole.model.named_parameters() if p.requires_grad}
+    Recipe.remove(whole.model)
+    again = made()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    found = {n: p.detach() for n, p in again.model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_a_plain_trainer_resumed_from_elsewhere_never_drops_the_state_silently(classifier, tmp_path):

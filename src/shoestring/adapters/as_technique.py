@@ -74,6 +74,8 @@ class PeftTechnique(Technique):
             if stacked:  # peft warns of a second adapter, which is what the recipe asks for
                 warnings.filterwarnings("ignore", message=".*(second time|Already found a `peft_config`).*")
             self.wrapped = get_peft_model(model, self.config, adapter_name=self.adapter_name)
+        if (encoder := self._prompt_encoder) is not None:  # trainers of transformers load it before `restore` does
+            encoder._load_adapter_state_dict = functools.partial(_load_what_fits, encoder)
         if self._orthogonality:  # peft adds it to a loss that the model gives, in evaluation too; we, to any
             tuner: Any = self.wrapped.base_model
             tuner.forward = functools.partial(BaseTuner.forward, tuner)
@@ -300,6 +302,12 @@ class PeftTechnique(Technique):
     def _allocator(self) -> Any:
         """What methods of peft with a budget keep their averages in; None for the others."""
         return getattr(self.wrapped.base_model, "rankallocator", None) if hasattr(self, "wrapped") else None
+
+
+def _load_what_fits(encoder: Any, state: Mapping[str, Tensor]) -> None:
+    """As peft, where what it saved are the encoder's own vectors; what a projection makes of them is left to `restore`."""
+    if state["prompt_embeddings"].shape == encoder.embedding.weight.shape:
+        type(encoder)._load_adapter_state_dict(encoder, state)
 
 
 def _tables_of_tensors(holder: Any) -> dict[str, dict[str, Tensor]]:
