@@ -315,6 +315,32 @@ def test_what_changes_the_trained_parameters_on_the_way_is_refused(ours, other):
         Recipe.from_list(recipe)
 
 
+ADAMSS = {"r": 4, "num_subspaces": 2, "subspace_rank": 1, "target_modules": ["query"]}
+FREEZING = {
+    **ADAMSS,
+    "use_asa": True,
+    "asa_target_subspaces": 2,
+    "init_warmup": 1,
+    "final_warmup": 3,
+    "mask_interval": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("others", "freezing"),
+    [(["zeroth_order"], "refused"), (["bilevel_zofo"], "goes"), ([{"lora": {"r": 2}}, "lora_fa"], "goes")],
+    ids=["zeroth_order", "bilevel_zofo", "lora_fa"],
+)
+def test_a_budget_that_is_not_shared_out_stands_beside_any_and_one_that_freezes_beside_most(others, freezing):
+    Recipe.from_list([{"adamss": ADAMSS}, *others]).apply(CLASSIFIER.make())
+    recipe = [{"adamss": FREEZING}, *others]
+    if freezing == "goes":
+        Recipe.from_list(recipe).apply(CLASSIFIER.make())
+        return
+    with pytest.raises(SettingError, match="adamss changes which parameters train from step to step"):
+        Recipe.from_list(recipe)
+
+
 def test_a_resumed_run_ends_at_the_same_bits(tmp_path):
     whole = Recipe(ZerothOrder()).apply(CLASSIFIER.make())
     trained(whole, tmp_path / "whole", max_steps=4)

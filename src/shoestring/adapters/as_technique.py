@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
-from ..technique import NUMBERS_HELD, Events, Moment, Phase, Technique, settings_of, sum_of
+from ..technique import NUMBERS_HELD, WHICH_TRAIN, Events, Moment, Phase, Technique, settings_of, sum_of
 from ..whole_files import check_names, read_tensors, write_tensors
 from ..wrappers import innermost
 from .placement import task_head
@@ -48,8 +48,9 @@ class PeftTechnique(Technique):
         self.adapter_name = "default"
         self._names_head = False
         tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
-        if hasattr(tuners.get(config.peft_type), "update_and_allocate"):  # which masks numbers
-            self.varies = frozenset({NUMBERS_HELD})  # type: ignore[misc]
+        if hasattr(tuners.get(config.peft_type), "update_and_allocate") and getattr(config, "use_asa", True):
+            # a budget of ranks masks numbers; another freezes what it leaves out
+            self.varies = frozenset({NUMBERS_HELD if hasattr(config, "target_r") else WHICH_TRAIN})  # type: ignore[misc]
         if config.is_prompt_learning:
             self.phase = Phase.PROMPT  # type: ignore[misc]
             self.alone_in_phase = True  # type: ignore[misc]
@@ -305,7 +306,7 @@ class PeftTechnique(Technique):
 
 
 def _load_what_fits(encoder: Any, state: Mapping[str, Tensor]) -> None:
-    """As peft, where what it saved are the encoder's own vectors; what a projection makes of them is left to `restore`."""
+    """As peft, where it saved the encoder's own vectors; from what a projection makes of them there is no way back."""
     if state["prompt_embeddings"].shape == encoder.embedding.weight.shape:
         type(encoder)._load_adapter_state_dict(encoder, state)
 
