@@ -50,7 +50,7 @@ class LoraFA(Technique):
     eps: what AdamW adds to the root of the second moment.
 
     Raises SettingError if eps is not positive; on attaching, if the model has no LoRA on linear layers, or one whose
-    product is not s B A (DoRA, AdaLoRA, convolutions, embeddings).
+    product is not s B A (DoRA, experts, convolutions, embeddings).
     """
 
     name: ClassVar[str] = "lora_fa"
@@ -167,17 +167,17 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
 
 
 def _refuse_other_kinds(name: str, layer: LoraLayer) -> None:
-    kind = None
+    kind, setting = None, "target_modules"
     if len(layer.lora_embedding_A):
         kind = "an embedding"
     elif layer.lora_variant:
         kind = f"a layer with the LoRA variant {type(next(iter(layer.lora_variant.values()))).__name__}"
     elif (experts := getattr(layer, "num_experts", 1)) > 1:
-        kind = f"of {experts} experts, whose B A is no product of the whole"
+        kind, setting = f"of {experts} experts, whose B A is no product of the whole", "target_parameters"
     elif any(not isinstance(a, nn.Linear) for a in layer.lora_A.values()):
         kind = f"a layer of the class {type(layer).__name__}"
     if kind is not None:
         raise SettingError(
-            f"lora_fa works on LoRA of linear layers, but {name} is {kind}: take it out of target_modules, or lora_fa "
-            "out of the recipe."
+            f"lora_fa works on LoRA of linear layers, but {name} is {kind}: take it out of {setting}, or lora_fa out "
+            "of the recipe."
         )
