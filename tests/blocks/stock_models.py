@@ -137,7 +137,8 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest distance of two gradients of a weight, relative to the gradient, or a millionth of the largest."""
     assert one.keys() == other.keys()
     floor = 1e-6 * max(float(g.norm()) for g in other.values())
-    return max(float((one[n] - g).norm() / (g.norm() + floor)) for n, g in other.items())
+    distances = [(one[n] - g).norm() / (g.norm() + floor) for n, g in other.items()]
+    return float(torch.stack(distances).max())  # NaN if one is
 
 
 # The reference: the stock forward, where keys and values have a gradient at selected tokens only, and a loss of these
@@ -164,13 +165,14 @@ def _reference_attention(
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
-def _whole_mask(*args: Any, **options: Any) -> Tensor:
+def whole_mask(*args: Any, **options: Any) -> Tensor:
+    """The mask of sdpa, also where sdpa would need none."""
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register("reference_of_selected_tokens", _reference_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("reference_of_selected_tokens", _whole_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register("reference_of_selected_tokens", whole_mask)
 
 
 @contextmanager
@@ -199,7 +201,7 @@ def run_reference(
     if token_labels:
         batch["labels"] = labels_of_selected(batch["labels"], selections[last.name].mask, shifted=_predicts_next(model))
     hooks = [
-        stack.blocks[-1].register_forward_hook(_stop_outside(selections[stack.name].mask))
+        stack.blocks[-1].register_forward_hook(stop_outside(selections[stack.name].mask))
         for stack in stacks
         if not (token_labels and stack is last)
     ]
@@ -233,7 +235,9 @@ def _predicts_next(model: nn.Module) -> bool:
     return len(stacks := find_stacks(model)) == 1 and stacks[0].causal
 
 
-def _stop_outside(selected: Tensor) -> Any:
+def stop_outside(selected: Tensor) -> Any:
+    """A forward hook that stops gradients at tokens that are not selected."""
+
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
         weight = selected[:, :, None].to(x.dtype)

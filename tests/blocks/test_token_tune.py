@@ -29,15 +29,20 @@ from stock_models import (
     labels_of_selected,
     made,
     run_reference,
+    stop_outside,
     watched_inputs,
+    whole_mask,
+    without_dropout,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shoestring import Ledger, Recipe
 from shoestring.activations import LowBitActivations
-from shoestring.adapters import BottleneckConfig
+from shoestring.adapters import BottleneckConfig, HUTConfig, MoLAConfig
 from shoestring.blocks import Recompute, TokenTune, find_stacks, token_tune
 from shoestring.blocks.token_selection import Selection
 from shoestring.errors import RunFailed, SettingError
@@ -236,6 +241,146 @@ def test_rows_of_a_model_with_attention_of_its_own():
     torch.testing.assert_close(loss, expected)
     with pytest.raises(SettingError, match=r"BloomBlock of transformer\.h does not call it .*; set form='rows'"):
         Recipe(TokenTune()).apply(model)
+
+
+# What rows are told by: sizes that are equal by chance, attention that saves tokens first, numbers that are divided by
+
+PER_TOKEN = {"hidden_size": 52, "num_attention_heads": LENGTH}
+WITH_A_HEAD_PER_TOKEN: dict[str, Any] = {
+    "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**{**TEXT, **PER_TOKEN})),
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**TEXT, **PER_TOKEN})),
+    "llama grouped": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**GROUPED, **PER_TOKEN, "num_key_value_heads": 1})),
+    "llama, groups": lambda: t.LlamaForCausalLM(
+        t.LlamaConfig(**{**GROUPED, "hidden_size": 52, "num_attention_heads": 26, "num_key_value_heads": LENGTH})
+    ),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**{**GROUPED, **PER_TOKEN, "num_key_value_heads": LENGTH})),
+    "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**{**TEXT, **PER_TOKEN}, qk_layernorm=True)),
+    "t5": lambda: t.T5ForConditionalGeneration(
+        t.T5Config(
+            vocab_size=WORDS, d_model=52, d_kv=4, d_ff=24, num_layers=3, num_heads=LENGTH, decoder_start_token_id=0
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", WITH_A_HEAD_PER_TOKEN)
+def test_as_many_heads_as_tokens_equal_the_reference(name, implementation):
+    torch.manual_seed(0)
+    model = WITH_A_HEAD_PER_TOKEN[name]().double().train()
+    without_dropout(model)
+    with attention_is(model, implementation):
+        known = "t5" if name == "t5" else "bert" if name == "bert" else "llama"
+        assert_equals_reference(known, model, batch_for(known, model, 1), keep_fraction=0.4, form="rows", seed=1)
+
+
+def assert_equals_stopped_projections(
+    model: nn.Module, batch: dict[str, Tensor], projections: str, token_labels: bool
+) -> None:
+    """Gradients of rows are those of the stock model with gradients stopped at what first calls of layers return."""
+    with tuned(model, keep_fraction=0.4, form="rows") as (attached, states):
+        attached(**batch).loss.backward()
+        found = gradients(attached)
+    (stack,) = find_stacks(model)
+    mask = states[0].selections[stack.name].mask
+    seen: set[nn.Module] = set()
+
+    def stop_first(module: nn.Module, args: Any, output: Tensor) -> Any:
+        first = module not in seen
+        seen.add(module)
+        return stop_outside(mask)(module, args, output) if first else None
+
+    layers = [m for n, m in model.named_modules() if n.split(".")[-1] in projections.split()]
+    hooks = [module.register_forward_hook(stop_first) for module in layers]
+    if token_labels:
+        batch = {**batch, "labels": labels_of_selected(batch["labels"], mask, shifted=True)}
+    else:
+        hooks.append(stack.blocks[-1].register_forward_hook(stop_outside(mask)))
+    model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    assert apart(found, gradients(model)) < 1e-9
+
+
+@pytest.mark.parametrize("heads", [4, LENGTH])
+def test_rows_of_attention_that_puts_heads_and_samples_together(heads):
+    torch.manual_seed(0)
+    config = t.BloomConfig(vocab_size=WORDS, hidden_size=4 * heads, n_layer=3, n_head=heads)
+    model = t.BloomForCausalLM(config).double().train()
+    assert_equals_stopped_projections(model, batch_for("bloom", model), "query_key_value", token_labels=True)
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta v1"])
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_a_table_with_as_many_rows_as_tokens_is_not_taken_for_them(name, rows):
+    model: nn.Module
+    sizes = {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8}
+    torch.manual_seed(0)
+    if name == "deberta":
+        model = t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**sizes, share_att_key=True))
+    else:
+        model = t.DebertaForSequenceClassification(t.DebertaConfig(**sizes))
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(not parameter_name.endswith("v_bias"))  # has the gradient of all tokens
+    without_dropout(model := model.double().train())
+    ids = torch.randint(3, WORDS, (rows, 16), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
+    keys_and_values = "in_proj" if name == "deberta v1" else "key_proj value_proj"
+    assert_equals_stopped_projections(model, batch, keys_and_values, token_labels=False)
+
+
+class _SavesTokensFirst(torch.autograd.Function):
+    """Attention that keeps its arguments as [batch, tokens, heads, width], as flash attention does."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        *saved, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in saved]
+            heads_first = (x.transpose(1, 2) for x in inputs)
+            output = nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+        return *torch.autograd.grad(output, inputs, upstream), None
+
+
+def _attention_saving_tokens_first(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    return _SavesTokensFirst.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("saves_tokens_first", _attention_saving_tokens_first)
+ALL_MASK_ATTENTION_FUNCTIONS.register("saves_tokens_first", whole_mask)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_attention_saves_is_kept_whole(name):
+    model = made(name, dtype=torch.float64)
+    with attention_is(model, "saves_tokens_first"):
+        assert_equals_reference(name, model, batch_for(name, model, 1), keep_fraction=0.4, form="rows", seed=1)
+
+
+@pytest.mark.parametrize("form", ["streams", "rows"])
+@pytest.mark.parametrize("name", ["bert", "opt", "gpt2"])
+def test_biases_of_layers_read_by_their_weight_equal_the_reference(name, form):
+    layers = {"bert": ["query", "key", "value"], "opt": ["k_proj", "v_proj"], "gpt2": ["c_attn"]}[name]
+    config = HUTConfig(r=3, target_modules=layers, bias="all", init_weights=False)
+    model = get_peft_model(made(name, dtype=torch.float64), config).double().train()
+    assert_equals_reference(name, model, batch_for(name, model, 1), keep_fraction=0.4, form=form, seed=1)
+
+
+@pytest.mark.parametrize("form", ["streams", "rows"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_adapters_that_divide_by_what_they_saved_equal_the_reference(name, form):
+    layers = {"llama": ["q_proj", "k_proj", "down_proj"], "bert": ["query", "value", "dense"]}[name]
+    config = MoLAConfig(r=2, experts=3, balance=0.0, target_modules=layers, init_weights=False)
+    model = get_peft_model(made(name, dtype=torch.float64), config).double().train()
+    assert_equals_reference(name, model, batch_for(name, model, 1), keep_fraction=0.4, form=form, seed=1)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "modernbert", "bert", "t5"])

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int, Shaped
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -137,10 +138,27 @@ def is_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
-def attention_leaves(block: nn.Module) -> list[nn.Module]:
-    """The modules inside a block's attention that hold no others."""
-    inside = [module for _, attention in _attentions(block) for module in attention.modules()]
-    return list({id(m): m for m in inside if not list(m.children())}.values())
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that are attention; one may be inside of another."""
+    return [module for _, module in _attentions(block)]
+
+
+def attention_layers(block: nn.Module) -> list[nn.Module]:
+    """The layers inside a block's attention: modules that hold no others, and adapted layers as one."""
+    found: dict[int, nn.Module] = {}
+    for attention in attentions(block):
+        _collect_layers(attention, found)
+    return list(found.values())
+
+
+def _collect_layers(module: nn.Module, found: dict[int, nn.Module]) -> None:
+    adapted = isinstance(module, BaseTunerLayer) and not attentions(module)
+    children = list(module.children())
+    if adapted or not (children or is_attention(module)):
+        found[id(module)] = module
+        return
+    for child in children:
+        _collect_layers(child, found)
 
 
 def _signature(block_class: type[nn.Module]) -> inspect.Signature:

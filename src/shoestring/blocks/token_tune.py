@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..adapters.base import taps_kept
 from ..draws import undrawn
@@ -32,11 +33,10 @@ from ..technique import Advised, register_technique
 from ..wrappers import innermost
 from .attention import additive, attend, handled_by, visible_rows
 from .base import BlockTechnique, Pass
-from .row_sparse import gradient_stopped, kept_by_rows, stopped_outside
+from .row_sparse import TokenPlaces, gradient_stopped, kept_by_rows, stopped_outside
 from .stacks import (
     BlockCall,
     Stack,
-    attention_leaves,
     gather_tokens,
     refuse_several_devices,
     refuse_token_mixing,
@@ -434,21 +434,18 @@ class _Rows:
 
     def run(self) -> Tensor:
         hidden, mask, selection = self.call.hidden, self.selection.mask, self.selection
-        batch, tokens = hidden.shape[:2]
         block = self.stack.blocks[self.call.index]
         states = self.call.named.get("encoder_hidden_states")
-        if states is not None and states.shape[1] == tokens:
+        if states is not None and states.shape[1] == hidden.shape[1]:
             raise SettingError(
                 "form='rows' of token_tune cannot tell encoder and decoder tokens apart where they are equally many; "
                 "use form='streams'."
             )
 
-        def selected_in(x: Tensor) -> Tensor | None:
-            if states is not None and x.shape[:2] == states.shape[:2]:
-                return self.encoded.mask if self.encoded is not None else None
-            return mask if x.shape[:2] == mask.shape else None
-
-        with gradient_stopped(attention_leaves(block), selected_in), kept_by_rows(block, selection, batch, tokens):
+        masks = [mask] if states is None or self.encoded is None else [mask, self.encoded.mask]
+        tables = [x for x in tree_leaves(self.call.named) if isinstance(x, Tensor) and x.dim() == 2]
+        places = TokenPlaces(masks, tables)
+        with gradient_stopped(block, places), kept_by_rows(block, selection, places):
             new = self.call(hidden)
         if self.call.index < len(self.stack) - 1:
             return new
