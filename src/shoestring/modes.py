@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 _OF_FORWARDS_ALONE = ContextVar("a training step of forwards alone is at work", default=False)
+_ASIDE = ContextVar("a forward beside those of the loss is at work", default=False)
 
 
 def in_training(module: nn.Module) -> bool:
@@ -25,6 +26,26 @@ def in_backward() -> bool:
 def without_backward() -> bool:
     """Whether forwards are those of a training step that has no backward, and so are to have no gradients."""
     return _OF_FORWARDS_ALONE.get()
+
+
+def is_aside() -> bool:
+    """Whether a forward is one that a technique runs for itself, inside of the model's own."""
+    return _ASIDE.get()
+
+
+def is_counted() -> bool:
+    """Whether a forward in training is one of the loss; trainers run others, without gradients, for their metrics."""
+    return (torch.is_grad_enabled() or without_backward()) and not is_aside()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Forwards of the model that a technique runs for itself: nothing is added to their loss or noted of them."""
+    before = _ASIDE.set(True)
+    try:
+        yield
+    finally:
+        _ASIDE.reset(before)
 
 
 @contextmanager

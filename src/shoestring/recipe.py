@@ -30,6 +30,7 @@ from .adapters.as_technique import FILLED_BY_PEFT, PeftTechnique, described_by_p
 from .errors import SettingError, did_you_mean
 from .fakes import has_values
 from .item_count import passes_item_count
+from .modes import is_aside
 from .running_statistics import RunningStatistics
 from .technique import TECHNIQUES, MicroBatch, Moment, Phase, Technique, sum_of
 from .whole_files import read_tensors, write_tensors, write_text
@@ -403,7 +404,7 @@ class Attached:
 
     def _add_losses(self, model: nn.Module, args: tuple, batch: dict[str, Any], outputs: Any) -> Any:
         in_step = torch.is_grad_enabled() or (self.takes_steps and not self.add_losses_in_forward)
-        if model is not self.model or not (model.training and in_step):
+        if model is not self.model or not (model.training and in_step) or is_aside():
             return None
         if not self.add_losses_in_forward:
             self._outputs = outputs

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -262,8 +262,9 @@ def applied(*others: Any, **settings: Any) -> nn.Module:
         return Recipe(mola(**settings), *others).apply(decoder()).train()
 
 
-def reference_balance(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Sum of the layers' terms over real tokens, by plain counting; the model is in evaluation."""
+def reference_balance(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor | None = None) -> Tensor:
+    """Sum of the layers' terms over `counted` or else real tokens, by plain counting; the model is in evaluation."""
+    counted = inputs["attention_mask"].bool() if counted is None else counted
     seen: dict[Any, Tensor] = {}
     layers = [m for m in model.modules() if hasattr(m, "mola_")]
     hooks = [layer.register_forward_pre_hook(lambda m, args: seen.update({m: args[0]})) for layer in layers]
@@ -273,7 +274,7 @@ def reference_balance(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     terms = []
     for layer, x in seen.items():
         (one,) = layer.adapters.values()
-        p = F.linear(x[inputs["attention_mask"].bool()], one.router).softmax(-1)
+        p = F.linear(x[counted], one.router).softmax(-1)
         terms.append(plain_balance(p, p.topk(one.k).indices))
     return torch.stack(terms).sum()
 
@@ -347,6 +348,68 @@ def test_it_trains_on_selected_tokens():
     model = applied(TokenTune(keep_fraction=0.5))
     model(**TINY.batch()).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in trainable(model).values())
+
+
+def reference_loss(model: nn.Module, inputs: dict[str, Tensor], selected: Tensor) -> Tensor:
+    """Cross-entropy and balance over selected tokens, by plain counting; the model is in evaluation."""
+    targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).masked_fill(~selected, -100)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    task = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return task + 0.1 * reference_balance(model, inputs, selected)
+
+
+def passes_of(model: nn.Module) -> list[Any]:
+    """The states of the passes of token_tune, added as they end."""
+    technique = next(t for t in attached_to(model).techniques if isinstance(t, TokenTune))
+    ended: list[Any] = []
+
+    def end(current: Any, outputs: Any) -> Any:
+        ended.append(current.state)
+        return outputs
+
+    technique.end = end
+    return ended
+
+
+def selected(passes: list[Any]) -> Tensor:
+    (selection,) = passes[-1].selections.values()
+    return selection.mask
+
+
+@pytest.mark.parametrize("select", ["random", "seek"])
+def test_the_balance_loss_is_of_selected_tokens_once(select: Literal["random", "seek"]):
+    inputs = TINY.batch()
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    model = applied(TokenTune(keep_fraction=0.5, select=select))
+    passes = passes_of(model)
+    loss = model(**inputs).loss
+    loss.backward()
+    assert all(_CHOICES[one] == [] for one in experts(model))
+    torch.testing.assert_close(loss, reference_loss(model.eval(), inputs, selected(passes)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_trainer_adds_the_balance_loss_once_where_tokens_are_sought(tmp_path: Path):
+    inputs = {name: value[:1].clamp(min=1) for name, value in TINY.batch().items()}
+    model = applied(TokenTune(keep_fraction=0.5, select="seek"))
+    passes, start = passes_of(model), copy.deepcopy(model.state_dict())
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=1,
+        learning_rate=0.5,
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = RecipeTrainer(
+        model, arguments, train_dataset=Dataset.from_dict({k: v.tolist() for k, v in inputs.items()})
+    )
+    trainer.train()
+    model.load_state_dict(start)
+    expected = reference_loss(model.eval(), inputs, selected(passes))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_copy_of_a_model_collects_nothing():

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from shoestring import Recipe, assets
-from shoestring.blocks import Recompute, Reversible
+from shoestring.blocks import Recompute, Reversible, TokenTune
 from shoestring.errors import RunFailed, SettingError
 from shoestring.memory import Ledger
 from shoestring.modes import quiet
@@ -281,6 +281,17 @@ def test_a_forward_for_metrics_alone_does_not_count():
     with torch.no_grad():  # as TRL runs the model once more where labels are smoothed
         model(**{name: value[:1] for name, value in batch.items()})
     assert torch.equal(attached.added_loss(batch, outputs), expected)
+
+
+def test_a_forward_aside_does_not_count():
+    """Of token_tune, which looks for tokens by one more forward before the step's own."""
+    batch = RELU.batch()
+    found = []
+    for aside in (False, True):
+        with seeded(0):
+            recipe = Recipe(TokenTune(keep_fraction=1.0, select="seek" if aside else "random"), DensityLoss(EPSILON))
+            found.append(recipe.apply(RELU.make()).train()(**batch).loss)
+    torch.testing.assert_close(*found)
 
 
 def test_accumulated_penalties_are_their_mean(tmp_path):

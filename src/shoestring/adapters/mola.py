@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import SettingError, did_you_mean
-from ..modes import in_backward, in_training, without_backward
+from ..modes import in_backward, in_training, is_aside, is_counted
 from ..precision import autocast_dtype, autocast_off, wide_dtype
 from ..real_tokens import real_tokens
 from ..technique import Moment, Technique, sum_of
@@ -186,9 +186,9 @@ class Experts(Adapter):
 
     def _collect(self, p: Tensor, chosen: Tensor) -> None:
         """Note the choices for the balance loss, but not again when a block is run once more in backward."""
-        if not in_training(self) or self not in _CHOICES or in_backward():
+        if not in_training(self) or self not in _CHOICES or in_backward() or is_aside():
             return
-        if torch.is_grad_enabled() or without_backward():
+        if is_counted():
             _CHOICES[self].append((p, chosen))
         elif not _CHOICES[self]:
             _CHOICES[self].append(None)

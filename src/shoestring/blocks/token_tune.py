@@ -28,6 +28,7 @@ from ..adapters.base import taps_kept
 from ..draws import undrawn
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
+from ..modes import aside
 from ..real_tokens import NO_LABEL
 from ..technique import Advised, register_technique
 from ..wrappers import innermost
@@ -290,7 +291,7 @@ class TokenTune(BlockTechnique):
         """TokenSeek's score of each token of the last stack: one more forward, and the backward of its last block."""
         self._probe = probe = _Probe(self.stacks[-1])  # type: ignore[misc]
         try:
-            with undrawn({p.device for p in current.model.parameters()}):
+            with aside(), undrawn({p.device for p in current.model.parameters()}):
                 loss = getattr(current.model(**current.inputs), "loss", None)
         finally:
             self._probe = None  # type: ignore[misc]

@@ -33,7 +33,7 @@ from ..blocks.stacks import find_stacks
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..feed_forward import gated_product, is_elementwise
-from ..modes import in_training, without_backward
+from ..modes import in_training, is_counted
 from ..precision import at_least_float32
 from ..real_tokens import real_tokens
 from ..technique import Moment, Phase, Technique, register_technique, sum_of
@@ -131,7 +131,7 @@ class DensityLoss(Technique):
                 return
             if not in_training(module):
                 self._count(model, kwargs, seen)
-            elif self.weight and _is_counted():
+            elif self.weight and is_counted():
                 self._trained = seen
 
         hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
@@ -148,7 +148,7 @@ class DensityLoss(Technique):
         shares = None
         if not in_training(place.module):
             shares = (z != 0).mean(-1, dtype=torch.float32)
-        elif self.weight and _is_counted():
+        elif self.weight and is_counted():
             shares = soft_density(z, self._now)
         if self._running is not None:
             self._running.append(Seen(place, shares))
@@ -216,11 +216,6 @@ class DensityLoss(Technique):
             "density_with_padding": sum(padded) / len(padded),
             **{f"density_of_{place.name.rpartition('base_model.model.')[2]}": s for place, s in density.items()},
         }
-
-
-def _is_counted() -> bool:
-    """Whether a forward in training is one of the loss; trainers run others, without gradients, for their metrics."""
-    return torch.is_grad_enabled() or without_backward()
 
 
 def _hook(place: Place, look: Callable[[Place, Tensor], None]) -> torch.utils.hooks.RemovableHandle:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..forwards import forward_replaced
-from ..modes import in_training, without_backward
+from ..modes import in_training, is_counted
 
 
 @dataclass
@@ -51,7 +51,7 @@ class LateLogits:
             self.forget()
 
     def _note(self, module: nn.Module, outputs: Any) -> None:
-        if module is self.backbone and in_training(module) and (torch.is_grad_enabled() or without_backward()):
+        if module is self.backbone and in_training(module) and is_counted():
             kind = self.owner.device.type
             self._noted = _Noted(outputs, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
