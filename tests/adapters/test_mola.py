@@ -376,6 +376,33 @@ def selected(passes: list[Any]) -> Tensor:
     return selection.mask
 
 
+def unequal_lengths(filler: int = 0) -> dict[str, Tensor]:
+    """Samples of 3 and 13 tokens."""
+    inputs = TINY.batch(samples=2)
+    inputs["attention_mask"] = torch.stack([torch.arange(13) < 3, torch.arange(13) < 13]).long()
+    padding = inputs["attention_mask"] == 0
+    return {
+        **inputs,
+        "input_ids": inputs["input_ids"].masked_fill(padding, filler),
+        "labels": inputs["input_ids"].masked_fill(padding, -100),
+    }
+
+
+def test_the_balance_loss_is_of_selected_tokens_where_lengths_differ():
+    found = []
+    for form, filler in (("streams", 0), ("streams", 5), ("rows", 0)):
+        model = applied(TokenTune(keep_fraction=0.5, form=form))
+        passes, inputs = passes_of(model), unequal_lengths(filler)
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss, gradients(model)))
+        torch.testing.assert_close(loss, reference_loss(model.eval(), inputs, selected(passes)), rtol=1e-5, atol=1e-5)
+    assert found[0][0] == found[1][0]
+    for others in found[1:]:
+        for name, gradient in others[1].items():
+            torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("select", ["random", "seek"])
 def test_the_balance_loss_is_of_selected_tokens_once(select: Literal["random", "seek"]):
     inputs = TINY.batch()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..errors import SettingError, did_you_mean
 from ..modes import in_backward, in_training, is_aside, is_counted
 from ..precision import autocast_dtype, autocast_off, wide_dtype
-from ..real_tokens import real_tokens
+from ..real_tokens import learning_rows, real_tokens
 from ..technique import Moment, Technique, sum_of
 from .base import Adapter, AdapterConfig, linear_sizes, register
 from .placement import place_in_stack
@@ -46,8 +46,8 @@ ALLOCATIONS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     }
 )
 
-Choices = tuple[Tensor, Tensor]
-"""p [..., N] with its graph, and the numbers of the experts chosen [..., k]."""
+Choices = tuple[Tensor, Tensor, Tensor | None]
+"""p [..., N] with its graph, the numbers of the experts chosen [..., k], and which tokens learn."""
 
 # Choices of the forward in hand, for each adapter with a balance loss in a recipe; None: of a call without gradients.
 # Not on the adapters: a copy of a model must not collect what nobody takes.
@@ -189,7 +189,7 @@ class Experts(Adapter):
         if not in_training(self) or self not in _CHOICES or in_backward() or is_aside():
             return
         if is_counted():
-            _CHOICES[self].append((p, chosen))
+            _CHOICES[self].append((p, chosen, learning_rows()))
         elif not _CHOICES[self]:
             _CHOICES[self].append(None)
 
@@ -347,11 +347,12 @@ class MoLAConfig(AdapterConfig):
         terms, without_gradients = [], []
         for name, adapter in adapters_in(model).items():
             choices = _CHOICES.get(adapter, [])
-            taken = [pair for pair in choices if pair is not None]
+            taken = [choice for choice in choices if choice is not None]
             if choices and not taken:
                 without_gradients.append(name)
-            for p, chosen in taken:
-                terms.append(adapter.balance * balance_loss(p, chosen, real_tokens(model, batch, name, p.shape[:-1])))
+            for p, chosen, rows in taken:
+                real = real_tokens(model, batch, name, p.shape[:-1], rows)
+                terms.append(adapter.balance * balance_loss(p, chosen, real))
             choices.clear()
         if without_gradients:
             raise ValueError(

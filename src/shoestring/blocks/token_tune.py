@@ -29,7 +29,7 @@ from ..draws import undrawn
 from ..errors import RunFailed, SettingError
 from ..fakes import has_values
 from ..modes import aside
-from ..real_tokens import NO_LABEL
+from ..real_tokens import NO_LABEL, only_learning
 from ..technique import Advised, register_technique
 from ..wrappers import innermost
 from .attention import additive, attend, handled_by, visible_rows
@@ -324,8 +324,7 @@ class _Streams:
             self.selected, others = hidden[:, : kept.shape[1]].clone(), hidden.detach()[:, kept.shape[1] :]
         new_others = hidden[:, :0]
         if rest.shape[1] == 0:  # but for tokens that fill up shorter samples, all are selected
-            with handled_by(self._attend_selected):
-                self.new = self.call(self.selected, **self._taken(kept))
+            self.new = self._run_selected()
         else:
             with torch.no_grad(), handled_by(self._attend_others), suppress(_AttentionIsDone):
                 new_others = self.call(others, **self._taken(rest))
@@ -341,6 +340,10 @@ class _Streams:
         new = torch.where(self.selection.valid[:, :, None], self.new, self.new.detach())
         return gather_tokens(torch.cat([new, new_others], 1), self.selection.order.argsort(1))
 
+    def _run_selected(self) -> Tensor:
+        with handled_by(self._attend_selected), only_learning(self.selection.valid):
+            return self.call(self.selected, **self._taken(self.selection.kept))
+
     def _attend_others(
         self, original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> Tensor:
@@ -351,8 +354,8 @@ class _Streams:
         if torch.is_autocast_enabled(query.device.type):
             torch.clear_autocast_cache()  # weights cast without gradient must not serve the stream with gradient
         block, ends_here = self.stack.blocks[self.call.index], self.is_last and self.state.compact == self.stack.name
-        with torch.enable_grad(), handled_by(self._attend_selected), nullcontext() if ends_here else taps_kept(block):
-            self.new = self.call(self.selected, **self._taken(self.selection.kept))
+        with torch.enable_grad(), nullcontext() if ends_here else taps_kept(block):
+            self.new = self._run_selected()
         if ends_here:
             raise _AttentionIsDone
         key, value = self.everyone
@@ -446,7 +449,7 @@ class _Rows:
         masks = [mask] if states is None or self.encoded is None else [mask, self.encoded.mask]
         tables = [x for x in tree_leaves(self.call.named) if isinstance(x, Tensor) and x.dim() == 2]
         places = TokenPlaces(masks, tables)
-        with gradient_stopped(block, places), kept_by_rows(block, selection, places):
+        with gradient_stopped(block, places), kept_by_rows(block, selection, places), only_learning(mask):
             new = self.call(hidden)
         if self.call.index < len(self.stack) - 1:
             return new

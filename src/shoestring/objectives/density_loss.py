@@ -35,7 +35,7 @@ from ..fakes import has_values
 from ..feed_forward import gated_product, is_elementwise
 from ..modes import in_training, is_counted
 from ..precision import at_least_float32
-from ..real_tokens import real_tokens
+from ..real_tokens import learning_rows, real_tokens
 from ..technique import Moment, Phase, Technique, register_technique, sum_of
 
 CHUNKS = 8
@@ -55,10 +55,14 @@ class Place(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one layer showed in one forward: for each token a share in [0, 1]; None: it ran without gradients."""
+    """What one layer showed in one forward: for each token a share in [0, 1]; None: it ran without gradients.
+
+    rows: which tokens learn, as `learning_rows` gives them.
+    """
 
     place: Place
     shares: Tensor | None
+    rows: Tensor | None
 
 
 @register_technique
@@ -151,7 +155,7 @@ class DensityLoss(Technique):
         elif self.weight and is_counted():
             shares = soft_density(z, self._now)
         if self._running is not None:
-            self._running.append(Seen(place, shares))
+            self._running.append(Seen(place, shares, learning_rows()))
 
     def on_step_begin(self, moment: Moment) -> None:
         """Let epsilon fall, and forget a forward that no loss came of."""
@@ -174,9 +178,9 @@ class DensityLoss(Technique):
             return None
         seen, self._trained = self._trained, []
         of_stack: dict[str, list[Tensor]] = defaultdict(list)
-        for place, shares in seen:
+        for place, shares, rows in seen:
             if shares is not None:
-                real = real_tokens(model, batch, place.name, shares.shape)
+                real = real_tokens(model, batch, place.name, shares.shape, rows)
                 of_stack[place.stack].append(mean_of_samples(shares, real))
         if not of_stack:
             raise ValueError(
@@ -186,7 +190,7 @@ class DensityLoss(Technique):
         means = [torch.stack([term.to(terms[0]) for term in terms]).mean() for terms in of_stack.values()]
         penalty = self.weight * sum_of(means)
         if has_values(penalty) and not torch.isfinite(penalty):
-            wrong = next(p.name for p, shares in seen if shares is not None and not torch.isfinite(shares).all())
+            wrong = next(p.name for p, shares, _ in seen if shares is not None and not torch.isfinite(shares).all())
             raise RunFailed(
                 f"The activations at {wrong} hold NaN or Inf, so that density_loss has no value: lower "
                 "train.learning_rate, or train in bf16 in place of fp16."
@@ -196,7 +200,7 @@ class DensityLoss(Technique):
     @torch.no_grad()
     def _count(self, model: nn.Module, batch: Mapping[str, Any], seen: list[Seen]) -> None:
         """Add shares and numbers of tokens, without padding and with it, to what was measured so far."""
-        for place, shares in seen:
+        for place, shares, _ in seen:
             if shares is not None:
                 real = real_tokens(model, batch, place.name, shares.shape)
                 real = torch.ones_like(shares, dtype=torch.bool) if real is None else real.to(shares.device)
