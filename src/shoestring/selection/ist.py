@@ -274,15 +274,15 @@ def adapted_blocks(model: nn.Module) -> list[AdaptedBlock]:
         inside = (*inside, f"{name}.")
         place = place_in_stack(model, name)
         layer: Any = module
+        base = {id(p) for p in layer.get_base_layer().parameters()}
+        trained = [p for p in layer.parameters() if p.requires_grad and id(p) not in base]
+        if place is None or not trained:
+            continue
         if hasattr(layer, "lora_E"):
             raise SettingError(
                 f"ist leaves blocks that rest without gradients, by which the adapter of {name} shares out its ranks: "
                 "take lora in place of adalora."
             )
-        base = {id(p) for p in layer.get_base_layer().parameters()}
-        trained = [p for p in layer.parameters() if p.requires_grad and id(p) not in base]
-        if place is None or not trained:
-            continue
         stack, index, _ = place
         block = blocks.setdefault((stack, index), AdaptedBlock(f"{stack}.{index}"))
         if any(owners.setdefault(id(p), block) is not block for p in trained):
