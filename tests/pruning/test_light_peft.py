@@ -38,11 +38,14 @@ from transformers import (
 
 from shoestring import Recipe, load
 from shoestring.adapters import BottleneckConfig, HUTConfig
+from shoestring.adapters.slicing import TokensSeen
 from shoestring.blocks import Recompute
 from shoestring.errors import RunFailed, SettingError
+from shoestring.modes import aside
 from shoestring.optimizers import LoraFA
 from shoestring.pruning import LightPEFT, SketchTune, load_pruned, save_pruned
 from shoestring.pruning.light_peft import FILE, MASK, highest, kept_channels, kept_heads
+from shoestring.real_tokens import only_learning
 from shoestring.recipe import attached_to
 from shoestring.selection.speft import Speft
 from shoestring.technique import Moment
@@ -626,6 +629,17 @@ def test_importance_in_a_decoder_beside_an_encoder_is_that_of_real_tokens():
     assert any("EncDecAttention.k" in key for key in found[0])
     for key, ratio in found[0].items():
         torch.testing.assert_close(found[1][key], ratio, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_importance_is_of_tokens_that_learn():
+    tokens, rows = TokensSeen(), torch.tensor([[True, True, False], [True, True, True]])
+    tokens.recording = True
+    tokens.look(build("bert"), (), {"attention_mask": torch.ones(2, 5)})
+    with only_learning(rows):  # as token_tune runs a selection that is filled up with others
+        assert torch.equal(tokens.counted("layer", torch.zeros(2, 3)), rows.float())
+    with aside():  # as it looks for tokens
+        assert not tokens.are_counted
+    assert tokens.are_counted
 
 
 def test_t5_loses_channels_alone():

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SettingError
+from ..modes import is_aside
 from ..precision import wide_dtype
-from ..real_tokens import real_tokens
+from ..real_tokens import learning_rows, real_tokens
 from ..resizing import replace_data, resize
 from .base import AdaptedLayer, AdaptedLinear, Adapter, linear_sizes, remove_tap
 
@@ -264,8 +265,8 @@ class TokensSeen:
 
     @property
     def are_counted(self) -> bool:
-        """In forwards that keep a graph only, so that what is run again in backward counts once."""
-        return self.recording and torch.is_grad_enabled()
+        """In forwards of the loss that keep a graph only, so that what is run again in backward counts once."""
+        return self.recording and torch.is_grad_enabled() and not is_aside()
 
     def look(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on the model: remember its batch."""
@@ -273,8 +274,10 @@ class TokensSeen:
             self._model, self._batch = model, kwargs
 
     def counted(self, layer: str, of_tokens: Tensor) -> Tensor:
-        """1 for tokens, 0 for padding, as the layer of this name sees them, in the shape of `of_tokens`."""
-        real = None if self._model is None else real_tokens(self._model, self._batch, f"{layer}.", of_tokens.shape)
+        """1 for tokens, 0 for padding, as the layer of this name sees them now, in the shape of `of_tokens`."""
+        real = None
+        if self._model is not None:
+            real = real_tokens(self._model, self._batch, f"{layer}.", of_tokens.shape, learning_rows())
         return torch.ones_like(of_tokens) if real is None else real.to(of_tokens)
 
     def forget(self) -> None:
