@@ -36,15 +36,17 @@ def learning_rows() -> Bool[Tensor, "batch rows"] | None:
 
 def real_tokens(
     model: nn.Module, batch: Mapping[str, Any], name: str, shape: torch.Size, rows: Tensor | None = None
-) -> Bool[Tensor, "*batch"] | None:
+) -> Bool[Tensor, "batch *tokens"] | None:
     """Which tokens of the layer `name`, whose inputs have the leading sizes `shape`, are no padding; None: all of them.
+
+    A mask is [batch, tokens] also for a layer that reads all tokens of a batch in one row, as in OPT.
 
     A decoder beside an encoder reads the tokens of the labels, or of the input where labels are no tokens, and by keys
     and values of cross-attention those of the encoder; which reads one row of each example where a batch has several.
     Tokens count all where no mask has their shape, as in packed batches. rows: what `learning_rows` gave when the layer
     ran, which goes before the masks of the batch.
     """
-    if rows is not None and rows.shape == shape and not CROSS_KEYS.search(name):
+    if rows is not None and shape in (rows.shape, (rows.numel(),)) and not CROSS_KEYS.search(name):
         return rows
     of_input, of_output = batch.get("attention_mask"), batch.get("decoder_attention_mask")
     if of_output is None and (labels := batch.get("labels")) is not None:
@@ -54,7 +56,7 @@ def real_tokens(
     mask = of_output if in_decoder and not CROSS_KEYS.search(name) else of_input
     if both and not in_decoder and batch.get("example") is not None and isinstance(mask, Tensor):
         mask = mask[first_rows(batch["example"])]
-    return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+    return mask.bool() if isinstance(mask, Tensor) and shape in (mask.shape, (mask.numel(),)) else None
 
 
 def members(example: Int[Tensor, " rows"]) -> Bool[Tensor, "examples rows"]:

@@ -493,7 +493,10 @@ def test_decoders_beside_an_encoder_count_the_tokens_they_read():
     assert torch.equal(mask("decoder.block.0.layer.0.SelfAttention.k"), output)
     assert torch.equal(mask("decoder.block.0.layer.1.EncDecAttention.q"), output)
     assert torch.equal(mask("decoder.block.0.layer.1.EncDecAttention.k"), given["attention_mask"].bool())
-    assert real_tokens(model, given, "encoder.block.0", torch.Size([10])) is None
+    assert real_tokens(model, given, "encoder.block.0", torch.Size([9])) is None
+    flat = real_tokens(model, given, "decoder.block.0", torch.Size([10]))  # the tokens of all samples in one row
+    assert flat is not None
+    assert torch.equal(flat, output)
     of_classes = {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]] * 2), "labels": torch.tensor([0, 1])}
     read = real_tokens(model, of_classes, "decoder.block.0.layer.0.SelfAttention.k", torch.Size([2, 5]))
     assert read is not None

@@ -616,6 +616,25 @@ def test_what_would_be_merged_into_a_sketch_is_not_lost_in_silence(adapter: Peft
         attached.merge_and_unload(safe_merge=safe)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: nn.init.kaiming_uniform_(weight),
+        lambda weight: weight.data.copy_(torch.zeros(())),
+        lambda weight: weight.__setitem__(0, 1.0),
+        lambda weight: weight.__ipow__(2),
+        lambda weight: torch.add(1.0, torch.ones(()), out=weight),
+    ],
+    ids=["init", "data", "item", "operator", "out"],
+)
+def test_what_is_written_into_a_sketch_is_refused(write: Callable[[Tensor], Any]):
+    with Recipe(sketch_of(target_modules=["up_proj"]))(decoder()) as attached:
+        layer = next(m for m in attached.modules() if isinstance(m, SketchedLinear))
+        with torch.no_grad(), pytest.raises(SettingError, match="takes no other weight"):
+            write(layer.weight)
+        assert type(layer.weight * 2) is Tensor
+
+
 def test_starts_that_take_a_part_of_the_weight_are_refused():
     adapter = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights="pissa")
     with pytest.raises(SettingError, match="as init_lora_weights: pissa does"):

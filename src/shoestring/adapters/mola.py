@@ -186,11 +186,11 @@ class Experts(Adapter):
 
     def _collect(self, p: Tensor, chosen: Tensor) -> None:
         """Note the choices for the balance loss, but not again when a block is run once more in backward."""
-        if not in_training(self) or self not in _CHOICES or in_backward() or is_aside():
+        if not in_training(self) or self not in _CHOICES or in_backward():
             return
         if is_counted():
             _CHOICES[self].append((p, chosen, learning_rows()))
-        elif not _CHOICES[self]:
+        elif not _CHOICES[self] and not is_aside():
             _CHOICES[self].append(None)
 
 
@@ -352,6 +352,7 @@ class MoLAConfig(AdapterConfig):
                 without_gradients.append(name)
             for p, chosen, rows in taken:
                 real = real_tokens(model, batch, name, p.shape[:-1], rows)
+                real = None if real is None else real.view(p.shape[:-1])
                 terms.append(adapter.balance * balance_loss(p, chosen, real))
             choices.clear()
         if without_gradients:

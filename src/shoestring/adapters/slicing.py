@@ -278,7 +278,7 @@ class TokensSeen:
         real = None
         if self._model is not None:
             real = real_tokens(self._model, self._batch, f"{layer}.", of_tokens.shape, learning_rows())
-        return torch.ones_like(of_tokens) if real is None else real.to(of_tokens)
+        return torch.ones_like(of_tokens) if real is None else real.to(of_tokens).view_as(of_tokens)
 
     def forget(self) -> None:
         """Let go of the batch."""

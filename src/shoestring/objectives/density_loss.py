@@ -181,6 +181,7 @@ class DensityLoss(Technique):
         for place, shares, rows in seen:
             if shares is not None:
                 real = real_tokens(model, batch, place.name, shares.shape, rows)
+                shares = shares if real is None else shares.view(real.shape)
                 of_stack[place.stack].append(mean_of_samples(shares, real))
         if not of_stack:
             raise ValueError(
@@ -203,7 +204,11 @@ class DensityLoss(Technique):
         for place, shares, _ in seen:
             if shares is not None:
                 real = real_tokens(model, batch, place.name, shares.shape)
-                real = torch.ones_like(shares, dtype=torch.bool) if real is None else real.to(shares.device)
+                real = (
+                    torch.ones_like(shares, dtype=torch.bool)
+                    if real is None
+                    else real.to(shares.device).view_as(shares)
+                )
                 counted = torch.stack([(shares * real).sum(), real.sum(), shares.sum(), torch.ones_like(shares).sum()])
                 self._measured[place] = self._measured[place].to(counted.device, torch.float64) + counted
 

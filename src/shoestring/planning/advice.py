@@ -175,9 +175,9 @@ def _weights(prediction: Prediction) -> int:
 
 
 def _with_smaller_weights(settings: RunSettings, now: Prediction, say: Callable[[str], None]) -> _Tried | None:
-    """The run with all changes of `SETTINGS` that make its weights smaller; None if none does."""
+    """The run with all changes of `OF_WEIGHTS` that make its weights smaller; None if none does."""
     smallest: _Tried | None = None
-    for step in (step for make in SETTINGS if (step := make(settings, now)) is not None):
+    for step in (step for make in OF_WEIGHTS if (step := make(settings, now)) is not None):
         tried = _try((*(smallest.steps if smallest else ()), step), settings, say, lambda reason: None)
         if tried is not None and _weights(tried.guess) < _weights(smallest.guess if smallest else now):
             smallest = tried
@@ -372,9 +372,9 @@ def _four_bit_weights(settings: RunSettings, now: Prediction) -> _Step | None:
     return _Step("model.quantization=nf4", why, False, 64, apply)
 
 
+OF_WEIGHTS = (_sixteen_bit_weights, _four_bit_weights)
 SETTINGS: tuple[Callable[[RunSettings, Prediction], _Step | None], ...] = (
     _smaller_batches,
     _eight_bit_optimizer,
-    _sixteen_bit_weights,
-    _four_bit_weights,
+    *OF_WEIGHTS,
 )

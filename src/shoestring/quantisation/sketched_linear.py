@@ -98,7 +98,8 @@ def sketched_linear(
         return y if bias is None else y + bias.to(y.dtype)
 
 
-WRITES_IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+WRITES_IN_PLACE = frozenset({"__setitem__", *(f"__i{name}__" for name in OPERATORS)})
 WRITES_NO_VALUES = frozenset({"requires_grad_", "detach_"})
 
 
@@ -115,12 +116,13 @@ class _Shown(Tensor):
         cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Operations give plain tensors; those that write into one that is shown are refused."""
-        name = getattr(function, "__name__", "")
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
         in_place = name.endswith("_") and not name.endswith("__") and name not in WRITES_NO_VALUES
-        if (in_place or name in WRITES_IN_PLACE) and isinstance(args[0], cls):
+        first = next(iter((*args, *kwargs.values())), None)  # torch.nn.init gives all by name
+        if isinstance(kwargs.get("out"), cls) or ((in_place or name in WRITES_IN_PLACE) and isinstance(first, cls)):
             raise _not_written()
         with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
 
     @property
     def data(self) -> Tensor:

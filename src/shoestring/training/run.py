@@ -117,7 +117,7 @@ def train(
             if to_evaluate:
                 with _no_weights_cast(ready.trainer.args):
                     before = {f"{split}, before": found for split, found in evaluate(ready, say).items()}
-                write_text(folder / output.BEFORE, json.dumps({"test": settings.data.test, "quality": before}))
+                write_text(folder / output.BEFORE, json.dumps({"test": _test_data(settings), "quality": before}))
                 set_seed(ready.trainer.args.seed)
             with stop.listening():
                 result = ready.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -161,9 +161,15 @@ def _quality_before(folder: Path, settings: RunSettings) -> dict[str, dict[str, 
     """What was evaluated before the first step of the run in a folder; empty if nothing was, or on other test data."""
     try:
         found = json.loads((folder / output.BEFORE).read_text())
-    except (OSError, ValueError):
+        return dict(found["quality"]) if found["test"] == _test_data(settings) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none that this version has written
         return {}
-    return dict(found["quality"]) if found["test"] == settings.data.test else {}
+
+
+def _test_data(settings: RunSettings) -> list[Any]:
+    """The test data, which may change between a run and its resume, with its size where it is a file."""
+    source = settings.data.test
+    return [source, Path(source).stat().st_size if source is not None and Path(source).is_file() else None]
 
 
 def _predicted(
